@@ -1,0 +1,1 @@
+"""The service side: gateway, nodes and their BuildKit."""

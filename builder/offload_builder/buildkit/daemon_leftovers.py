@@ -1,0 +1,117 @@
+"""What a daemon that was killed leaves behind: containers, mounts, itself. All of it is ended.
+
+Source: BuildKit's runc executor keeps each running container's bundle in a directory below
+`<root>/runc-<snapshotter>/executor`, named as the container; runc keeps its state below /run/runc.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import re
+import signal
+from pathlib import Path
+
+import structlog
+
+_log = structlog.get_logger(__name__)
+_MNT_DETACH = 2
+_RUNC_SECONDS = 15.0
+_OCTAL = re.compile(r"\\([0-7]{3})")
+
+
+async def end_leftovers(root: Path, runc: Path) -> None:
+    """End containers of a daemon that no longer runs, and undo its mounts below `root`."""
+    for container in leftover_containers(root):
+        await _delete_container(runc, container)
+    for mount in reversed(mounts_below(root)):
+        _unmount(mount)
+
+
+def leftover_containers(root: Path) -> list[str]:
+    """Return the names of containers whose bundles lie below `root`."""
+    return sorted(path.parent.name for path in root.glob("runc-*/executor/*/config.json"))
+
+
+async def _delete_container(runc: Path, container: str) -> None:
+    process = await asyncio.create_subprocess_exec(
+        str(runc),
+        "delete",
+        "--force",
+        container,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    try:
+        async with asyncio.timeout(_RUNC_SECONDS):
+            code = await process.wait()
+        _log.info("buildkit.container.ended", container=container, exit_code=code)
+    except TimeoutError:
+        _log.warning("buildkit.container.stuck", container=container, waited_seconds=_RUNC_SECONDS)
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+
+
+def mounts_below(root: Path) -> list[str]:
+    """Return the mount points strictly below `root`, in the order of mounting."""
+    prefix = f"{root.resolve()}/"
+    points = (
+        _OCTAL.sub(lambda match: chr(int(match[1], 8)), line.split(" ")[4])
+        for line in Path("/proc/self/mountinfo").read_text().splitlines()
+    )
+    return [point for point in points if point.startswith(prefix)]
+
+
+def _unmount(point: str) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.umount2(os.fsencode(point), _MNT_DETACH) != 0:
+        error = os.strerror(ctypes.get_errno())
+        _log.warning("buildkit.mount.stuck", path=point, error=error)
+
+
+async def end_previous_daemon(pid_file: Path, root: Path, timeout: float = 10.0) -> None:
+    """End the daemon of an earlier run that still holds `root`.
+
+    The number in the file is believed only if that process names our root on its command line.
+    """
+    pid = _read_pid(pid_file)
+    if pid is None or not _is_daemon_of(pid, root):
+        return
+    _log.warning("buildkit.daemon.leftover", pid=pid, root=str(root))
+    # The process is one of an earlier agent: it is not our child, so its end is polled.
+    for number, share in ((signal.SIGTERM, 0.7), (signal.SIGKILL, 0.3)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+        if await _gone(pid, root, timeout * share):
+            return
+
+
+async def _gone(pid: int, root: Path, timeout: float) -> bool:
+    deadline = asyncio.get_running_loop().time() + timeout
+    while _is_daemon_of(pid, root):
+        if asyncio.get_running_loop().time() > deadline:
+            return False
+        await asyncio.sleep(0.02)
+    return True
+
+
+def _read_pid(pid_file: Path) -> int | None:
+    try:
+        text = pid_file.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _is_daemon_of(pid: int, root: Path) -> bool:
+    try:
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return os.fsencode(f"--root={root}") in arguments

@@ -1,0 +1,232 @@
+"""The sender of a local source: fsutil's transfer protocol on a DiffCopy call.
+
+Source: BuildKit's session/filesync and the protocol notes in fsutil's receive.go. The receiver
+asks for files (REQ) while the list (STAT) is still being sent, in any order; the contents (DATA)
+of several files may be mixed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote_plus
+
+from offload_core.aio import finish
+from offload_core.errors import ContextChangedError, InternalError, find_offload_error
+from offload_core.filemode import MODE_SOCKET, is_regular
+from offload_proto.buildkit.fsutil_pb2 import Packet, Stat
+
+from offload_builder.buildkit.h2.messages import (
+    CANCELLED,
+    INVALID_ARGUMENT,
+    GrpcError,
+    varint,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from offload_proto.v1.node_service_pb2 import ContextEntry
+
+    from offload_builder.buildkit.h2.server import ServerCall
+    from offload_builder.buildkit.providers import LocalSource, LocalTree
+
+MAX_READERS = 64
+"""Files that are read at the same time; most of them wait for the client."""
+MAX_CHUNK = 2**20
+GATHER_SECONDS = 0.002
+_STATS_PER_TURN = 256
+_FILES_PER_TURN = 32
+_NOT_A_FILE = -1
+_DONE = Packet(type=Packet.PACKET_FIN).SerializeToString()
+_CLOSE_SECONDS = 10.0
+
+
+async def serve_diff_copy(call: ServerCall, source: LocalSource) -> None:
+    """Answer one FileSync/DiffCopy call from a local source."""
+    tree = await source.open(
+        next(iter(header_values(call.metadata, "dir-name")), ""),
+        header_values(call.metadata, "include-patterns"),
+        header_values(call.metadata, "exclude-patterns"),
+        header_values(call.metadata, "followpaths"),
+    )
+    try:
+        await _Sender(call, tree).run()
+    finally:
+        await finish(tree.close(), _CLOSE_SECONDS)
+
+
+def header_values(metadata: dict[str, list[str]], key: str) -> list[str]:
+    """Return the values of a repeated header, unescaped where the daemon escaped them."""
+    values = metadata.get(key, [])
+    if metadata.get(f"{key}-encoded", [""])[0] in {"1", "t", "T", "true", "TRUE", "True"}:
+        return [unquote_plus(value) for value in values]
+    return list(values)
+
+
+class _Sender:
+    def __init__(self, call: ServerCall, tree: LocalTree) -> None:
+        self._call = call
+        self._tree = tree
+        self._sizes: list[int] = []
+        """Size of each listed file, _NOT_A_FILE where content cannot be asked for (again)."""
+        self._expected: dict[int, int] = {}
+        self._gathered: list[int] = []
+        self._gather_wake = asyncio.Event()
+        self._wanted: asyncio.Queue[int] = asyncio.Queue()
+        self._helpers: list[asyncio.Task[None]] = []
+        self._readers = 0
+        self._idle = 0
+
+    async def run(self) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                self._start(group, self._send_stats())
+                self._start(group, self._announce(group))
+                await self._receive()
+                # The receiver has everything: who still waits, waits for nothing.
+                for task in self._helpers:
+                    task.cancel()
+        except BaseExceptionGroup as group_error:
+            error = _first_cause(group_error)
+            await self._report(error)
+            raise error from group_error
+        await self._call.send([_DONE])
+
+    def _start(self, group: asyncio.TaskGroup, work: Coroutine[Any, Any, None]) -> None:
+        self._helpers.append(group.create_task(work))
+
+    async def _report(self, error: Exception) -> None:
+        """Tell the receiver why; it shows this text and not the status of the call."""
+        if self._call.ended_by_peer:
+            return
+        known = find_offload_error(error)
+        text = known.message if known else str(error)
+        if known is None and not isinstance(error, GrpcError):
+            text = "internal error of the build node"
+        packet = Packet(type=Packet.PACKET_ERR, data=text.encode())
+        await self._call.send([packet.SerializeToString()])
+
+    async def _send_stats(self) -> None:
+        async for batch in self._tree.batches():
+            for start in range(0, len(batch), _STATS_PER_TURN):
+                entries = batch[start : start + _STATS_PER_TURN]
+                # Numbered before they are sent: a request may come while `send` waits.
+                self._sizes.extend(_content_size(entry) for entry in entries)
+                await self._call.send([stat_packet(entry) for entry in entries])
+                await asyncio.sleep(0)
+        await self._call.send([b""])
+
+    async def _receive(self) -> None:
+        while messages := await self._call.receive():
+            for message in messages:
+                packet = Packet.FromString(message)
+                if packet.type == Packet.PACKET_REQ:
+                    self._request(packet.ID)
+                elif packet.type == Packet.PACKET_FIN:
+                    return
+                elif packet.type == Packet.PACKET_ERR:
+                    text = packet.data.decode("utf-8", "replace")
+                    raise GrpcError(CANCELLED, f"BuildKit could not take the files: {text}")
+        raise GrpcError(CANCELLED, "BuildKit ended the transfer of files early")
+
+    def _request(self, index: int) -> None:
+        size = self._sizes[index] if index < len(self._sizes) else _NOT_A_FILE
+        if size == _NOT_A_FILE:
+            raise GrpcError(INVALID_ARGUMENT, f"file {index} cannot be asked for")
+        self._sizes[index] = _NOT_A_FILE
+        self._expected[index] = size
+        self._gathered.append(index)
+        self._gather_wake.set()
+
+    async def _announce(self, group: asyncio.TaskGroup) -> None:
+        loop = asyncio.get_running_loop()
+        next_time = 0.0
+        while True:
+            await self._gather_wake.wait()
+            if (pause := next_time - loop.time()) > 0:
+                await asyncio.sleep(pause)
+            indexes, self._gathered = self._gathered, []
+            self._gather_wake.clear()
+            next_time = loop.time() + GATHER_SECONDS
+            await self._tree.requested(indexes)
+            for index in indexes:
+                self._wanted.put_nowait(index)
+            missing = min(MAX_READERS - self._readers, self._wanted.qsize() - self._idle)
+            for _ in range(missing):
+                self._readers += 1
+                self._start(group, self._read_files())
+
+    async def _read_files(self) -> None:
+        count = 0
+        while True:
+            self._idle += 1
+            index = await self._wanted.get()
+            self._idle -= 1
+            await self._send_file(index)
+            count += 1
+            if count % _FILES_PER_TURN == 0:
+                # A file that is at hand is sent without waiting for anything.
+                await asyncio.sleep(0)
+
+    async def _send_file(self, index: int) -> None:
+        expected, sent = self._expected.pop(index), 0
+        header = b"\x08\x02\x18" + varint(index)
+        chunks = self._tree.read(index)
+        try:
+            async for chunk in chunks:
+                size = len(chunk)
+                sent += size
+                if size <= MAX_CHUNK:
+                    await self._send_data(header, chunk)
+                    continue
+                view = memoryview(chunk)
+                for start in range(0, size, MAX_CHUNK):
+                    await self._send_data(header, view[start : start + MAX_CHUNK])
+        finally:
+            if (close := getattr(chunks, "aclose", None)) is not None:
+                await close()
+        if sent != expected:
+            raise ContextChangedError(
+                f"file {index} of the build context has {sent} bytes, {expected} were listed;"
+                " do not change files during the build"
+            )
+        await self._call.send([header])
+
+    async def _send_data(self, header: bytes, chunk: bytes | memoryview) -> None:
+        size = len(chunk)
+        if size:
+            prefix = b"%b\x22%b" % (header, varint(size))
+            await self._call.send_joined([prefix, chunk], len(prefix) + size)
+
+
+def stat_packet(entry: ContextEntry) -> bytes:
+    """Return the STAT packet of an entry. Owner and group are always root, as in docker build."""
+    stat = Stat(
+        path=entry.path,
+        mode=entry.mode & ~MODE_SOCKET,
+        size=entry.size_bytes,
+        modTime=entry.modified_at_unix_ns,
+        linkname=entry.link_name,
+    )
+    if entry.xattrs:
+        for name, value in entry.xattrs.items():
+            stat.xattrs[name] = value
+    return Packet(stat=stat).SerializeToString()
+
+
+def _content_size(entry: ContextEntry) -> int:
+    return entry.size_bytes if is_regular(entry.mode & ~MODE_SOCKET) else _NOT_A_FILE
+
+
+def _first_cause(group: BaseExceptionGroup[BaseException]) -> Exception:
+    """Return the error to show: ours before the transport's, which follows from it."""
+    known = find_offload_error(group)
+    if known is not None:
+        return known
+    leaf: BaseException = group
+    while isinstance(leaf, BaseExceptionGroup):
+        leaf = leaf.exceptions[0]
+    if isinstance(leaf, Exception):
+        return leaf
+    return InternalError(f"the transfer ended with {type(leaf).__name__}")

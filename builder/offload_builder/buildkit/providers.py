@@ -1,0 +1,128 @@
+"""What a build needs from the machine that asked for it; implemented by the node's agent.
+
+A session calls these when BuildKit asks. An `OffloadError` that they raise ends the request with
+its sentence, and the session keeps it (`BkSession.failure`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping, Sequence
+
+    from offload_proto.v1.node_service_pb2 import ContextEntry
+
+
+class LocalTree(Protocol):
+    """One listing of a local source.
+
+    Entries are numbered from 0 in the order in which `batches` yields them.
+    """
+
+    def batches(self) -> AsyncIterator[Sequence[ContextEntry]]:
+        """Yield the entries: a directory is followed by its content, names sorted as bytes.
+
+        They are sent to BuildKit as they come.
+        """
+        ...
+
+    async def requested(self, indexes: Sequence[int]) -> None:
+        """Hear which files BuildKit wants, before they are read.
+
+        The requests of about two milliseconds come together; the first one of a pause comes
+        alone and at once. The files are read after this returns; later calls do not wait for the
+        reading of earlier files.
+        """
+        ...
+
+    def read(self, index: int) -> AsyncIterator[bytes | memoryview]:
+        """Yield the content of a file; may wait until it has arrived. Up to 64 run at a time.
+
+        Pieces of 256 KiB to 1 MiB are best. A piece must not be changed after it was yielded.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Hear that the transfer has ended, well or not."""
+        ...
+
+
+class LocalSource(Protocol):
+    """The local directories of a build."""
+
+    async def open(
+        self, name: str, include: list[str], exclude: list[str], follow: list[str]
+    ) -> LocalTree:
+        """List a directory.
+
+        Args:
+            name: "context", "dockerfile" or the name of a named context.
+            include: patterns of which one must match; empty for all.
+            exclude: patterns in the syntax of .dockerignore.
+            follow: only these paths and what their symbolic links lead to; empty for all.
+
+        Raises:
+            NotFoundError: there is no such directory.
+        """
+        ...
+
+
+class CredentialSource(Protocol):
+    """Logins at registries."""
+
+    async def credentials(self, host: str) -> tuple[str, str]:
+        """Return user name and password for a registry; two empty strings for none.
+
+        An identity token is returned as the password of an empty user name. Docker Hub is
+        "registry-1.docker.io". BuildKit waits for 60 seconds.
+        """
+        ...
+
+
+class SecretSource(Protocol):
+    """The build's secrets."""
+
+    async def get(self, secret_id: str) -> bytes | None:
+        """Return a secret, or None if there is none of this name."""
+        ...
+
+
+class OutputWriter(Protocol):
+    """Takes the bytes of one result."""
+
+    async def write(self, data: bytes) -> None:
+        """Take the next bytes; BuildKit is held back while this waits."""
+        ...
+
+    async def close(self) -> None:
+        """All bytes have come. Only the end of the solve says whether the result is good."""
+        ...
+
+    async def abort(self) -> None:
+        """The result will not be completed."""
+        ...
+
+
+class OutputSink(Protocol):
+    """The results that go to the client."""
+
+    async def open(self, index: int, metadata: Mapping[str, str]) -> OutputWriter:
+        """Begin the result of exporter number `index` of the solve.
+
+        Args:
+            index: position in `SolveSpec.exporters`.
+            metadata: the exporter's notes, such as "containerimage.digest".
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SessionProviders:
+    """What a session offers; BuildKit is told only of what is set."""
+
+    source: LocalSource | None = None
+    credentials: CredentialSource | None = None
+    secrets: SecretSource | None = None
+    outputs: OutputSink | None = None

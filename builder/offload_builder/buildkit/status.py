@@ -1,0 +1,131 @@
+"""Translates BuildKit's progress into ours, and counts steps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from offload_proto.buildkit.control_pb2 import StatusResponse
+from offload_proto.v1 import events_pb2 as events
+
+if TYPE_CHECKING:
+    from offload_proto.buildkit import control_pb2 as control
+
+
+def progress_batch(message: bytes) -> events.ProgressBatch:
+    """Return a serialised StatusResponse as a batch without a sequence number."""
+    response = StatusResponse.FromString(message)
+    batch = events.ProgressBatch()
+    for vertex in response.vertexes:
+        _add_vertex(batch, vertex)
+    for counter in response.statuses:
+        _add_status(batch, counter)
+    for log in response.logs:
+        added = batch.logs.add(vertex=log.vertex, stream=log.stream, data=log.msg)
+        if log.HasField("timestamp"):
+            added.timestamp.CopyFrom(log.timestamp)
+    for warning in response.warnings:
+        _add_warning(batch, warning)
+    return batch
+
+
+def _add_vertex(batch: events.ProgressBatch, vertex: control.Vertex) -> None:
+    added = batch.vertices.add(
+        digest=vertex.digest,
+        name=vertex.name,
+        inputs=vertex.inputs,
+        cached=vertex.cached,
+        error=vertex.error,
+    )
+    if vertex.HasField("started"):
+        added.started_at.CopyFrom(vertex.started)
+    if vertex.HasField("completed"):
+        added.completed_at.CopyFrom(vertex.completed)
+    if vertex.HasField("progressGroup"):
+        added.progress_group = vertex.progressGroup.id
+        added.progress_group_name = vertex.progressGroup.name
+        added.progress_group_weak = vertex.progressGroup.weak
+
+
+def _add_status(batch: events.ProgressBatch, counter: control.VertexStatus) -> None:
+    added = batch.statuses.add(
+        id=counter.ID,
+        vertex=counter.vertex,
+        name=counter.name,
+        current=counter.current,
+        total=counter.total,
+    )
+    if counter.HasField("timestamp"):
+        added.timestamp.CopyFrom(counter.timestamp)
+    if counter.HasField("started"):
+        added.started_at.CopyFrom(counter.started)
+    if counter.HasField("completed"):
+        added.completed_at.CopyFrom(counter.completed)
+
+
+def _add_warning(batch: events.ProgressBatch, warning: control.VertexWarning) -> None:
+    added = batch.warnings.add(
+        vertex=warning.vertex,
+        level=warning.level,
+        short=warning.short,
+        detail=warning.detail,
+        url=warning.url,
+        source_filename=warning.info.filename,
+        source_data=warning.info.data,
+    )
+    for place in warning.ranges:
+        added.ranges.add(
+            start_line=place.start.line,
+            start_character=place.start.character,
+            end_line=place.end.line,
+            end_character=place.end.character,
+        )
+
+
+class StepCounter:
+    """Counts the steps of one build by digest, however often each is reported."""
+
+    def __init__(self) -> None:
+        self._started: set[str] = set()
+        self._completed: set[str] = set()
+        self._cached: set[str] = set()
+        self._failed: set[str] = set()
+        self._seen: set[str] = set()
+
+    def add(self, batch: events.ProgressBatch) -> None:
+        """Take news."""
+        for vertex in batch.vertices:
+            digest = vertex.digest
+            self._seen.add(digest)
+            if vertex.HasField("started_at"):
+                self._started.add(digest)
+            if vertex.HasField("completed_at"):
+                self._completed.add(digest)
+            if vertex.cached:
+                self._cached.add(digest)
+            if vertex.error:
+                self._failed.add(digest)
+
+    @property
+    def total(self) -> int:
+        """Steps known so far."""
+        return len(self._seen)
+
+    @property
+    def started(self) -> int:
+        """Steps that have begun."""
+        return len(self._started)
+
+    @property
+    def completed(self) -> int:
+        """Steps that have ended at least once."""
+        return len(self._completed)
+
+    @property
+    def cached(self) -> int:
+        """Steps whose result came from a cache."""
+        return len(self._cached)
+
+    @property
+    def failed(self) -> int:
+        """Steps that failed or were cancelled."""
+        return len(self._failed)

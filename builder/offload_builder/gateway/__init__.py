@@ -1,0 +1,1 @@
+"""The control plane: identity, admission, scheduling, history and the relay."""

@@ -1,0 +1,249 @@
+"""The gateway as one object: `async with Gateway(config) as gateway`."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import structlog
+from grpc import aio
+
+from offload_builder.gateway.access import Access
+from offload_builder.gateway.active_builds import ActiveBuilds
+from offload_builder.gateway.admin_service import AdminService
+from offload_builder.gateway.admission import Admission
+from offload_builder.gateway.builds_service import BuildsService
+from offload_builder.gateway.ca import CertificateAuthority
+from offload_builder.gateway.credentials import RenewingCredentials
+from offload_builder.gateway.front import Front, Route, TcpRoute, UnixRoute
+from offload_builder.gateway.history import History
+from offload_builder.gateway.housekeeping import Housekeeping
+from offload_builder.gateway.identity_service import (
+    CertificateIssuer,
+    EnrollmentService,
+    IdentityService,
+)
+from offload_builder.gateway.log_book import LogBook
+from offload_builder.gateway.members import DEFAULT_PROJECT, Members
+from offload_builder.gateway.nodes import NodeRegistry
+from offload_builder.gateway.nodes_service import NodesService
+from offload_builder.gateway.store import Store, default_url
+from offload_builder.gateway.tracking import BuildTracking
+from offload_core.aio import TaskSet, finish
+from offload_core.errors import ConfigError, InternalError
+from offload_core.interceptors import ErrorInterceptor
+from offload_core.tls import ENROLL_NAME, GATEWAY_NAME, NODE_SUFFIX, SERVER_OPTIONS
+from offload_core.trust import split_address
+from offload_proto.v1 import identity_service_pb2 as identity_pb
+from offload_proto.v1.builds_service_pb2_grpc import add_BuildsServiceServicer_to_server
+from offload_proto.v1.identity_service_pb2_grpc import (
+    add_AdminServiceServicer_to_server,
+    add_EnrollmentServiceServicer_to_server,
+    add_IdentityServiceServicer_to_server,
+)
+from offload_proto.v1.nodes_service_pb2_grpc import add_NodesServiceServicer_to_server
+
+if TYPE_CHECKING:
+    from offload_builder.gateway.config import GatewayConfig
+
+log = structlog.get_logger(__name__)
+
+BOOTSTRAP_ADMIN = "admin"
+_CLOSE_SECONDS = 30.0
+
+
+async def open_members(
+    config: GatewayConfig, stack: AsyncExitStack
+) -> tuple[CertificateAuthority, Store, Members]:
+    """Open what the gateway's data directory holds, for the gateway and for commands beside it.
+
+    Raises:
+        ConfigError: the directory or the database cannot be used.
+    """
+    authority = CertificateAuthority.open(config.data_dir)
+    url = config.database_url or default_url(config.data_dir)
+    store = await stack.enter_async_context(Store(url))
+    return authority, store, Members(store, authority.fingerprint())
+
+
+class Gateway:
+    """One gateway process: identity, admission, scheduling, history and the relay."""
+
+    def __init__(self, config: GatewayConfig) -> None:
+        """Remember the configuration; nothing is opened yet."""
+        self._config = config
+        self._stack = AsyncExitStack()
+        self._sockets: Path | None = None
+        self._front: Front | None = None
+        self._nodes: NodeRegistry | None = None
+        self._first_token: str | None = None
+        self.ca_pem = b""
+        """PEM of the CA, once started."""
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT on which the gateway listens."""
+        return self._front.address if self._front is not None else ""
+
+    def take_first_token(self) -> str | None:
+        """Return the administrator's token that the first start has made, once."""
+        token, self._first_token = self._first_token, None
+        return token
+
+    async def __aenter__(self) -> Self:
+        """Start everything; nothing listens before all of it works.
+
+        Raises:
+            ConfigError: data directory, database or address cannot be used.
+        """
+        try:
+            await self._start()
+        except BaseException:
+            await finish(self._stack.aclose(), _CLOSE_SECONDS)
+            raise
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        """Stop: no new work, calls told to come back, history written, files closed."""
+        log.info("gateway.stopping")
+        await finish(self._stack.aclose(), _CLOSE_SECONDS + self._config.stop_timeout)
+        log.info("gateway.stopped")
+
+    async def _start(self) -> None:
+        config, stack = self._config, self._stack
+        authority, store, members = await open_members(config, stack)
+        self.ca_pem = authority.ca_pem
+        if await members.is_new():
+            await self._bootstrap(members)
+        history = History(store)
+        logs = LogBook(store, config.max_log_bytes_per_build)
+        stack.push_async_callback(logs.flush)
+        tasks = TaskSet(_task_failed)
+        stack.push_async_callback(tasks.close)
+        nodes = self._nodes = NodeRegistry(config.heartbeat_interval, config.reconnect_grace)
+        builds = ActiveBuilds(history, logs.wake_readers)
+        stack.callback(builds.close)
+        admission = Admission(config, builds, nodes)
+        builds.listen(admission.wake)
+        tracking = BuildTracking(builds, admission, nodes, config.restart_grace)
+        nodes.listen(tracking)
+        await tracking.restore()
+        credentials = RenewingCredentials(authority)
+        housekeeping = Housekeeping(credentials, members, nodes, history, config.history_retention)
+        tasks.start(logs.run(), name="log-book")
+        tasks.start(nodes.watch(), name="node-watch")
+        tasks.start(admission.run(), name="admission")
+        tasks.start(housekeeping.run(), name="housekeeping")
+
+        access = Access(members)
+        issuer = CertificateIssuer(config, authority)
+        interceptor = ErrorInterceptor("this gateway")
+        enrollment, api = (
+            aio.server(interceptors=(interceptor,), options=SERVER_OPTIONS) for _ in range(2)
+        )
+        add_EnrollmentServiceServicer_to_server(
+            EnrollmentService(authority, issuer, members, nodes), enrollment
+        )
+        add_IdentityServiceServicer_to_server(IdentityService(access, issuer), api)
+        add_AdminServiceServicer_to_server(AdminService(access, members, nodes, admission), api)
+        add_NodesServiceServicer_to_server(
+            NodesService(authority.ticket_public_pem(), access, nodes, tracking, logs), api
+        )
+        add_BuildsServiceServicer_to_server(
+            BuildsService(
+                config,
+                authority.ticket_key,
+                access,
+                members,
+                admission,
+                builds,
+                history,
+                logs,
+                self._relay_address,
+            ),
+            api,
+        )
+        self._sockets = Path(tempfile.mkdtemp(prefix="offload-"))
+        stack.callback(shutil.rmtree, self._sockets, ignore_errors=True)
+        self._bind(enrollment, ENROLL_NAME, credentials, require_client=False)
+        self._bind(api, GATEWAY_NAME, credentials, require_client=True)
+
+        async def stop_servers() -> None:
+            for server in (enrollment, api):
+                await server.stop(config.stop_timeout)
+            if not await interceptor.drained(config.stop_timeout):
+                log.warning("gateway.calls_left", seconds=config.stop_timeout)
+
+        def stop_admission() -> None:
+            admission.stop()
+            logs.stop()
+            nodes.close()
+
+        front = Front(config, self._route)
+        stack.push_async_callback(stop_servers)
+        await enrollment.start()
+        await api.start()
+        self._front = await stack.enter_async_context(front)
+        stack.push_async_callback(stop_servers)
+        stack.callback(stop_admission)
+        stack.callback(front.stop_accepting)
+        log.info("gateway.started", address=self.address, data_dir=str(config.data_dir))
+
+    async def _bootstrap(self, members: Members) -> None:
+        await members.create_project(DEFAULT_PROJECT)
+        _, text = await members.create_token(name=BOOTSTRAP_ADMIN, role=identity_pb.ROLE_ADMIN)
+        self._first_token = text.reveal()
+        log.info("gateway.bootstrapped", project_id=DEFAULT_PROJECT)
+
+    def _bind(
+        self,
+        server: aio.Server,
+        name: str,
+        credentials: RenewingCredentials,
+        *,
+        require_client: bool,
+    ) -> None:
+        path = self._socket(name)
+        try:
+            server.add_secure_port(
+                f"unix:{path}", credentials.server(require_client=require_client)
+            )
+        except RuntimeError as error:
+            raise ConfigError(
+                f"cannot listen on the socket {path}: {error}", hint="set TMPDIR to a shorter path"
+            ) from error
+
+    def _socket(self, name: str) -> Path:
+        if self._sockets is None:
+            raise InternalError("the gateway is not started")
+        return self._sockets / f"{name.partition('.')[0]}.sock"
+
+    def _route(self, server_name: str) -> Route | None:
+        """Return where a TLS server name leads to."""
+        if server_name in (ENROLL_NAME, GATEWAY_NAME):
+            return UnixRoute(self._socket(server_name))
+        node_id = server_name.removesuffix(NODE_SUFFIX)
+        if node_id == server_name or self._nodes is None:
+            return None
+        node = self._nodes.find(node_id)
+        if node is None or not node.hello.relay_endpoint:
+            return None
+        try:
+            return TcpRoute(*split_address(node.hello.relay_endpoint))
+        except ConfigError as error:
+            log.warning("node.relay_endpoint.invalid", node_id=node_id, error=error.message)
+            return None
+
+    def _relay_address(self) -> str:
+        """Return what clients dial to reach nodes through this gateway; empty when unknown."""
+        if self._config.public_address:
+            return self._config.public_address
+        host, _ = split_address(self.address)
+        return "" if host in ("0.0.0.0", "::") else self.address  # noqa: S104
+
+
+def _task_failed(name: str, error: BaseException) -> None:
+    log.error("gateway.task.failed", task=name, exc_info=error)

@@ -1,0 +1,182 @@
+"""BuildsService: admission and history for members."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from offload_builder.gateway.admission import Placed
+from offload_builder.gateway.history import build_message
+from offload_builder.gateway.tickets import cache_scopes, sign
+from offload_core.errors import OffloadError, UsageError
+from offload_core.tls import NODE_SUFFIX
+from offload_proto.v1 import builds_service_pb2 as builds_pb
+from offload_proto.v1.builds_service_pb2_grpc import BuildsServiceServicer
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from grpc import aio
+
+    from offload_builder.gateway.access import Access
+    from offload_builder.gateway.active_builds import ActiveBuild, ActiveBuilds
+    from offload_builder.gateway.admission import Admission
+    from offload_builder.gateway.config import GatewayConfig
+    from offload_builder.gateway.history import History
+    from offload_builder.gateway.log_book import LogBook
+    from offload_builder.gateway.members import Members
+
+TICKET_SKEW = timedelta(seconds=30)
+"""How much longer than the slot a ticket is valid, for nodes whose clocks are ahead."""
+
+_RECHECK_SECONDS = 5.0
+"""A caller that waited longer is looked up again before it gets a ticket."""
+
+
+class BuildsService(BuildsServiceServicer):
+    """Unpacks, authorises, calls, packs."""
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        ticket_key: Ed25519PrivateKey,
+        access: Access,
+        members: Members,
+        admission: Admission,
+        builds: ActiveBuilds,
+        history: History,
+        logs: LogBook,
+        relay_address: Callable[[], str],
+    ) -> None:
+        self._config = config
+        self._ticket_key = ticket_key
+        self._access = access
+        self._members = members
+        self._admission = admission
+        self._builds = builds
+        self._history = history
+        self._logs = logs
+        self._relay_address = relay_address
+
+    async def Create(  # noqa: N802
+        self, request: builds_pb.CreateRequest, context: aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[builds_pb.CreateResponse]:
+        """Queue a build and report its place until a node has it."""
+        caller = await self._access.member(context)
+        if not request.project_id:
+            raise UsageError("a build needs a project; set it with --project or in offload.toml")
+        caller.token.check_project(request.project_id)
+        await self._members.project(request.project_id, visible_to=caller.token)
+        build = await self._admission.submit(request, caller.token)
+        started = asyncio.get_running_loop().time()
+        async with aclosing(self._admission.updates(build)) as updates:
+            async for update in updates:
+                if isinstance(update, Placed):
+                    if asyncio.get_running_loop().time() - started > _RECHECK_SECONDS:
+                        await self._still_allowed(build, context)
+                    yield builds_pb.CreateResponse(assigned=self._assigned(build, update))
+                else:
+                    queued = builds_pb.Queued(
+                        build_id=build.build_id, position=update.position, reason=update.reason
+                    )
+                    yield builds_pb.CreateResponse(queued=queued)
+
+    async def _still_allowed(
+        self, build: ActiveBuild, context: aio.ServicerContext[Any, Any]
+    ) -> None:
+        try:
+            caller = await self._access.member(context)
+            caller.token.check_project(build.record.project_id)
+        except OffloadError as error:
+            self._admission.give_back(build, why=error.message)
+            raise
+
+    def _assigned(self, build: ActiveBuild, placed: Placed) -> builds_pb.Assigned:
+        record, node = build.record, placed.node
+        scopes = cache_scopes(
+            record.project_id,
+            branch=record.vcs_branch,
+            member=record.member,
+            role=record.role,
+            default_branches=self._config.default_branches,
+            protected_branches=self._config.protected_branches,
+        )
+        ticket = builds_pb.Ticket(
+            build_id=record.build_id,
+            project_id=record.project_id,
+            node_id=node.node_id,
+            member=record.member,
+            read_scopes=scopes.read,
+            write_scope=scopes.write,
+        )
+        hold = timedelta(seconds=self._config.slot_hold)
+        ticket.expires_at.FromDatetime(datetime.now(UTC) + hold + TICKET_SKEW)
+        endpoints = list(node.hello.endpoints)
+        relay = self._relay_address()
+        if node.hello.relay_endpoint and relay:
+            endpoints.append(relay)
+        return builds_pb.Assigned(
+            build_id=record.build_id,
+            ticket=sign(self._ticket_key, ticket),
+            endpoints=endpoints,
+            server_name=node.node_id + NODE_SUFFIX,
+            node_id=node.node_id,
+        )
+
+    async def List(  # noqa: N802
+        self, request: builds_pb.ListRequest, context: aio.ServicerContext[Any, Any]
+    ) -> builds_pb.ListResponse:
+        """Return builds, newest first."""
+        caller = await self._access.member(context)
+        projects = caller.visible_projects()
+        if request.project_id:
+            caller.token.check_project(request.project_id)
+            await self._members.project(request.project_id, visible_to=caller.token)
+            projects = (request.project_id,)
+        records, next_token = await self._history.page(
+            projects, size=request.page_size, token=request.page_token
+        )
+        return builds_pb.ListResponse(
+            builds=[build_message(record) for record in records], next_page_token=next_token
+        )
+
+    async def Get(  # noqa: N802
+        self, request: builds_pb.GetRequest, context: aio.ServicerContext[Any, Any]
+    ) -> builds_pb.GetResponse:
+        """Return one build."""
+        caller = await self._access.member(context)
+        record = await self._history.resolve(request.build_id, caller.visible_projects())
+        return builds_pb.GetResponse(build=build_message(record))
+
+    async def Logs(  # noqa: N802
+        self, request: builds_pb.LogsRequest, context: aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[builds_pb.LogsResponse]:
+        """Replay a log, and follow it."""
+        caller = await self._access.member(context)
+        record = await self._history.resolve(request.build_id, caller.visible_projects())
+        build_id = record.build_id
+        batches = self._logs.read(
+            build_id,
+            after=max(0, request.resume_after),
+            follow=request.follow,
+            ended=lambda: self._builds.find(build_id) is None,
+        )
+        async with aclosing(batches) as runs:
+            async for run in runs:
+                yield builds_pb.LogsResponse(batches=run)
+
+    async def Cancel(  # noqa: N802
+        self, request: builds_pb.CancelRequest, context: aio.ServicerContext[Any, Any]
+    ) -> builds_pb.CancelResponse:
+        """End a build; one that has ended already stays as it is."""
+        caller = await self._access.member(context)
+        record = await self._history.resolve(request.build_id, caller.visible_projects())
+        response = builds_pb.CancelResponse()
+        build = self._builds.find(record.build_id)
+        if build is not None:
+            grace = self._admission.cancel(build, by=caller.token.name)
+            response.grace_period.FromTimedelta(timedelta(seconds=grace))
+        return response

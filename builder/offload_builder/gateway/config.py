@@ -1,0 +1,113 @@
+"""What can be configured at a gateway: TOML file, OFFLOAD_GATEWAY_* variables, options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from offload_core.config import option
+from offload_core.errors import ConfigError
+
+ENVIRONMENT_PREFIX = "OFFLOAD_GATEWAY"
+
+
+@dataclass(frozen=True)
+class GatewayConfig:
+    """Configuration of one gateway process."""
+
+    listen: str = option("0.0.0.0:7443", "Address HOST:PORT of the one public port.")  # noqa: S104
+    public_address: str = option(
+        "", "Address HOST:PORT under which clients reach this gateway and its relay."
+    )
+    data_dir: Path = option(
+        Path("/var/lib/offload/gateway"), "Directory of the keys and the SQLite database."
+    )
+    database_url: str = option(
+        "", "SQLAlchemy URL of the database; empty for SQLite in data_dir.", secret=True
+    )
+    heartbeat_interval: float = option(
+        2.0, "How often nodes report; a node is lost after three are missing.", unit="duration"
+    )
+    reconnect_grace: float = option(
+        10.0, "How long a node whose connection broke may take to come back.", unit="duration"
+    )
+    restart_grace: float = option(
+        30.0,
+        "How long nodes and waiting clients may take to come back after a restart of the gateway.",
+        unit="duration",
+    )
+    client_grace: float = option(
+        10.0,
+        "How long a waiting build keeps its place when its client's connection breaks.",
+        unit="duration",
+    )
+    queue_timeout: float = option(3600.0, "How long a build may wait for a node.", unit="duration")
+    max_queued_builds: int = option(1000, "Builds that may wait at once.")
+    offer_timeout: float = option(
+        3.0, "How long a node may take to accept or decline a build.", unit="duration"
+    )
+    slot_hold: float = option(
+        30.0, "How long a node keeps a slot for a client to arrive.", unit="duration"
+    )
+    member_certificate_lifetime: float = option(
+        7 * 86400.0, "Validity of the certificates of people and pipelines.", unit="duration"
+    )
+    node_certificate_lifetime: float = option(
+        30 * 86400.0, "Validity of the certificates of nodes.", unit="duration"
+    )
+    default_branches: tuple[str, ...] = option(
+        ("main", "master"), "Branches whose cache every build of a project reads."
+    )
+    protected_branches: tuple[str, ...] = option(
+        (), "Patterns of branches whose cache only administrators and pipelines write."
+    )
+    history_retention: float = option(
+        90 * 86400.0, "How long ended builds are kept; 0 for ever.", unit="duration"
+    )
+    max_log_bytes_per_build: int = option(
+        64 << 20, "Output of one build that the history keeps.", unit="size"
+    )
+    max_connections: int = option(4096, "Connections at the public port at once.")
+    handshake_timeout: float = option(
+        5.0, "How long a client may take to say its TLS hello.", unit="duration"
+    )
+    idle_timeout: float = option(
+        600.0, "After how long without a byte a connection is closed.", unit="duration"
+    )
+    stop_timeout: float = option(
+        10.0, "How long calls that run may take to end when the gateway stops.", unit="duration"
+    )
+    log_level: str = option("info", "Least severe events that are logged.")
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work.
+
+        Raises:
+            ConfigError: with the option and its limit.
+        """
+        positive = (
+            "heartbeat_interval",
+            "reconnect_grace",
+            "restart_grace",
+            "client_grace",
+            "queue_timeout",
+            "max_queued_builds",
+            "offer_timeout",
+            "slot_hold",
+            "member_certificate_lifetime",
+            "node_certificate_lifetime",
+            "max_log_bytes_per_build",
+            "max_connections",
+            "idle_timeout",
+            "stop_timeout",
+            "handshake_timeout",
+        )
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be greater than 0")
+        if self.history_retention < 0:
+            raise ConfigError("history_retention must not be negative; 0 keeps builds for ever")
+        if self.log_level not in ("debug", "info", "warning", "error"):
+            raise ConfigError(
+                f'log_level "{self.log_level}" is unknown; use debug, info, warning or error'
+            )

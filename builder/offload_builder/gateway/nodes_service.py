@@ -1,0 +1,127 @@
+"""NodesService: the standing streams of nodes."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import structlog
+
+from offload_core.aio import TaskSet
+from offload_core.errors import InternalError, OffloadError, UsageError
+from offload_proto.v1 import nodes_service_pb2 as nodes_pb
+from offload_proto.v1.nodes_service_pb2_grpc import NodesServiceServicer
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from grpc import aio
+
+    from offload_builder.gateway.access import Access
+    from offload_builder.gateway.log_book import LogBook
+    from offload_builder.gateway.nodes import AttachedNode, Connection, NodeRegistry
+    from offload_builder.gateway.tracking import BuildTracking
+
+log = structlog.get_logger(__name__)
+
+HELLO_SECONDS = 10.0
+
+
+class NodesService(NodesServiceServicer):
+    """Passes messages between streams and the registry."""
+
+    def __init__(
+        self,
+        ticket_public_pem: bytes,
+        access: Access,
+        nodes: NodeRegistry,
+        tracking: BuildTracking,
+        logs: LogBook,
+    ) -> None:
+        self._ticket_public_pem = ticket_public_pem
+        self._access = access
+        self._nodes = nodes
+        self._tracking = tracking
+        self._logs = logs
+
+    async def Attach(  # noqa: N802
+        self,
+        request_iterator: AsyncIterator[nodes_pb.AttachRequest],
+        context: aio.ServicerContext[Any, Any],
+    ) -> AsyncIterator[nodes_pb.AttachResponse]:
+        """Serve one node until it leaves or is lost."""
+        caller = await self._access.node(context)
+        hello = await _first(request_iterator)
+        node = self._nodes.attach(caller.identity.name, caller.token, hello)
+        connection = node.connection
+        if connection is None:
+            raise InternalError("an attached node has no connection")
+        readers = TaskSet()
+        try:
+            welcome = nodes_pb.Welcome(ticket_public_key_pem=self._ticket_public_pem)
+            interval = round(self._nodes.heartbeat_interval * 1000)
+            welcome.heartbeat_interval.FromMilliseconds(interval)
+            yield nodes_pb.AttachResponse(welcome=welcome)
+            await self._tracking.attached(node)
+            readers.start(
+                self._read(request_iterator, node, connection), name=f"node-{node.node_id}"
+            )
+            while messages := await connection.take():
+                for message in messages:
+                    yield message
+        finally:
+            self._nodes.detach(node, connection)
+            await readers.close()
+
+    async def _read(
+        self,
+        requests: AsyncIterator[nodes_pb.AttachRequest],
+        node: AttachedNode,
+        connection: Connection,
+    ) -> None:
+        """Take in what a node says; the end of it ends the stream."""
+        error: OffloadError | None = None
+        try:
+            async for request in requests:
+                await self._take(node, request)
+        except OffloadError as known:
+            error = known
+        except (grpc.RpcError, asyncio.InvalidStateError) as broken:
+            log.debug("node.stream.broken", node_id=node.node_id, error=str(broken))
+        except Exception as unexpected:  # noqa: BLE001 - nobody awaits this task
+            log.error("node.stream.failed", node_id=node.node_id, exc_info=unexpected)
+            error = InternalError("the gateway failed at a message of this node; see its log")
+        finally:
+            connection.close(error)
+
+    async def _take(self, node: AttachedNode, request: nodes_pb.AttachRequest) -> None:
+        kind = request.WhichOneof("message")
+        heartbeat = request.heartbeat if kind == "heartbeat" else None
+        self._nodes.heard(node, heartbeat)
+        if kind == "offer_reply":
+            self._tracking.offer_reply(node, request.offer_reply)
+        elif kind == "build_update":
+            await self._tracking.updated(node, request.build_update)
+        elif kind == "build_log":
+            await self._take_log(node, request.build_log)
+        elif kind == "hello":
+            raise UsageError("a node says hello once per stream")
+
+    async def _take_log(self, node: AttachedNode, message: nodes_pb.BuildLog) -> None:
+        if await self._tracking.owns(node, message.build_id):
+            await self._logs.append(message.build_id, message.batches)
+        else:
+            log.warning("build.log.refused", build_id=message.build_id, node_id=node.node_id)
+
+
+async def _first(requests: AsyncIterator[nodes_pb.AttachRequest]) -> nodes_pb.Hello:
+    try:
+        async with asyncio.timeout(HELLO_SECONDS):
+            async for request in requests:
+                if request.WhichOneof("message") == "hello":
+                    return request.hello
+                break
+    except TimeoutError as error:
+        raise UsageError(f"the node sent no hello within {HELLO_SECONDS:.0f} seconds") from error
+    raise UsageError("the first message of a node must be hello")

@@ -1,0 +1,200 @@
+"""Who runs where, as pure functions over snapshots.
+
+Order of the queue: round robin over projects, the one that was served longest ago first; within
+a project first come, first served. Place of a build: rendezvous hashing gives each project its
+own ranking of the nodes, so that its caches stay warm on the same few, with bounded loads so that
+a busy project spills over before its first node is full (Thaler and Ravishankar, "Using
+name-based mappings to increase hit rates", 1998; Mirrokni, Thorup and Zadimoghaddam, "Consistent
+hashing with bounded loads", 2018).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import zip_longest
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+DEFAULT_LOAD_FACTOR = 1.5
+"""Share of the mean load that a node may have before a project spills to its next one."""
+
+
+@dataclass(frozen=True)
+class QueuedBuild:
+    """A build that waits."""
+
+    build_id: str
+    project_id: str
+    arrival: int
+    """Grows with every build that enters the queue."""
+    platforms: tuple[str, ...] = ()
+    """Normalised; empty for any."""
+    declined_by: frozenset[str] = frozenset()
+    """Nodes that are not asked again for now."""
+
+
+@dataclass(frozen=True)
+class NodeView:
+    """A node as far as placing builds needs it."""
+
+    node_id: str
+    slots: int
+    load: int
+    """Builds that run there or have a slot reserved."""
+    platforms: frozenset[str]
+    """Normalised."""
+    draining: bool = False
+    project_ids: frozenset[str] = field(default_factory=frozenset)
+    """Projects that it serves; empty for all."""
+
+    def free(self) -> bool:
+        """Return whether it would take one more build."""
+        return not self.draining and self.load < self.slots
+
+    def suits(self, build: QueuedBuild) -> bool:
+        """Return whether it could run this build if it were free."""
+        return self.serves(build.project_id) and self.platforms.issuperset(build.platforms)
+
+    def serves(self, project_id: str) -> bool:
+        """Return whether it runs builds of a project."""
+        return not self.project_ids or project_id in self.project_ids
+
+
+def normalise_platform(platform: str) -> str:
+    """Return a platform with the variants left out that are the default of their architecture.
+
+    Source: containerd's platform specifiers, "normalization": arm64/v8 is arm64, arm is arm/v7,
+    x86_64 is amd64, aarch64 is arm64.
+    """
+    parts = platform.strip().lower().split("/")
+    if len(parts) < 2:
+        return platform.strip().lower()
+    system, machine, variant = parts[0], parts[1], "/".join(parts[2:])
+    machine = {"x86_64": "amd64", "x86-64": "amd64", "aarch64": "arm64"}.get(machine, machine)
+    if (machine, variant) in (("arm64", "v8"), ("amd64", "v1")):
+        variant = ""
+    if (machine, variant) == ("arm", ""):
+        variant = "v7"
+    return "/".join(part for part in (system, machine, variant) if part)
+
+
+def fair_order(queue: Iterable[QueuedBuild], served: Mapping[str, int]) -> list[QueuedBuild]:
+    """Return the builds in the order in which they are offered to nodes.
+
+    Args:
+        queue: in any order.
+        served: by project, a number that grows each time one of its builds is placed; a project
+            without a number has never been served and comes first.
+    """
+    by_project: dict[str, list[QueuedBuild]] = {}
+    for build in sorted(queue, key=lambda build: build.arrival):
+        by_project.setdefault(build.project_id, []).append(build)
+    projects = sorted(
+        by_project, key=lambda project: (served.get(project, -1), by_project[project][0].arrival)
+    )
+    rounds = zip_longest(*(by_project[project] for project in projects))
+    return [build for turn in rounds for build in turn if build is not None]
+
+
+@lru_cache(maxsize=4096)
+def rank_nodes(project_id: str, node_ids: frozenset[str]) -> tuple[str, ...]:
+    """Return the nodes in a project's own order of preference.
+
+    A node that comes or goes does not change the order of the others.
+    """
+
+    def weight(node_id: str) -> bytes:
+        return hashlib.sha256(f"{project_id}\0{node_id}".encode()).digest()
+
+    return tuple(sorted(node_ids, key=weight, reverse=True))
+
+
+def candidates(
+    build: QueuedBuild,
+    nodes: Sequence[NodeView],
+    load_factor: float = DEFAULT_LOAD_FACTOR,
+) -> list[str]:
+    """Return the nodes that may be asked to run a build, best first.
+
+    Every node with a free slot that suits is in the list; nodes above the bound come last.
+    """
+    usable = {node.node_id: node for node in nodes if not node.draining and node.suits(build)}
+    slots = sum(node.slots for node in usable.values())
+    load = sum(node.load for node in usable.values())
+    within: list[str] = []
+    above: list[str] = []
+    for node_id in rank_nodes(build.project_id, frozenset(usable)):
+        node = usable[node_id]
+        if not node.free() or node_id in build.declined_by:
+            continue
+        bound = math.ceil(load_factor * (load + 1) * node.slots / slots)
+        (within if node.load < bound else above).append(node_id)
+    return within + above
+
+
+def plan(
+    order: Sequence[QueuedBuild],
+    nodes: Sequence[NodeView],
+    load_factor: float = DEFAULT_LOAD_FACTOR,
+) -> dict[str, str]:
+    """Return which node to ask for which build, by build id.
+
+    A build that nobody can take now does not hold back the ones behind it.
+    """
+    views = {node.node_id: node for node in nodes}
+    free = sum(max(0, node.slots - node.load) for node in nodes if node.free())
+    result: dict[str, str] = {}
+    for build in order:
+        if free == 0:
+            break
+        best = candidates(build, list(views.values()), load_factor)
+        if not best:
+            continue
+        node = views[best[0]]
+        views[node.node_id] = NodeView(
+            node.node_id,
+            node.slots,
+            node.load + 1,
+            node.platforms,
+            node.draining,
+            node.project_ids,
+        )
+        result[build.build_id] = node.node_id
+        free -= 1
+    return result
+
+
+def waiting_reason(build: QueuedBuild, nodes: Sequence[NodeView]) -> str:
+    """Return in one sentence why a build waits."""
+    if not nodes:
+        return "no node is attached"
+    serving = [node for node in nodes if node.serves(build.project_id)]
+    if not serving:
+        return f'no node serves the project "{build.project_id}"'
+    wanted = " and ".join(build.platforms)
+    suiting = [node for node in serving if node.suits(build)]
+    if not suiting:
+        together = " together" if len(build.platforms) > 1 else ""
+        return f"no node builds {wanted}{together}"
+    which = f" that build{'s' if len(suiting) == 1 else ''} {wanted}" if build.platforms else ""
+    if len(suiting) == len(nodes):
+        which = ""
+    if all(node.draining for node in suiting):
+        return _all(suiting, which, "draining")
+    active = [node for node in suiting if not node.draining]
+    if not any(node.free() for node in active):
+        return _all(active, which, "busy")
+    if all(node.node_id in build.declined_by for node in active if node.free()):
+        return "the free nodes declined the build for now"
+    return "other builds are before it"
+
+
+def _all(nodes: Sequence[NodeView], which: str, state: str) -> str:
+    if len(nodes) == 1:
+        return f"the only node{which} is {state}"
+    return f"all {len(nodes)} nodes{which} are {state}"

@@ -1,0 +1,102 @@
+"""The gateway's tables. SQLAlchemy Core only, portable between SQLite and PostgreSQL."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import sqlalchemy as sa
+
+SCHEMA_VERSION = 1
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class Instant(sa.types.TypeDecorator[datetime]):
+    """A UTC time as whole microseconds since 1970: exact, sortable, equal on every database."""
+
+    impl = sa.BigInteger
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> int | None:
+        """Return the column's value."""
+        return None if value is None else (value - EPOCH) // timedelta(microseconds=1)
+
+    def process_result_value(self, value: Any, dialect: sa.Dialect) -> datetime | None:
+        """Return the time."""
+        return None if value is None else EPOCH + timedelta(microseconds=value)
+
+
+metadata = sa.MetaData()
+
+meta = sa.Table(
+    "meta",
+    metadata,
+    sa.Column("key", sa.String(40), primary_key=True),
+    sa.Column("value", sa.String(200), nullable=False),
+)
+
+tokens = sa.Table(
+    "tokens",
+    metadata,
+    sa.Column("token_id", sa.String(12), primary_key=True),
+    sa.Column("secret_hash", sa.String(64), nullable=False),
+    sa.Column("name", sa.String(64), nullable=False),
+    sa.Column("role", sa.Integer, nullable=False),
+    sa.Column("project_ids", sa.JSON, nullable=False),
+    sa.Column("created_at", Instant, nullable=False),
+    sa.Column("expires_at", Instant),
+    sa.Column("last_used_at", Instant),
+    sa.Column("revoked_at", Instant),
+)
+
+projects = sa.Table(
+    "projects",
+    metadata,
+    sa.Column("project_id", sa.String(40), primary_key=True),
+    sa.Column("created_at", Instant, nullable=False),
+)
+
+builds = sa.Table(
+    "builds",
+    metadata,
+    sa.Column("build_id", sa.String(12), primary_key=True),
+    sa.Column("request_id", sa.String(128), nullable=False),
+    sa.Column("project_id", sa.String(40), nullable=False),
+    sa.Column("member", sa.String(64), nullable=False),
+    sa.Column("token_id", sa.String(12), nullable=False),
+    sa.Column("role", sa.Integer, nullable=False),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("state", sa.Integer, nullable=False),
+    sa.Column("node_id", sa.String(40), nullable=False, default=""),
+    sa.Column("created_at", Instant, nullable=False),
+    sa.Column("started_at", Instant),
+    sa.Column("completed_at", Instant),
+    sa.Column("error", sa.Text, nullable=False, default=""),
+    # A serialised BuildStats: new numbers need no new column.
+    sa.Column("stats", sa.LargeBinary, nullable=False, default=b""),
+    sa.Column("image_digest", sa.String(80), nullable=False, default=""),
+    sa.Column("cache_state", sa.Integer, nullable=False, default=0),
+    sa.Column("dockerfile_path", sa.Text, nullable=False),
+    sa.Column("target", sa.Text, nullable=False),
+    sa.Column("platforms", sa.JSON, nullable=False),
+    sa.Column("vcs_branch", sa.Text, nullable=False),
+    sa.Column("vcs_revision", sa.Text, nullable=False),
+    # A request of one token is one build, also when it is repeated after a restart.
+    sa.UniqueConstraint("token_id", "request_id", name="one_build_per_request"),
+    sa.Index("builds_by_time", "created_at", "build_id"),
+    sa.Index("builds_by_project", "project_id", "created_at", "build_id"),
+    sa.Index("builds_by_state", "state"),
+)
+
+build_logs = sa.Table(
+    "build_logs",
+    metadata,
+    sa.Column("build_id", sa.String(12), primary_key=True),
+    sa.Column("first_sequence", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("last_sequence", sa.BigInteger, nullable=False),
+    # Bytes of the batches before compression; they count against the limit of a build.
+    sa.Column("size_bytes", sa.BigInteger, nullable=False),
+    # zstd frame of a serialised LogsResponse.
+    sa.Column("batches", sa.LargeBinary, nullable=False),
+)

@@ -1,0 +1,315 @@
+"""The node agent: slots, running builds, and everything they share."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import time
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+import structlog
+from offload_cache.nodestore import NodeStore
+from offload_cache.registry.grants import Registry
+from offload_cache.registry.server import RegistryServer
+from offload_cache.s3store import S3Config, S3Store
+from offload_cache.statistics import CacheStatistics
+from offload_core import VERSION
+from offload_core.aio import TaskSet, finish
+from offload_core.errors import AccessDeniedError, NotFoundError
+from offload_proto.v1.builds_service_pb2 import BuildState
+from offload_proto.v1.nodes_service_pb2 import BuildUpdate, Heartbeat, Hello
+
+from offload_builder.node.clientlink import ClientLink
+from offload_builder.node.gatewaylink import GatewayLink
+from offload_builder.node.job import BuildJob
+from offload_builder.node.journal import Journal
+from offload_builder.node.project import ProjectPool
+from offload_builder.node.tickets import TicketVerifier
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from offload_proto.v1.node_service_pb2 import Result, Start
+
+    from offload_builder.node.config import NodeConfig
+    from offload_builder.node.enrolment import NodeIdentity
+
+log = structlog.get_logger(__name__)
+
+LOG_SECONDS = 300.0
+CANCEL_SECONDS = 10.0
+MIN_DISK_FREE_BYTES = 512 << 20
+
+
+@dataclass
+class _Running:
+    """A build that is here."""
+
+    job: BuildJob
+    task: asyncio.Task[Result] | None = None
+    canceled: str = ""
+
+
+class NodeAgent:
+    """Owns the node's state; the gRPC services and the gateway link call it."""
+
+    def __init__(self, config: NodeConfig, identity: NodeIdentity) -> None:
+        self.config = config
+        self.identity = identity
+        self.tickets = TicketVerifier(identity.node_id)
+        self.registry = Registry()
+        self.link = GatewayLink(config.gateway, identity.keys, self)
+        self.statistics = CacheStatistics()
+        self._listening = config.listen
+        self._builds: dict[str, _Running] = {}
+        self._reserved: dict[str, float] = {}
+        self._draining = False
+        self._empty = asyncio.Event()
+        self._empty.set()
+        self._background = TaskSet(self._crashed)
+        self._stack = AsyncExitStack()
+        self._store: NodeStore
+        self._registry_server: RegistryServer
+        self._projects: ProjectPool
+
+    async def __aenter__(self) -> Self:
+        objects = None
+        if self.config.s3_endpoint:
+            objects = S3Store(
+                S3Config(
+                    endpoint_url=self.config.s3_endpoint,
+                    bucket=self.config.s3_bucket,
+                    access_key=self.config.s3_access_key,
+                    secret_key=self.config.s3_secret_key,
+                    region=self.config.s3_region,
+                    prefix=self.config.s3_prefix,
+                ),
+                statistics=self.statistics,
+            )
+        async with AsyncExitStack() as stack:
+            shutil.rmtree(self.config.data / "journals", ignore_errors=True)
+            self._store = await stack.enter_async_context(
+                NodeStore(
+                    self.config.data / "cache",
+                    objects=objects,
+                    max_project_bytes=self.config.blobs_keep,
+                    statistics=self.statistics,
+                )
+            )
+            self._registry_server = await stack.enter_async_context(
+                RegistryServer(self.registry, self.statistics)
+            )
+            self._projects = await stack.enter_async_context(ProjectPool(self.config, self._store))
+            stack.push_async_callback(self._background.close)
+            self._background.start(self._projects.reap(), name="projects.reap")
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._stack.aclose()
+
+    @staticmethod
+    def _crashed(name: str, error: BaseException) -> None:
+        log.error("background.failed", task=name, exc_info=error)
+
+    # What the gateway asks (gatewaylink.NodeState).
+
+    def hello(self) -> Hello:
+        """Introduce the node."""
+        return Hello(
+            endpoints=self.config.advertise,
+            relay_endpoint=self.config.relay_address or self._listening,
+            platforms=self.config.native_platforms(),
+            slots=self.config.slots,
+            version=VERSION,
+            buildkit_version="",
+            running_build_ids=list(self._builds),
+        )
+
+    def heartbeat(self) -> Heartbeat:
+        """Describe the node now."""
+        free = shutil.disk_usage(self.config.data).free
+        objects = self._store.objects
+        health = objects.state if objects is not None and not objects.reachable else ""
+        if free < MIN_DISK_FREE_BYTES:
+            health = f"only {free >> 20} MiB are free on the disk"
+        return Heartbeat(
+            running=len(self._builds), draining=self._draining, disk_free_bytes=free, health=health
+        )
+
+    def trust_gateway(self, ticket_key_pem: bytes) -> None:
+        """Take the gateway's ticket key."""
+        self.tickets.trust(ticket_key_pem)
+
+    def offer(self, build_id: str, project_id: str, hold_seconds: float) -> str:
+        """Reserve a slot for a build; return why not, or an empty text."""
+        now = time.monotonic()
+        self._reserved = {key: until for key, until in self._reserved.items() if until > now}
+        if self._draining:
+            return "the node is draining"
+        if len(self._builds) + len(self._reserved) >= self.config.slots:
+            return "all slots of the node are taken"
+        self._reserved[build_id] = now + hold_seconds
+        log.debug("build.reserved", build_id=build_id, project_id=project_id)
+        return ""
+
+    def cancel(self, build_id: str, reason: str) -> None:
+        """End a build or give back its slot."""
+        self._reserved.pop(build_id, None)
+        running = self._builds.get(build_id)
+        if running is not None and not running.canceled:
+            running.canceled = reason or "canceled"
+            if running.task is not None:
+                running.task.cancel()
+
+    # What clients ask.
+
+    def listening(self, address: str) -> None:
+        """Note the address that the service got."""
+        self._listening = address
+
+    async def admit(self, start: Start, *, member: str) -> BuildJob:
+        """Redeem a ticket and make the build known.
+
+        Raises:
+            AccessDeniedError: the ticket is not valid here and now.
+        """
+        ticket = self.tickets.redeem(start.ticket, member=member)
+        if ticket.build_id not in self._reserved:
+            raise AccessDeniedError("the slot of this build was given away; start the build again")
+        runtime = await self._projects.runtime(ticket.project_id)
+        journal = Journal(self.config.data / "journals" / ticket.build_id)
+        job = BuildJob(
+            ticket,
+            start,
+            runtime,
+            self.registry,
+            self._registry_server.address,
+            ClientLink(),
+            journal,
+        )
+        self._reserved.pop(ticket.build_id, None)
+        self._builds[ticket.build_id] = _Running(job)
+        self._empty.clear()
+        self.link.beat()
+        self._background.start(self._send_log(job), name=f"log.{job.build_id}")
+        log.info(
+            "build.started",
+            build_id=job.build_id,
+            project_id=ticket.project_id,
+            member=member,
+        )
+        self._report(job, BuildState.BUILD_STATE_RUNNING)
+        return job
+
+    def job(self, build_id: str, *, member: str) -> BuildJob:
+        """Return a build that is here.
+
+        Raises:
+            NotFoundError: there is none, or it belongs to somebody else.
+        """
+        running = self._builds.get(build_id)
+        if running is None or running.job.member != member:
+            raise NotFoundError(f"there is no build {build_id} of yours on this node")
+        return running.job
+
+    async def execute(self, job: BuildJob) -> tuple[Result | None, str]:
+        """Run a build; return its result, or None and why it was cancelled."""
+        running = self._builds[job.build_id]
+        if running.canceled:
+            return None, running.canceled
+        work = asyncio.ensure_future(job.run())
+        running.task = work
+        try:
+            await asyncio.wait((work,))
+        except asyncio.CancelledError:
+            # The client went away, and its build goes with it.
+            work.cancel()
+            await finish(asyncio.wait((work,)), CANCEL_SECONDS)
+            raise
+        if work.cancelled():
+            return None, self._builds[job.build_id].canceled
+        return work.result(), ""
+
+    def finished(self, job: BuildJob, result: Result | None, reason: str) -> None:
+        """Report the end of a build and publish its cache in the background."""
+        publish = False
+        if result is None:
+            self._report(job, BuildState.BUILD_STATE_CANCELED, error=reason)
+        elif result.HasField("success"):
+            publish = job.will_publish()
+            self._report(job, BuildState.BUILD_STATE_SUCCEEDED)
+        else:
+            self._report(job, BuildState.BUILD_STATE_FAILED, error=result.failure.message)
+        job.journal.finish()
+        log.info("build.finished", build_id=job.build_id, publish=publish, reason=reason)
+        if publish:
+            self._background.start(self._publish(job), name=f"publish.{job.build_id}")
+
+    async def _publish(self, job: BuildJob) -> None:
+        job.publishing.clear()
+        try:
+            await job.publish()
+        finally:
+            job.publishing.set()
+            self._report(job, BuildState.BUILD_STATE_SUCCEEDED)
+
+    def release(self, job: BuildJob) -> None:
+        """Give the slot back; what the job holds is closed when its cache is published."""
+        self._builds.pop(job.build_id, None)
+        if not self._builds:
+            self._empty.set()
+        job.journal.finish()
+        self.link.beat()
+        self._background.start(self._close(job), name=f"close.{job.build_id}")
+
+    async def _close(self, job: BuildJob) -> None:
+        try:
+            await job.publishing.wait()
+        finally:
+            await job.close()
+
+    async def _send_log(self, job: BuildJob) -> None:
+        try:
+            # The journal goes away only after its build has ended and its log was sent, or could
+            # not be sent for a while.
+            sending = asyncio.ensure_future(self.link.send_log(job.build_id, job.journal))
+            try:
+                await job.journal.finished.wait()
+                await asyncio.wait((sending,), timeout=LOG_SECONDS)
+            finally:
+                sending.cancel()
+        finally:
+            job.journal.remove()
+
+    def _report(self, job: BuildJob, state: BuildState.ValueType, *, error: str = "") -> None:
+        self.link.report(
+            BuildUpdate(
+                build_id=job.build_id,
+                state=state,
+                error=error,
+                stats=job.stats,
+                image_digest=job.image_digest,
+                cache_state=job.cache_state,
+            )
+        )
+
+    async def drain(self) -> None:
+        """Accept nothing more; wait for running builds and for the cache of finished ones."""
+        self._draining = True
+        self.link.beat()
+        try:
+            async with asyncio.timeout(self.config.drain_timeout):
+                await self._empty.wait()
+        except TimeoutError:
+            log.warning("node.drain.timed_out", builds=len(self._builds))
+        for build_id in list(self._builds):
+            self.cancel(build_id, "the node is shutting down")
+        log.info("node.drained")

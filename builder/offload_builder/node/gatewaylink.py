@@ -1,0 +1,202 @@
+"""The node's standing connection to its gateway: heartbeats, offers, news and logs of builds."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Protocol
+
+import grpc
+import structlog
+from offload_core.errors import AuthenticationError, GatewayUnreachableError, OffloadError
+from offload_core.interceptors import call_metadata
+from offload_core.status import error_from_rpc
+from offload_core.tls import GATEWAY_NAME, open_channel
+from offload_proto.v1.nodes_service_pb2 import (
+    AttachRequest,
+    BuildLog,
+    BuildUpdate,
+    Heartbeat,
+    Hello,
+    OfferReply,
+)
+from offload_proto.v1.nodes_service_pb2_grpc import NodesServiceStub
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from offload_core.tls import KeyPair
+    from offload_proto.v1.nodes_service_pb2 import AttachResponse
+    from offload_proto.v1.nodes_service_pb2_grpc import NodesServiceAsyncStub
+
+    from offload_builder.node.journal import Journal
+
+log = structlog.get_logger(__name__)
+
+OUTBOX_MESSAGES = 256
+RECONNECT_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
+
+
+class NodeState(Protocol):
+    """What the link needs to know of the node."""
+
+    def hello(self) -> Hello:
+        """Introduce the node."""
+
+    def heartbeat(self) -> Heartbeat:
+        """Describe the node now."""
+
+    def trust_gateway(self, ticket_key_pem: bytes) -> None:
+        """Take the gateway's ticket key."""
+
+    def offer(self, build_id: str, project_id: str, hold_seconds: float) -> str:
+        """Reserve a slot; return why not, or an empty text."""
+
+    def cancel(self, build_id: str, reason: str) -> None:
+        """End a build or give back its slot."""
+
+
+class GatewayLink:
+    """Keeps the stream open for as long as the node serves.
+
+    News of builds is kept until it was written to a stream: the last update of each build, and
+    the journals of running builds, which are sent again from the start after a reconnect (the
+    gateway drops what it has by sequence number).
+    """
+
+    def __init__(self, address: str, keys: KeyPair, state: NodeState) -> None:
+        self._address = address
+        self._keys = keys
+        self._state = state
+        self._updates: dict[str, BuildUpdate] = {}
+        self._journals: dict[str, tuple[Journal, asyncio.Event]] = {}
+        self._changed = asyncio.Event()
+        self.connected = asyncio.Event()
+
+    def report(self, update: BuildUpdate) -> None:
+        """Send an update as soon as there is a connection."""
+        self._updates[update.build_id] = update
+        self._changed.set()
+
+    def beat(self) -> None:
+        """Send a heartbeat now, because something changed."""
+        self._changed.set()
+
+    async def send_log(self, build_id: str, journal: Journal) -> None:
+        """Stream a journal to the history until it is finished and sent; survives reconnects."""
+        done = asyncio.Event()
+        self._journals[build_id] = (journal, done)
+        self._changed.set()
+        try:
+            await done.wait()
+        finally:
+            self._journals.pop(build_id, None)
+
+    async def run(self) -> None:
+        """Attach, and attach again after every loss, until cancelled.
+
+        Raises:
+            AuthenticationError: the gateway no longer accepts this node.
+        """
+        failures = 0
+        async with open_channel(
+            self._address, GATEWAY_NAME, ca_pem=self._keys.ca_pem, keys=self._keys
+        ) as channel:
+            while True:
+                try:
+                    await self._attach(NodesServiceStub(channel))
+                    error: OffloadError | None = None
+                except* grpc.RpcError as group:
+                    error = _first(group, self._address)
+                except* OSError as group:
+                    error = GatewayUnreachableError(f"the link to the gateway broke: {group}")
+                was_connected = self.connected.is_set()
+                self.connected.clear()
+                if isinstance(error, AuthenticationError):
+                    raise error
+                failures = 0 if was_connected else failures + 1
+                delay = RECONNECT_SECONDS[min(failures, len(RECONNECT_SECONDS) - 1)]
+                log.warning(
+                    "gateway.lost", address=self._address, error=str(error), retry_seconds=delay
+                )
+                await asyncio.sleep(delay)
+
+    async def _attach(self, stub: NodesServiceAsyncStub) -> None:
+        outbox: asyncio.Queue[AttachRequest] = asyncio.Queue(OUTBOX_MESSAGES)
+        await outbox.put(AttachRequest(hello=self._state.hello()))
+        call = stub.Attach(_drain(outbox), metadata=call_metadata())
+        async with asyncio.TaskGroup() as tasks:
+            sender: asyncio.Task[None] | None = None
+            try:
+                async for message in call:
+                    if message.WhichOneof("message") == "welcome":
+                        self._state.trust_gateway(message.welcome.ticket_public_key_pem)
+                        interval = message.welcome.heartbeat_interval
+                        seconds = interval.seconds + interval.nanos / 1e9
+                        sender = tasks.create_task(self._send(outbox, seconds or 2.0))
+                        self.connected.set()
+                        log.info("gateway.attached", address=self._address)
+                    else:
+                        await self._answer(message, outbox)
+            finally:
+                call.cancel()
+                if sender is not None:
+                    sender.cancel()
+
+    async def _answer(self, message: AttachResponse, outbox: asyncio.Queue[AttachRequest]) -> None:
+        kind = message.WhichOneof("message")
+        if kind == "offer":
+            offer = message.offer
+            hold = offer.hold.seconds + offer.hold.nanos / 1e9
+            reason = self._state.offer(offer.build_id, offer.project_id, hold)
+            reply = OfferReply(build_id=offer.build_id, accepted=not reason, reason=reason)
+            await outbox.put(AttachRequest(offer_reply=reply))
+        elif kind == "cancel_build":
+            self._state.cancel(message.cancel_build.build_id, message.cancel_build.reason)
+
+    async def _send(self, outbox: asyncio.Queue[AttachRequest], interval: float) -> None:
+        sending: dict[str, asyncio.Task[None]] = {}
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                self._changed.clear()
+                await outbox.put(AttachRequest(heartbeat=self._state.heartbeat()))
+                for build_id, update in list(self._updates.items()):
+                    await outbox.put(AttachRequest(build_update=update))
+                    if self._updates.get(build_id) is update:
+                        del self._updates[build_id]
+                for build_id, (journal, done) in self._journals.items():
+                    if build_id not in sending:
+                        sending[build_id] = tasks.create_task(
+                            _send_journal(outbox, build_id, journal, done)
+                        )
+                for build_id in [key for key in sending if key not in self._journals]:
+                    if sending[build_id].done():
+                        del sending[build_id]
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(interval):
+                        await self._changed.wait()
+
+
+async def _send_journal(
+    outbox: asyncio.Queue[AttachRequest], build_id: str, journal: Journal, done: asyncio.Event
+) -> None:
+    async for batches in journal.read():
+        message = BuildLog(build_id=build_id, batches=batches)
+        await outbox.put(AttachRequest(build_log=message))
+    done.set()
+
+
+async def _drain(outbox: asyncio.Queue[AttachRequest]) -> AsyncIterator[AttachRequest]:
+    while True:
+        yield await outbox.get()
+
+
+def _first(group: BaseExceptionGroup[grpc.RpcError], address: str) -> OffloadError:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error_from_rpc(
+        error,  # type: ignore[arg-type]
+        peer=f"the gateway at {address}",
+        unreachable=GatewayUnreachableError,
+    )

@@ -1,0 +1,77 @@
+"""Which blobs of a project a build may give to its client: those of the image that it made."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from offload_core.errors import InternalError, NotFoundError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from offload_cache.tiered import ProjectStore
+
+MAX_MANIFEST_BYTES = 4 << 20
+INDEX_TYPES = (
+    "application/vnd.oci.image.index.v1+json",
+    "application/vnd.docker.distribution.manifest.list.v2+json",
+)
+
+
+class ImageFiles:
+    """The closure of one image: index, manifests, configs and layers (OCI image spec)."""
+
+    def __init__(self, store: ProjectStore) -> None:
+        self._store = store
+        self._media_types: dict[str, str] = {}
+        self._sizes: dict[str, int] = {}
+
+    async def admit(self, digest: str) -> str:
+        """Add an image; return the media type of its manifest or index.
+
+        Raises:
+            InternalError: a manifest that the node itself stored cannot be read.
+        """
+        body = await self._store.read_blob(digest, max_bytes=MAX_MANIFEST_BYTES)
+        try:
+            manifest: dict[str, Any] = json.loads(body)
+        except ValueError as error:
+            raise InternalError(f"the manifest {digest} is not JSON") from error
+        children = manifest.get("manifests")
+        default = INDEX_TYPES[0] if children is not None else ""
+        media_type = str(
+            manifest.get("mediaType") or default or "application/vnd.oci.image.manifest.v1+json"
+        )
+        self._media_types[digest] = media_type
+        self._sizes[digest] = len(body)
+        for child in children or ():
+            await self.admit(child["digest"])
+        for blob in (manifest.get("config"), *manifest.get("layers", ())):
+            if blob:
+                self._sizes[blob["digest"]] = int(blob["size"])
+        return media_type
+
+    def size(self, digest: str) -> int:
+        """Return the size of a blob or manifest of the image.
+
+        Raises:
+            NotFoundError: it does not belong to the image.
+        """
+        size = self._sizes.get(digest)
+        if size is None:
+            raise NotFoundError(f"{digest} is not part of the image that this build made")
+        return size
+
+    def media_type(self, digest: str) -> str:
+        """Return the media type of a manifest; empty for a blob."""
+        return self._media_types.get(digest, "")
+
+    async def path(self, digest: str) -> Path:
+        """Return a verified file with the content.
+
+        Raises:
+            NotFoundError: it does not belong to the image, or is nowhere any more.
+        """
+        self.size(digest)
+        return await self._store.open_blob(digest)

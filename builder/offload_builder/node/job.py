@@ -1,0 +1,345 @@
+"""One build at the node: from a redeemed ticket to a result, and the cache entry after it."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack, aclosing
+from typing import TYPE_CHECKING
+
+import structlog
+from offload_cache.registry.grants import EXPORT_TAG, IMAGE, IMPORT_TAG, Grant
+from offload_core.aio import finish
+from offload_core.errors import (
+    ContextChangedError,
+    ContextError,
+    NodeLostError,
+    OffloadError,
+    find_offload_error,
+)
+from offload_proto.v1.build_spec_pb2 import ImageDescriptor
+from offload_proto.v1.builds_service_pb2 import BuildStats, CacheState
+from offload_proto.v1.node_service_pb2 import Failure, Result, Success
+
+from offload_builder.buildkit.failure import SolveFailure
+from offload_builder.buildkit.providers import SessionProviders
+from offload_builder.buildkit.session import BkSession
+from offload_builder.buildkit.solve import Attributed, SolveResult, SolveSpec
+from offload_builder.node.imagefiles import ImageFiles
+from offload_builder.node.localsource import BuildContext
+from offload_builder.node.outputs import Outputs
+from offload_builder.node.solveplan import (
+    EXPORT_ATTRIBUTES,
+    NameRewriter,
+    cache_entry_key,
+    check_spec,
+    exporters,
+    frontend_attributes,
+    shared_key_base,
+)
+from offload_builder.node.steps import StepTally
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from offload_cache.registry.grants import Registry
+    from offload_proto.v1.builds_service_pb2 import Ticket
+    from offload_proto.v1.events_pb2 import ProgressBatch
+    from offload_proto.v1.node_service_pb2 import Start
+
+    from offload_builder.buildkit.client import BuildkitClient
+    from offload_builder.node.clientlink import ClientLink
+    from offload_builder.node.journal import Journal
+    from offload_builder.node.project import ProjectRuntime
+
+log = structlog.get_logger(__name__)
+
+STATUS_SECONDS = 5.0
+"""BuildKit ends the progress stream with the build; this bounds a stream that does not end."""
+CLOSE_SECONDS = 10.0
+PUBLISH_SECONDS = 600.0
+EXPORT_SECONDS = 1800.0
+
+
+class BuildJob:
+    """Runs one build. Use `run` once, then `release`; `publish` may go on in the background."""
+
+    def __init__(
+        self,
+        ticket: Ticket,
+        start: Start,
+        runtime: ProjectRuntime,
+        registry: Registry,
+        registry_address: str,
+        link: ClientLink,
+        journal: Journal,
+    ) -> None:
+        self.build_id = ticket.build_id
+        self.member = ticket.member
+        self.link = link
+        self.journal = journal
+        self.stats = BuildStats()
+        self.image = ImageFiles(runtime.cache.store)
+        self.image_digest = ""
+        self.cache_state: CacheState.ValueType = CacheState.CACHE_STATE_UNSPECIFIED
+        self.context_store = runtime.context_store
+        self._ticket = ticket
+        self._start = start
+        self._runtime = runtime
+        self._registry = registry
+        self._registry_address = registry_address
+        self._stack = AsyncExitStack()
+        self._steps = StepTally()
+        self._client: BuildkitClient
+        self._session: BkSession
+        self._outputs: Outputs | None = None
+        self._capability = ""
+        self._rewrite: NameRewriter
+        self._has_entry = False
+        self._imports = False
+        self.publishing = asyncio.Event()
+        self.publishing.set()
+        self._shared_key = ""
+
+    async def run(self) -> Result:
+        """Build; the result says also what went wrong.
+
+        Cancelling this cancels the build in BuildKit.
+        """
+        try:
+            outcome = await self._run()
+        except OffloadError as error:
+            outcome = _failure(error)
+        except BaseExceptionGroup as group:
+            known = find_offload_error(group)
+            if known is None:
+                raise
+            outcome = _failure(known)
+        finally:
+            self.stats.steps_total = self._steps.total
+            self.stats.steps_cached = self._steps.cached
+        if isinstance(outcome, Failure):
+            outcome.message = self._clean(outcome.message)
+            return Result(failure=outcome, stats=self.stats)
+        return Result(success=outcome, stats=self.stats)
+
+    async def _run(self) -> Success | Failure:
+        spec = self._start.spec
+        check_spec(spec)
+        await self._prepare()
+        plan = exporters(spec, f"{self._registry_address}/{self._capability}/image")
+        self._outputs = Outputs(self.link, plan)
+        source = BuildContext(
+            self.link,
+            self._runtime.context_store,
+            self._runtime.times,
+            self._start.inline_files,
+            self._shared_key,
+            self.stats,
+        )
+        self._stack.push_async_callback(source.close)
+        self._session = await self._stack.enter_async_context(
+            BkSession(
+                self._client,
+                self._shared_key,
+                SessionProviders(
+                    source=source, credentials=_Credentials(self.link), outputs=self._outputs
+                ),
+            )
+        )
+        outcome = await self._solve_and_repair(
+            [Attributed(item.type, item.attributes) for item in plan]
+        )
+        if isinstance(outcome, SolveFailure):
+            return outcome.to_message()
+        success = Success(exporter_response=self._rewrite.response(outcome.exporter_response))
+        await self._note_image(success)
+        return success
+
+    async def _prepare(self) -> None:
+        spec, ticket = self._start.spec, self._ticket
+        native = self._runtime.native_platform
+        key = cache_entry_key(spec, native)
+        scopes = tuple(ticket.read_scopes)
+        self._capability = self._registry.grant(
+            Grant(
+                cache=self._runtime.cache,
+                read_scopes=scopes,
+                write_scope=ticket.write_scope or None,
+                entry_key=key,
+                build_id=ticket.build_id,
+                member=ticket.member,
+                may_import=not spec.no_cache,
+            )
+        )
+        self._stack.push_async_callback(self._registry.revoke, self._capability)
+        self._rewrite = NameRewriter(self._registry_address, self._capability)
+        offering = asyncio.ensure_future(self._runtime.cache.offers.offer(scopes, key))
+        try:
+            self._client = await self._stack.enter_async_context(self._runtime.use())
+            offer = await offering
+        finally:
+            offering.cancel()
+        self._imports = offer is not None and not spec.no_cache
+        self._has_entry = offer is not None and offer.entry.key == key
+        base = shared_key_base(ticket.project_id, spec, native)
+        self._shared_key = self._stack.enter_context(self._runtime.shared_key(base))
+        if problem := self._runtime.cache_problem():
+            await self.link.notice(
+                f"the shared cache is not reachable ({problem}); the build goes on without it"
+            )
+
+    async def _solve_and_repair(self, plan: list[Attributed]) -> SolveResult | SolveFailure:
+        """Solve; when promised cache content cannot be read, repeat, at last without the cache."""
+        reference = f"{self._registry_address}/{self._capability}/cache:{IMPORT_TAG}"
+        imports = [Attributed("registry", {"ref": reference})] if self._imports else []
+        attempts = [imports, imports, []] if imports else [[]]
+        outcome: SolveResult | SolveFailure | None = None
+        for number, attempt in enumerate(attempts):
+            outcome = await self._solve(plan, attempt)
+            if isinstance(outcome, SolveResult) or not outcome.is_cache_fault:
+                return outcome
+            if number + 1 == len(attempts) or (self._outputs and self._outputs.begun):
+                return outcome
+            log.warning(
+                "cache.import.failed", build_id=self.build_id, reason=self._clean(outcome.message)
+            )
+            if outcome.is_digest_mismatch:
+                await self._runtime.wipe_ingest()
+            again = "again" if number == 0 else "without the shared cache"
+            await self.link.notice(f"cached content could not be read; building {again}")
+        if outcome is None:  # pragma: no cover - attempts is never empty
+            raise NodeLostError("no attempt was made")
+        return outcome
+
+    async def _solve(
+        self, plan: list[Attributed], imports: list[Attributed]
+    ) -> SolveResult | SolveFailure:
+        spec = SolveSpec(
+            frontend_attributes=frontend_attributes(self._start.spec),
+            exporters=plan,
+            cache_imports=imports,
+        )
+        status = asyncio.ensure_future(self._follow(spec.ref))
+        try:
+            outcome = await self._client.solve(spec, self._session)
+            await asyncio.wait((status,), timeout=STATUS_SECONDS)
+            return outcome
+        finally:
+            if status.done() and not status.cancelled():
+                # The solve has said what is wrong; the progress stream would only repeat it.
+                status.exception()
+            status.cancel()
+
+    async def _follow(self, ref: str) -> None:
+        async with aclosing(self._client.status(ref)) as batches:
+            async for batch in batches:
+                self._steps.add(batch)
+                self._clean_batch(batch)
+                self.stats.warnings += len(batch.warnings)
+                self.journal.append(batch)
+
+    def _clean_batch(self, batch: ProgressBatch) -> None:
+        for vertex in batch.vertices:
+            vertex.name = self._clean(vertex.name)
+            vertex.error = self._clean(vertex.error)
+        for status in batch.statuses:
+            status.id = self._clean(status.id)
+            status.name = self._clean(status.name)
+
+    def _clean(self, text: str) -> str:
+        return self._rewrite(text) if self._capability else text
+
+    async def _note_image(self, success: Success) -> None:
+        for exported in self._registry.exports(self._capability):
+            if exported.repository == IMAGE and exported.reference == "result":
+                media_type = await self.image.admit(exported.digest)
+                self.image_digest = exported.digest
+                success.image.CopyFrom(
+                    ImageDescriptor(
+                        digest=exported.digest,
+                        media_type=media_type,
+                        size_bytes=self.image.size(exported.digest),
+                    )
+                )
+
+    def will_publish(self) -> bool:
+        """Say whether this build has cache entries that others lack, and set `cache_state`."""
+        if not self._ticket.write_scope:
+            self.cache_state = CacheState.CACHE_STATE_SKIPPED
+        elif self._has_entry and self._steps.total == self._steps.cached:
+            self.cache_state = CacheState.CACHE_STATE_UNCHANGED
+        else:
+            self.cache_state = CacheState.CACHE_STATE_PENDING
+        return self.cache_state == CacheState.CACHE_STATE_PENDING
+
+    async def publish(self) -> None:
+        """Export the cache of a build that worked, and wait until every other node can read it.
+
+        A second solve in the same session: everything is cached, so it only writes layers. The
+        user does not wait for it.
+        """
+        reference = f"{self._registry_address}/{self._capability}/cache:{EXPORT_TAG}"
+        spec = SolveSpec(
+            frontend_attributes=frontend_attributes(self._start.spec, use_cache=False),
+            cache_exports=[Attributed("registry", {"ref": reference, **EXPORT_ATTRIBUTES})],
+            internal=True,
+        )
+        self.cache_state = CacheState.CACHE_STATE_FAILED
+        try:
+            async with asyncio.timeout(EXPORT_SECONDS):
+                outcome = await self._client.solve(spec, self._session)
+            if isinstance(outcome, SolveFailure):
+                log.warning(
+                    "cache.export.failed",
+                    build_id=self.build_id,
+                    reason=self._clean(outcome.message),
+                )
+                return
+            if await self._published():
+                self.cache_state = CacheState.CACHE_STATE_PUBLISHED
+        except (OffloadError, TimeoutError) as error:
+            log.warning("cache.export.failed", build_id=self.build_id, reason=str(error))
+
+    async def _published(self) -> bool:
+        exports = self._registry.exports(self._capability)
+        uploads = self._runtime.uploads
+        if not any(item.reference == EXPORT_TAG for item in exports):
+            return False
+        if uploads is None:
+            return True
+        numbers = [item.publication for item in exports if item.publication is not None]
+        done = [await uploads.wait_published(number, PUBLISH_SECONDS) for number in numbers]
+        return all(done)
+
+    def read_output(self, index: int) -> AsyncIterator[bytes]:
+        """Return the stream of an exporter."""
+        if self._outputs is None:
+            raise NodeLostError("the build has not begun")
+        return self._outputs.read(index)
+
+    async def close(self) -> None:
+        """Release everything; runs to its end also while being cancelled."""
+        if self._outputs is not None:
+            self._outputs.stop()
+        await finish(self._stack.aclose(), CLOSE_SECONDS)
+
+
+class _Credentials:
+    """Registry logins, asked of the client."""
+
+    def __init__(self, link: ClientLink) -> None:
+        self._link = link
+
+    async def credentials(self, host: str) -> tuple[str, str]:
+        """Return user and secret for a registry."""
+        return await self._link.request_credentials(host)
+
+
+def _failure(error: OffloadError) -> Failure:
+    if isinstance(error, (ContextError, ContextChangedError)):
+        kind = Failure.KIND_CONTEXT
+    elif isinstance(error, NodeLostError):
+        kind = Failure.KIND_NODE
+    else:
+        kind = Failure.KIND_BUILD
+    return Failure(kind=kind, message=error.message)

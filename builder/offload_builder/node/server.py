@@ -1,0 +1,93 @@
+"""A whole node: identity, agent, gRPC listener, link to the gateway."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Self
+
+import structlog
+from grpc import aio
+from offload_core.errors import ConfigError
+from offload_core.interceptors import ErrorInterceptor
+from offload_core.tls import SERVER_OPTIONS, server_credentials
+from offload_core.trust import join_address, split_address
+from offload_proto.v1.node_service_pb2_grpc import (
+    add_BlobsServiceServicer_to_server,
+    add_NodeBuildsServiceServicer_to_server,
+)
+
+from offload_builder.node.agent import NodeAgent
+from offload_builder.node.enrolment import ensure_identity
+from offload_builder.node.services import Blobs, NodeBuilds
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from offload_builder.node.config import NodeConfig
+
+log = structlog.get_logger(__name__)
+
+STOP_SECONDS = 5.0
+DEFAULT_PORT = 7450
+
+
+class NodeServer:
+    """Async context manager; `run` serves until cancelled."""
+
+    def __init__(self, config: NodeConfig) -> None:
+        self.config = config
+        self.agent: NodeAgent
+        self.address = ""
+        self._stack = AsyncExitStack()
+        self._errors = ErrorInterceptor("this node")
+
+    async def __aenter__(self) -> Self:
+        self.config.data.mkdir(parents=True, exist_ok=True)
+        identity = await ensure_identity(self.config)
+        async with AsyncExitStack() as stack:
+            self.agent = await stack.enter_async_context(NodeAgent(self.config, identity))
+            server = aio.server(interceptors=(self._errors,), options=SERVER_OPTIONS)
+            add_NodeBuildsServiceServicer_to_server(NodeBuilds(self.agent), server)
+            add_BlobsServiceServicer_to_server(Blobs(self.agent), server)
+            host, port = split_address(self.config.listen, default_port=DEFAULT_PORT)
+            try:
+                bound = server.add_secure_port(
+                    join_address(host, port), server_credentials(identity.keys, require_client=True)
+                )
+            except RuntimeError as error:
+                raise ConfigError(
+                    f"cannot listen on {self.config.listen}; is the port in use?"
+                ) from error
+            self.address = join_address(host, bound)
+            self.agent.listening(self.address)
+            await server.start()
+            stack.push_async_callback(self._stop, server)
+            self._stack = stack.pop_all()
+        log.info("node.listening", node_id=identity.node_id, address=self.address)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._stack.aclose()
+
+    async def _stop(self, server: aio.Server) -> None:
+        await server.stop(STOP_SECONDS)
+        await self._errors.drained(STOP_SECONDS)
+
+    async def run(self) -> None:
+        """Stay attached to the gateway until cancelled, then drain."""
+        link = asyncio.ensure_future(self.agent.link.run())
+        try:
+            await asyncio.shield(link)
+        except asyncio.CancelledError:
+            if not link.done():
+                await self.agent.drain()
+            raise
+        finally:
+            link.cancel()
+            await asyncio.wait((link,))

@@ -1,0 +1,115 @@
+"""Content that clients send: unpacked, verified, stored, and announced to those who wait."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import zstandard
+from offload_core.errors import OffloadError, UsageError
+from offload_proto.v1.node_service_pb2 import UploadResponse
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from offload_proto.v1.builds_service_pb2 import BuildStats
+    from offload_proto.v1.node_service_pb2 import BlobBatch, BlobChunk, UploadRequest
+
+    from offload_builder.node.clientlink import ClientLink
+    from offload_builder.node.contextstore import ContextStore, PartialBlob
+
+MAX_UNPACKED_BYTES = 64 << 20
+"""Largest content of one message; ours are of about 1 MiB. Bounds what a zip bomb can do."""
+
+
+class Upload:
+    """One upload stream of one build."""
+
+    def __init__(self, store: ContextStore, link: ClientLink, stats: BuildStats) -> None:
+        self._store = store
+        self._link = link
+        self._stats = stats
+        self._partial: PartialBlob | None = None
+        self._partial_digest = b""
+        self._received = 0
+        self._unpacker = zstandard.ZstdDecompressor()
+
+    async def run(self, requests: AsyncIterator[UploadRequest]) -> AsyncIterator[UploadResponse]:
+        """Store what arrives; yields an acknowledgement per message.
+
+        A fault of storing ends what waits for the content as well, so the build fails with the
+        cause and not with a time-out.
+        """
+        try:
+            async for request in requests:
+                if request.WhichOneof("message") == "batch":
+                    yield await self._take_batch(request.batch)
+                else:
+                    yield await self._take_chunk(request.chunk)
+        except OffloadError as error:
+            self._link.fail_blobs(error)
+            raise
+        finally:
+            self._drop_partial()
+
+    async def _take_batch(self, batch: BlobBatch) -> UploadResponse:
+        if len(batch.sha256) != len(batch.sizes) or min(batch.sizes, default=0) < 0:
+            raise UsageError("the client sent a malformed batch of files")
+        total = sum(batch.sizes)
+        data = await self._unpack(batch.data, zstd=batch.zstd)
+        if total != len(data):
+            raise UsageError("the client sent a batch whose sizes do not add up")
+        view = memoryview(data)
+        blobs: list[tuple[bytes, memoryview]] = []
+        offset = 0
+        for digest, size in zip(batch.sha256, batch.sizes, strict=True):
+            if self._link.wanted(digest):
+                blobs.append((digest, view[offset : offset + size]))
+            offset += size
+        await self._store.run(self._store.store_sync, blobs)
+        self._stats.context_sent_bytes += total
+        self._link.blobs_arrived([digest for digest, _ in blobs])
+        return UploadResponse(stored_blobs=len(blobs), stored_bytes=total)
+
+    async def _take_chunk(self, chunk: BlobChunk) -> UploadResponse:
+        data = await self._unpack(chunk.data, zstd=chunk.zstd)
+        if chunk.offset_bytes == 0:
+            self._drop_partial()
+            if not self._link.wanted(chunk.sha256):
+                raise UsageError("the client sent a file that was not asked for")
+            self._partial = self._store.begin_sync(chunk.sha256)
+            self._partial_digest = chunk.sha256
+            self._received = 0
+        if (
+            self._partial is None
+            or chunk.sha256 != self._partial_digest
+            or chunk.offset_bytes != self._received
+        ):
+            raise UsageError("the client sent the pieces of a file out of order")
+        await self._store.run(self._partial.write, data)
+        self._received += len(data)
+        self._stats.context_sent_bytes += len(data)
+        if self._received < chunk.size_bytes:
+            return UploadResponse()
+        await self._store.run(self._partial.commit)
+        self._drop_partial()
+        self._link.blobs_arrived([chunk.sha256])
+        return UploadResponse(stored_blobs=1, stored_bytes=self._received)
+
+    async def _unpack(self, data: bytes, *, zstd: bool) -> bytes:
+        if not zstd:
+            return data
+        return await self._store.run(self._unpack_sync, data)
+
+    def _unpack_sync(self, data: bytes) -> bytes:
+        try:
+            size = zstandard.frame_content_size(data)
+            if not 0 <= size <= MAX_UNPACKED_BYTES:
+                raise UsageError("the client sent a compressed message that is too large")
+            return self._unpacker.decompress(data, max_output_size=MAX_UNPACKED_BYTES)
+        except zstandard.ZstdError as error:
+            raise UsageError("the client sent damaged compressed data") from error
+
+    def _drop_partial(self) -> None:
+        if self._partial is not None:
+            self._partial.close()
+            self._partial = None

@@ -1,0 +1,1 @@
+"""The tiered blob store and the OCI registry over it."""

@@ -1,0 +1,229 @@
+"""The durable queue that brings a node's blobs to the shared store, off the builds' critical path.
+
+A publication is a set of blobs and the document that names them, in stages: layers first, then
+manifests, then the cache entry. A stage is started when the one before is complete, so a reader
+that sees a document can read all it names. The queue lives in the node's index: what was accepted
+is uploaded after a restart, too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import defaultdict, deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+import structlog
+from offload_core.aio import TaskSet
+from offload_core.errors import CacheUnavailableError, NotFoundError
+
+from offload_cache.presence import BlobState
+from offload_cache.statistics import CacheStatistics
+from offload_cache.uploadtable import UploadTable
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+    from pathlib import Path
+
+    from offload_cache.database import CacheDatabase
+    from offload_cache.objectstore import ObjectStore
+    from offload_cache.presence import Presence
+    from offload_cache.uploadtable import QueuedUpload, UploadItem
+
+_log = structlog.get_logger(__name__)
+
+_MAX_PUBLICATIONS = 5_000
+_MAX_ATTEMPTS = 8
+_FIRST_PAUSE_SECONDS = 0.5
+_LONGEST_PAUSE_SECONDS = 60.0
+_IDLE_SECONDS = 30.0
+_TRUST_SECONDS = 3600.0  # older knowledge is checked before a document relies on it
+_REMEMBERED_DROPS = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectUploads:
+    """Where the queue finds a project's blobs and notes what it learns."""
+
+    find: Callable[[str], Path | None]
+    presence: Presence
+
+
+class UploadQueue:
+    """Uploads publications with a bounded number of parallel transfers; an async context manager.
+
+    `resolve` opens the project of an item that is due; after a restart nobody else may have.
+    """
+
+    def __init__(
+        self,
+        database: CacheDatabase,
+        objects: ObjectStore,
+        resolve: Callable[[str], Awaitable[ProjectUploads]],
+        *,
+        workers: int = 4,
+        statistics: CacheStatistics | None = None,
+    ) -> None:
+        self._table = UploadTable(database)
+        self._objects = objects
+        self._resolve = resolve
+        self._workers = workers
+        self._statistics = statistics or CacheStatistics()
+        self._wake = asyncio.Event()
+        self._running: set[str] = set()
+        self._waiters: defaultdict[int, list[asyncio.Future[bool]]] = defaultdict(list)
+        self._dropped: deque[int] = deque(maxlen=_REMEMBERED_DROPS)
+        self._tasks = TaskSet(on_error=self._crashed)
+        self._pause_until = 0.0
+        self._pause_seconds = _FIRST_PAUSE_SECONDS
+
+    async def __aenter__(self) -> Self:
+        self._tasks.start(self._dispatch(), name="upload-queue")
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self._tasks.close()
+        for waiters in self._waiters.values():
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_result(False)
+
+    @staticmethod
+    def _crashed(name: str, error: BaseException) -> None:
+        _log.error("cache.upload.crashed", task=name, error=repr(error))
+
+    async def publish(self, name: str, project_id: str, items: Sequence[UploadItem]) -> int:
+        """Accept a publication and return its number; the uploads follow in the background.
+
+        Of several waiting publications with one name only the oldest, which may be half done, and
+        the newest are kept.
+        """
+        number, dropped = await self._table.add(name, project_id, items, _MAX_PUBLICATIONS)
+        for other in dropped:
+            self._settle(other, published=False)
+        self._wake.set()
+        return number
+
+    async def wait_published(self, publication: int, timeout: float) -> bool:
+        """Wait until every other node can read a publication.
+
+        Returns:
+            False when that did not happen within `timeout` seconds, or never will because the
+            publication was replaced by a newer one or its blobs are gone.
+        """
+        waiter: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._waiters[publication].append(waiter)
+        try:
+            if publication in self._dropped:
+                return False
+            if not await self._table.is_pending(publication):
+                return publication not in self._dropped
+            async with asyncio.timeout(timeout):
+                return await waiter
+        except TimeoutError:
+            return False
+        finally:
+            self._waiters[publication].remove(waiter)
+            if not self._waiters[publication]:
+                del self._waiters[publication]
+
+    async def pending_digests(self, project_id: str) -> set[str]:
+        """Return the blobs of a project that must stay on disk because they are to be uploaded."""
+        return await self._table.pending_digests(project_id)
+
+    async def pending_count(self) -> int:
+        """Return how many objects wait for their upload."""
+        return await self._table.count()
+
+    def _settle(self, publication: int, *, published: bool) -> None:
+        if not published:
+            self._dropped.append(publication)
+        for waiter in self._waiters.get(publication, ()):
+            if not waiter.done():
+                waiter.set_result(published)
+
+    async def _dispatch(self) -> None:
+        while True:
+            self._wake.clear()
+            wait_seconds = _IDLE_SECONDS
+            pause = self._pause_until - time.monotonic()
+            if pause > 0:
+                wait_seconds = pause
+            elif len(self._running) < self._workers:
+                due, next_due_seconds = await self._table.due(self._running, self._workers)
+                for item in due[: self._workers - len(self._running)]:
+                    self._running.add(item.object_key)
+                    self._tasks.start(self._handle(item), name=f"upload {item.object_key}")
+                wait_seconds = min(wait_seconds, next_due_seconds)
+            try:
+                async with asyncio.timeout(max(wait_seconds, 0.01)):
+                    await self._wake.wait()
+            except TimeoutError:
+                continue
+
+    async def _handle(self, item: QueuedUpload) -> None:
+        try:
+            await self._upload(item)
+        except CacheUnavailableError as error:
+            self._pause(error.message)
+        except NotFoundError:
+            _log.warning("cache.upload.dropped", object_key=item.object_key, cause="blob is gone")
+            await self._drop(item.publication)
+        except Exception as error:  # noqa: BLE001 - one bad item must not stop the queue
+            _log.warning("cache.upload.failed", object_key=item.object_key, error=repr(error))
+            if item.attempts + 1 >= _MAX_ATTEMPTS:
+                await self._drop(item.publication)
+            else:
+                await self._table.postpone(item.id, _backoff(item.attempts))
+        else:
+            self._pause_seconds = _FIRST_PAUSE_SECONDS
+            finished, replaced = await self._table.done(item)
+            for publication in finished:
+                _log.info("cache.publication.completed", publication=publication)
+                self._settle(publication, published=True)
+            for publication in replaced:
+                self._settle(publication, published=False)
+        finally:
+            self._running.discard(item.object_key)
+            self._wake.set()
+
+    async def _drop(self, publication: int) -> None:
+        await self._table.remove(publication)
+        self._settle(publication, published=False)
+
+    def _pause(self, cause: str) -> None:
+        now = time.monotonic()
+        if now < self._pause_until:
+            return  # several transfers failed at once: one pause for all
+        self._pause_until = now + self._pause_seconds * random.uniform(0.5, 1.0)  # noqa: S311
+        _log.info("cache.upload.paused", cause=cause, pause_seconds=round(self._pause_seconds, 1))
+        self._pause_seconds = min(self._pause_seconds * 2, _LONGEST_PAUSE_SECONDS)
+
+    async def _upload(self, item: QueuedUpload) -> None:
+        if item.digest is None:
+            await self._objects.write_bytes(item.object_key, item.body or b"")
+            return
+        project = await self._resolve(item.project)
+        known = project.presence.get(item.digest, max_age_seconds=_TRUST_SECONDS)
+        if known is not None and known.state is BlobState.PRESENT:
+            self._statistics.shared_writes_skipped += 1
+            return
+        if known is None or known.state is not BlobState.LOST:
+            # A lost object may still be listed with the right size: write it again unasked.
+            found = await self._objects.stat(item.object_key)
+            if found is not None and found.size_bytes == item.size_bytes:
+                self._statistics.shared_writes_skipped += 1
+                await project.presence.note(item.digest, BlobState.PRESENT, item.size_bytes)
+                return
+        path = project.find(item.digest)
+        if path is None:
+            raise NotFoundError(f"blob {item.digest} is no longer on this node")
+        await self._objects.write_file(item.object_key, path)
+        await project.presence.note(item.digest, BlobState.PRESENT, item.size_bytes)
+
+
+def _backoff(attempts: int) -> float:
+    pause: float = min(_FIRST_PAUSE_SECONDS * 2**attempts, _LONGEST_PAUSE_SECONDS)
+    return pause * random.uniform(0.5, 1.0)  # noqa: S311

@@ -1,0 +1,207 @@
+"""The rows of the upload queue in the node's index."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from offload_cache.keys import blob_key
+
+if TYPE_CHECKING:
+    import sqlite3
+    from collections.abc import Collection, Sequence
+
+    from offload_cache.database import CacheDatabase
+
+
+@dataclass(frozen=True, slots=True)
+class UploadItem:
+    """One object to write: a blob of the project's disk store, or a small body.
+
+    Attributes:
+        stage: items of a lower stage are uploaded before.
+        object_key: where it goes.
+        digest: the blob, None for a body.
+        body: the bytes, None for a blob.
+        size_bytes: of either.
+    """
+
+    stage: int
+    object_key: str
+    digest: str | None
+    body: bytes | None
+    size_bytes: int
+
+    @classmethod
+    def for_blob(cls, project_id: str, stage: int, digest: str, size_bytes: int) -> Self:
+        """Return the item that uploads a blob of the project's disk store."""
+        return cls(stage, blob_key(project_id, digest), digest, None, size_bytes)
+
+    @classmethod
+    def for_document(cls, stage: int, object_key: str, body: bytes) -> Self:
+        """Return the item that writes a document."""
+        return cls(stage, object_key, None, body, len(body))
+
+
+@dataclass(frozen=True, slots=True)
+class QueuedUpload:
+    """One waiting item as the queue handles it; `attempts` counts failures of its own."""
+
+    id: int
+    publication: int
+    project: str
+    object_key: str
+    digest: str | None
+    body: bytes | None
+    size_bytes: int
+    attempts: int
+
+
+class UploadTable:
+    """Reads and writes of the queue, each in one transaction."""
+
+    def __init__(self, database: CacheDatabase) -> None:
+        self._database = database
+
+    async def add(
+        self, name: str, project_id: str, items: Sequence[UploadItem], limit: int
+    ) -> tuple[int, list[int]]:
+        """Store a publication; return its number and those that it made superfluous.
+
+        Beyond `limit` publications the oldest are given up, so that an outage cannot fill the disk.
+        """
+
+        def work(connection: sqlite3.Connection) -> tuple[int, list[int]]:
+            number = connection.execute(
+                "INSERT INTO publications (name, project, created_at) VALUES (?, ?, ?)",
+                (name, project_id, time.time()),
+            ).lastrowid
+            if number is None:
+                raise RuntimeError("SQLite gave no row id")
+            connection.executemany(
+                "INSERT INTO upload_items (publication, stage, project, object_key, digest, body,"
+                " size_bytes) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                [
+                    (number, i.stage, project_id, i.object_key, i.digest, i.body, i.size_bytes)
+                    for i in items
+                ],
+            )
+            dropped = connection.execute(
+                "SELECT id FROM publications WHERE name = ?1 AND id != ?2 AND id !="
+                " (SELECT MIN(id) FROM publications WHERE name = ?1)"
+                " UNION SELECT id FROM (SELECT id FROM publications ORDER BY id DESC"
+                " LIMIT -1 OFFSET ?3)",
+                (name, number, limit),
+            ).fetchall()
+            connection.executemany("DELETE FROM publications WHERE id = ?", dropped)
+            return number, [row[0] for row in dropped]
+
+        return await self._database.run(work)
+
+    async def is_pending(self, publication: int) -> bool:
+        """Whether a publication still waits for an upload."""
+        return await self._database.run(
+            lambda connection: (
+                connection.execute(
+                    "SELECT 1 FROM publications WHERE id = ?", (publication,)
+                ).fetchone()
+                is not None
+            )
+        )
+
+    async def pending_digests(self, project_id: str) -> set[str]:
+        """Return the blobs of a project that wait for their upload."""
+        rows = await self._database.run(
+            lambda connection: connection.execute(
+                "SELECT DISTINCT digest FROM upload_items WHERE project = ? AND digest IS NOT NULL",
+                (project_id,),
+            ).fetchall()
+        )
+        return {row[0] for row in rows}
+
+    async def count(self) -> int:
+        """Return how many items wait."""
+        row = await self._database.run(
+            lambda connection: connection.execute("SELECT COUNT(*) FROM upload_items").fetchone()
+        )
+        return int(row[0])
+
+    async def due(self, running: Collection[str], limit: int) -> tuple[list[QueuedUpload], float]:
+        """Return at most `limit` items to start now, none of a key in `running`.
+
+        The second value is in how many seconds the next postponed item is due.
+        """
+        busy = set(running)
+
+        def work(connection: sqlite3.Connection) -> tuple[list[QueuedUpload], float]:
+            now = time.time()
+            found: list[QueuedUpload] = []
+            taken = set(busy)
+            rows = connection.execute(
+                "SELECT id, publication, project, object_key, digest, body, size_bytes, attempts"
+                " FROM upload_items AS item WHERE due_at <= ? AND stage ="
+                " (SELECT MIN(stage) FROM upload_items WHERE publication = item.publication)"
+                " ORDER BY id LIMIT ?",
+                (now, limit + 4 * len(busy)),
+            )
+            for row in rows:
+                item = QueuedUpload(*row)
+                if item.object_key not in taken and len(found) < limit:
+                    taken.add(item.object_key)
+                    found.append(item)
+            later = connection.execute(
+                "SELECT MIN(due_at) FROM upload_items WHERE due_at > ?", (now,)
+            ).fetchone()[0]
+            return found, (later - now if later is not None else float("inf"))
+
+        return await self._database.run(work)
+
+    async def postpone(self, item_id: int, seconds: float) -> None:
+        """Count a failed attempt and let the item wait."""
+        await self._database.run(
+            lambda connection: connection.execute(
+                "UPDATE upload_items SET attempts = attempts + 1, due_at = ? WHERE id = ?",
+                (time.time() + seconds, item_id),
+            )
+        )
+
+    async def done(self, item: QueuedUpload) -> tuple[list[int], list[int]]:
+        """Remove a finished item; return the publications it completed and those it replaced.
+
+        An uploaded blob is done for every publication that names it. A document replaces the older
+        ones of its name, which must not overwrite it later.
+        """
+
+        def work(connection: sqlite3.Connection) -> tuple[list[int], list[int]]:
+            if item.digest is not None:
+                connection.execute(
+                    "DELETE FROM upload_items WHERE object_key = ?", (item.object_key,)
+                )
+            else:
+                connection.execute("DELETE FROM upload_items WHERE id = ?", (item.id,))
+            finished = connection.execute(
+                "SELECT id, name FROM publications WHERE NOT EXISTS"
+                " (SELECT 1 FROM upload_items WHERE publication = publications.id)"
+            ).fetchall()
+            replaced: list[int] = []
+            for number, name in finished:
+                rows = connection.execute(
+                    "SELECT id FROM publications WHERE name = ? AND id < ?", (name, number)
+                ).fetchall()
+                replaced.extend(row[0] for row in rows)
+                connection.execute(
+                    "DELETE FROM publications WHERE name = ? AND id <= ?", (name, number)
+                )
+            done = [row[0] for row in finished]
+            return done, [number for number in replaced if number not in done]
+
+        return await self._database.run(work)
+
+    async def remove(self, publication: int) -> None:
+        """Give a publication up, with all its items."""
+        await self._database.run(
+            lambda connection: connection.execute(
+                "DELETE FROM publications WHERE id = ?", (publication,)
+            )
+        )

@@ -1,0 +1,177 @@
+"""The command `offload-build`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+from offload_core import VERSION
+from offload_core.errors import UsageError
+
+from offload_client.build.options import (
+    BuildOptions,
+    OutputOption,
+    check_tags,
+    parse_labels,
+    parse_output,
+    parse_pairs,
+    parse_platforms,
+)
+
+if TYPE_CHECKING:
+    from offload_client.connections import Connections
+    from offload_client.invocation import Invocation
+
+PROGRESS = ("auto", "none", "plain", "quiet", "rawjson", "tty")
+
+EXAMPLES = """\b
+Examples:
+  offload-build .
+  offload-build -t app --load .
+  offload-build -t registry.example/app:1 --push .
+  offload-build -f build/Dockerfile --target test --build-arg VERSION=3 .
+  offload-build -o out .
+"""
+
+
+@click.command(
+    name="offload-build",
+    help="Build an image from PATH on the pool of remote builder nodes.\n\n" + EXAMPLES,
+    context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100},
+)
+@click.argument("paths", nargs=-1, metavar="PATH")
+@click.option(
+    "--build-arg",
+    "build_args",
+    multiple=True,
+    metavar="NAME[=VALUE]",
+    help="Set a build-time variable; without a value it is taken from the environment.",
+)
+@click.option(
+    "-f",
+    "--file",
+    "file",
+    default="",
+    metavar="FILE",
+    help='Name of the Dockerfile (default: "PATH/Dockerfile").',
+)
+@click.option("--gateway", metavar="URL", help="Gateway to use instead of the configured one.")
+@click.option("--iidfile", default="", metavar="FILE", help="Write the image ID to a file.")
+@click.option(
+    "--label", "labels", multiple=True, metavar="NAME=VALUE", help="Set metadata for an image."
+)
+@click.option("--load", is_flag=True, help='Shorthand for "--output=type=docker".')
+@click.option(
+    "--metadata-file", default="", metavar="FILE", help="Write build result metadata to a file."
+)
+@click.option("--no-cache", is_flag=True, help="Do not use cache when building the image.")
+@click.option(
+    "-o",
+    "--output",
+    "outputs",
+    multiple=True,
+    metavar="OUTPUT",
+    help='Output destination (format: "type=local,dest=path").',
+)
+@click.option(
+    "--platform",
+    "platforms",
+    multiple=True,
+    metavar="PLATFORM",
+    help="Set target platform for build.",
+)
+@click.option(
+    "--progress",
+    type=click.Choice(PROGRESS),
+    default="auto",
+    show_default=True,
+    help="Set type of progress output; plain shows container output.",
+)
+@click.option(
+    "--project", metavar="NAME", help="Project to build in instead of the configured one."
+)
+@click.option("--pull", is_flag=True, help="Always attempt to pull all referenced images.")
+@click.option("--push", is_flag=True, help='Shorthand for "--output=type=registry".')
+@click.option(
+    "-q", "--quiet", is_flag=True, help="Suppress the build output and print image ID on success."
+)
+@click.option(
+    "-t",
+    "--tag",
+    "tags",
+    multiple=True,
+    metavar="NAME",
+    help='Image identifier (format: "[registry/]repository[:tag]").',
+)
+@click.option("--target", default="", metavar="STAGE", help="Set the target build stage to build.")
+@click.version_option(VERSION, prog_name="offload-build")
+def build_command(**_values: Any) -> None:
+    """Exist for parsing and help only; `parse_build` reads the values."""
+
+
+def parse_build(invocation: Invocation) -> BuildOptions:
+    """Return the options of a command line.
+
+    Raises:
+        UsageError: it cannot be understood; the sentence names the flag.
+        click.exceptions.Exit: help or version was asked for and printed.
+    """
+    try:
+        context = build_command.make_context("offload-build", list(invocation.arguments))
+    except click.NoSuchOption as error:
+        raise UsageError(
+            f"unknown flag: {error.option_name}", hint="run 'offload-build --help'"
+        ) from error
+    except click.UsageError as error:
+        raise UsageError(error.format_message(), hint="run 'offload-build --help'") from error
+    return _options(context.params, invocation)
+
+
+def _options(values: dict[str, Any], invocation: Invocation) -> BuildOptions:
+    paths = values["paths"]
+    if len(paths) != 1:
+        raise RequiresOneArgumentError(
+            "'offload-build' requires 1 argument", hint="Usage: offload-build [OPTIONS] PATH"
+        )
+    outputs = [parse_output(text) for text in values["outputs"]]
+    if values["load"]:
+        outputs.append(OutputOption("image", load=True))
+    if values["push"]:
+        outputs.append(OutputOption("registry"))
+    silent = values["quiet"] or values["progress"] in ("quiet", "none")
+    return BuildOptions(
+        path=paths[0],
+        tags=check_tags(values["tags"]),
+        file=values["file"],
+        target=values["target"],
+        build_args=parse_pairs(values["build_args"], invocation.environment),
+        labels=parse_labels(values["labels"]),
+        platforms=parse_platforms(values["platforms"]),
+        no_cache=values["no_cache"],
+        pull=values["pull"],
+        progress="quiet" if silent else values["progress"],
+        quiet=values["quiet"],
+        outputs=outputs,
+        metadata_file=values["metadata_file"],
+        iidfile=values["iidfile"],
+        gateway=values["gateway"],
+        project=values["project"],
+    )
+
+
+class RequiresOneArgumentError(UsageError):
+    """Docker answers a missing PATH with 1, not with the 125 of an unknown flag."""
+
+    reason = "REQUIRES_ONE_ARGUMENT"
+    exit_code = 1
+
+
+async def build(invocation: Invocation, connections: Connections) -> None:
+    """Parse and run.
+
+    Raises:
+        OffloadError: with the exit code of the command.
+    """
+    from offload_client.build.runner import run_build
+
+    await run_build(invocation, parse_build(invocation), connections)

@@ -1,0 +1,1 @@
+"""The build context: ignore rules, scanning, digests."""

@@ -1,0 +1,1 @@
+"""A helper process that keeps imports and connections warm between builds."""

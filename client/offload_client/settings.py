@@ -1,0 +1,108 @@
+"""Which gateway and which project: option > environment > project file > user file.
+
+The project file is `offload.toml` in the directory of the build context or in one above it; the
+user file is `config.toml` in the configuration directory, written by `offload login`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from offload_core.config import read_toml
+from offload_core.errors import ConfigError
+from offload_core.trust import join_address, split_address
+
+if TYPE_CHECKING:
+    from offload_client.invocation import Invocation
+
+PROJECT_FILE = "offload.toml"
+USER_FILE = "config.toml"
+KEYS = {
+    "gateway": "address of the gateway, https://HOST:PORT",
+    "project": "project that builds belong to",
+}
+DEFAULT_PROJECT = "default"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The resolved settings of one command."""
+
+    gateway: str
+    """HOST:PORT."""
+    project: str
+
+
+def resolve_settings(
+    invocation: Invocation,
+    *,
+    gateway: str | None = None,
+    project: str | None = None,
+    directory: Path | None = None,
+) -> Settings:
+    """Find gateway and project.
+
+    Args:
+        invocation: the command.
+        gateway: value of --gateway.
+        project: value of --project.
+        directory: where the search for the project file begins; the current one when None.
+
+    Raises:
+        ConfigError: no gateway is configured, or a file is wrong.
+    """
+    environment = invocation.environment
+    gateway = gateway or environment.get("OFFLOAD_GATEWAY") or None
+    project = project or environment.get("OFFLOAD_PROJECT") or None
+    if gateway is None or project is None:
+        nearest = _find_project_file(directory or invocation.cwd)
+        for file in (nearest, invocation.config_dir() / USER_FILE):
+            values = _read(file) if file is not None and file.is_file() else {}
+            gateway = gateway or values.get("gateway")
+            project = project or values.get("project")
+    if gateway is None:
+        raise ConfigError(
+            "no gateway is configured",
+            hint="run 'offload login https://HOST:PORT --token TOKEN', or set OFFLOAD_GATEWAY",
+        )
+    return Settings(join_address(*split_address(gateway)), project or DEFAULT_PROJECT)
+
+
+def remember_gateway(invocation: Invocation, gateway: str) -> Path:
+    """Write the gateway into the user file, keeping its other keys; return the file."""
+    folder = invocation.config_dir()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = folder / USER_FILE
+    values = _read(path) if path.is_file() else {}
+    values["gateway"] = f"https://{gateway}"
+    lines = [f"{key} = {_quoted(value)}" for key, value in sorted(values.items())]
+    scratch = path.with_suffix(".new")
+    scratch.write_text("\n".join(lines) + "\n")
+    scratch.replace(path)
+    return path
+
+
+def _find_project_file(directory: Path) -> Path | None:
+    for folder in (directory, *directory.parents):
+        if (folder / PROJECT_FILE).is_file():
+            return folder / PROJECT_FILE
+        if (folder / ".git").exists():
+            return None
+    return None
+
+
+def _read(path: Path) -> dict[str, str]:
+    values: dict[str, Any] = read_toml(path)
+    for key, value in values.items():
+        if key not in KEYS:
+            known = ", ".join(sorted(KEYS))
+            raise ConfigError(f"{path}: unknown key {key!r}; known keys are {known}")
+        if not isinstance(value, str):
+            raise ConfigError(f"{path}: {key} must be a text in quotes: {KEYS[key]}")
+    return values
+
+
+def _quoted(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

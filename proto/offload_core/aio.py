@@ -1,0 +1,79 @@
+"""The asyncio patterns that everything here uses: kept tasks and bounded clean-up."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Coroutine
+
+T = TypeVar("T")
+
+
+class TaskSet:
+    """Background tasks with an owner: they are kept, their errors are seen, `close` ends them.
+
+    For work that outlives the call that started it; inside one call use `asyncio.TaskGroup`.
+    """
+
+    def __init__(self, on_error: Any = None) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._on_error = on_error
+
+    def start(self, coroutine: Coroutine[Any, Any, T], *, name: str) -> asyncio.Task[T]:
+        """Run a coroutine in the background; `on_error(name, exception)` hears of its failure."""
+        task = asyncio.get_running_loop().create_task(coroutine, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+        return task
+
+    def _finished(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None and self._on_error:
+            self._on_error(task.get_name(), error)
+
+    async def drain(self, timeout: float) -> bool:
+        """Wait until all tasks are done; False when some still run after `timeout` seconds."""
+        deadline = asyncio.get_running_loop().time() + timeout
+        while self._tasks:
+            left = deadline - asyncio.get_running_loop().time()
+            if left <= 0:
+                return False
+            await asyncio.wait(self._tasks, timeout=left)
+        return True
+
+    async def close(self, timeout: float = 5.0) -> None:
+        """Cancel what still runs and wait for it, at most `timeout` seconds."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=timeout)
+
+
+async def finish(awaitable: Awaitable[T], timeout: float) -> T | None:
+    """Await clean-up that must run even while we are being cancelled; None when it took too long.
+
+    The cancellation is raised again after the clean-up.
+    """
+    task = asyncio.ensure_future(awaitable)
+    cancelled: asyncio.CancelledError | None = None
+    deadline = asyncio.get_running_loop().time() + timeout
+    while not task.done():
+        left = deadline - asyncio.get_running_loop().time()
+        if left <= 0:
+            task.cancel()
+            break
+        try:
+            await asyncio.wait([task], timeout=left)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
+    if not task.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        return None
+    return task.result()

@@ -1,0 +1,104 @@
+"""Errors on the wire: `OffloadError` to and from google.rpc.Status with ErrorInfo.
+
+Source: google/rpc/status.proto and error_details.proto; the status travels in the trailer
+`grpc-status-details-bin` as all gRPC implementations do it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, cast
+
+from offload_core.errors import (
+    AuthenticationError,
+    BuildCanceledError,
+    GatewayUnreachableError,
+    InternalError,
+    OffloadError,
+    QueueTimeoutError,
+    VersionError,
+    error_for_reason,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+DOMAIN = "offload"
+TRAILER = "grpc-status-details-bin"
+
+_BY_CODE: dict[int, type[OffloadError]] = {
+    1: BuildCanceledError,
+    4: QueueTimeoutError,
+    12: VersionError,
+    14: GatewayUnreachableError,
+    16: AuthenticationError,
+}
+
+
+class RpcFailure(Protocol):
+    """The part of grpc.RpcError that is read here, so that this module imports no grpc."""
+
+    def code(self) -> object:
+        """Return the grpc.StatusCode."""
+
+    def details(self) -> str | None:
+        """Return the message."""
+
+    def trailing_metadata(self) -> Iterable[tuple[str, str | bytes]] | None:
+        """Return the trailers."""
+
+
+def pack_status(error: OffloadError) -> bytes:
+    """Return the serialised google.rpc.Status of an error."""
+    from google.rpc import error_details_pb2, status_pb2
+
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)
+    if error.hint:
+        info.metadata["hint"] = error.hint
+    status = status_pb2.Status(code=error.status_code, message=error.message)
+    status.details.add().Pack(info)
+    return cast("bytes", status.SerializeToString())
+
+
+def unpack_status(data: bytes) -> OffloadError | None:
+    """Return the error of a serialised google.rpc.Status, None when it carries none of ours."""
+    from google.protobuf.message import DecodeError
+    from google.rpc import error_details_pb2, status_pb2
+
+    try:
+        status = status_pb2.Status.FromString(data)
+        for detail in status.details:
+            if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
+                info = error_details_pb2.ErrorInfo()
+                detail.Unpack(info)
+                cls = error_for_reason(info.reason)
+                if info.domain == DOMAIN and cls is not None:
+                    return cls(status.message, hint=info.metadata.get("hint", ""))
+    except DecodeError:
+        return None
+    return None
+
+
+def error_from_rpc(
+    failure: RpcFailure, *, peer: str, unreachable: type[OffloadError]
+) -> OffloadError:
+    """Return the error behind a failed call.
+
+    Args:
+        failure: a grpc.RpcError.
+        peer: name of the other side for the sentence, for example "the gateway at HOST:PORT".
+        unreachable: class for a peer that does not answer.
+    """
+    for key, value in failure.trailing_metadata() or ():
+        if key == TRAILER:
+            data = value if isinstance(value, bytes) else value.encode("latin-1")
+            error = unpack_status(data)
+            if error is not None:
+                return error
+    code = getattr(failure.code(), "value", (2, "unknown"))[0]
+    text = failure.details() or "no reason given"
+    if code in (4, 14):
+        return unreachable(f"{peer} does not answer: {text}")
+    if code == 12:
+        return VersionError(f"{peer} does not know this call; it is older than this command")
+    cls = _BY_CODE.get(code, InternalError)
+    return cls(f"{peer} answered: {text}")

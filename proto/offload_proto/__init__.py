@@ -1,0 +1,1 @@
+"""Generated protobuf code: `v1` is our API, `buildkit` is what we speak of BuildKit's."""

@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from offload_cache.directorystore import DirectoryObjectStore
+from offload_cache.health import StoreHealth
+from offload_cache.nodestore import NodeStore
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+    from pathlib import Path
+
+
+@pytest.fixture
+def make_node(tmp_path: Path) -> Callable[..., NodeStore]:
+    """Return a maker of nodes by name, which share one directory store unless told otherwise."""
+
+    def make(name: str = "one", *, shared: bool = True, **options: object) -> NodeStore:
+        objects = None
+        if shared:
+            health = StoreHealth("the shared directory", pause_seconds=0.2)
+            objects = DirectoryObjectStore(tmp_path / "shared", health=health)
+        return NodeStore(tmp_path / name, objects=objects, **options)  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture
+async def node(make_node: Callable[..., NodeStore]) -> AsyncIterator[NodeStore]:
+    async with make_node() as opened:
+        yield opened

@@ -1,0 +1,408 @@
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import pytest
+from offload_cache.manifests import CACHE_CONFIG_TYPE, MAX_MANIFEST_BYTES, OCI_INDEX, OCI_MANIFEST
+from offload_cache.registry import Grant, Registry, RegistryServer
+from offload_core.digest import sha256_digest
+from yarl import URL
+
+from tests.fixtures.cachecontent import cache_manifest, descriptor, manifest
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from offload_cache.nodestore import NodeStore
+
+MAX_BLOB = 8 << 20
+
+
+class Client:
+    """One build's view of the registry."""
+
+    def __init__(self, http: aiohttp.ClientSession, server: RegistryServer, capability: str):
+        self.http = http
+        self.capability = capability
+        self.root = f"http://{server.address}"
+
+    def url(self, path: str) -> str:
+        return f"{self.root}/v2/{self.capability}/{path}"
+
+    async def call(self, method: str, path: str, **options: Any) -> tuple[int, Any, bytes]:
+        url = path if path.startswith("http") else self.url(path)
+        if isinstance(options.get("data"), bytes):
+            options["data"] = io.BytesIO(options["data"])
+        async with self.http.request(method, url, **options) as response:
+            return response.status, response.headers, await response.read()
+
+    async def push(self, repository: str, data: bytes) -> str:
+        digest = sha256_digest(data)
+        status, headers, _ = await self.call("POST", f"{repository}/blobs/uploads/")
+        assert status == 202
+        status, headers, body = await self.call(
+            "PUT", f"{self.root}{headers['Location']}?digest={digest}", data=data
+        )
+        assert (status, body) == (201, b"")
+        assert headers["Docker-Content-Digest"] == digest
+        return digest
+
+    async def put_manifest(self, path: str, body: bytes, kind: str = OCI_MANIFEST) -> int:
+        status, _, _ = await self.call("PUT", path, data=body, headers={"Content-Type": kind})
+        return status
+
+
+class Bench:
+    """A node's registry and a maker of clients with their own capability."""
+
+    def __init__(self, node: NodeStore, registry: Registry, server: RegistryServer) -> None:
+        self.node = node
+        self.registry = registry
+        self.server = server
+        self.http = aiohttp.ClientSession()
+
+    async def client(self, project: str = "p", **changes: Any) -> Client:
+        grant = Grant(await self.node.project(project), ("main",), "main", "k", "b1", "ada")
+        return Client(self.http, self.server, self.registry.grant(replace(grant, **changes)))
+
+
+@pytest.fixture
+async def bench(node: NodeStore) -> AsyncIterator[Bench]:
+    registry = Registry()
+    async with RegistryServer(registry, node.statistics, max_blob_bytes=MAX_BLOB) as server:
+        bench = Bench(node, registry, server)
+        async with bench.http:
+            yield bench
+
+
+@pytest.fixture
+async def client(bench: Bench) -> Client:
+    return await bench.client()
+
+
+async def test_version_endpoint_answers_anyone(bench: Bench) -> None:
+    async with bench.http.get(f"http://{bench.server.address}/v2/") as response:
+        assert response.status == 200
+        assert response.headers["Docker-Distribution-Api-Version"] == "registry/2.0"
+
+
+async def test_pushed_blob_is_pulled_whole_in_part_and_by_head(client: Client) -> None:
+    data = os.urandom(3 << 20)
+    digest = await client.push("cache", data)
+    for repository in ("cache", "image"):
+        status, headers, body = await client.call("GET", f"{repository}/blobs/{digest}")
+        assert (status, body) == (200, data)
+        assert headers["Docker-Content-Digest"] == digest
+    status, headers, body = await client.call("HEAD", f"cache/blobs/{digest}")
+    assert (status, headers["Content-Length"], body) == (200, str(len(data)), b"")
+    status, headers, body = await client.call(
+        "GET", f"cache/blobs/{digest}", headers={"Range": "bytes=1000000-"}
+    )
+    assert (status, body) == (206, data[1000000:])
+    assert headers["Content-Range"] == f"bytes 1000000-{len(data) - 1}/{len(data)}"
+    status, _, _ = await client.call(
+        "GET", f"cache/blobs/{digest}", headers={"Range": f"bytes={len(data)}-"}
+    )
+    assert status == 416
+
+
+async def test_chunked_upload_continues_where_it_is(client: Client) -> None:
+    data = os.urandom(100_000)
+    digest = sha256_digest(data)
+    _, headers, _ = await client.call("POST", "image/blobs/uploads/")
+    upload = client.root + headers["Location"]
+    status, headers, _ = await client.call("PATCH", upload, data=data[:60_000])
+    assert (status, headers["Range"]) == (202, "0-59999")
+    status, headers, _ = await client.call(
+        "PATCH", upload, data=b"x" * 10, headers={"Content-Range": "10-19"}
+    )
+    assert (status, headers["Range"]) == (416, "0-59999")
+    status, headers, _ = await client.call("GET", upload)
+    assert (status, headers["Range"]) == (204, "0-59999")
+    status, _, _ = await client.call(
+        "PATCH", upload, data=data[60_000:90_000], headers={"Content-Range": "60000-89999"}
+    )
+    assert status == 202
+    status, _, _ = await client.call("PUT", f"{upload}?digest={digest}", data=data[90_000:])
+    assert status == 201
+    assert (await client.call("GET", f"image/blobs/{digest}"))[2] == data
+    assert (await client.call("GET", upload))[0] == 404
+
+
+async def test_blob_is_pushed_in_one_request(client: Client) -> None:
+    digest = sha256_digest(b"data")
+    status, headers, _ = await client.call(
+        "POST", f"image/blobs/uploads/?digest={digest}", data=b"data"
+    )
+    assert status == 201
+    assert (await client.call("GET", client.root + headers["Location"]))[2] == b"data"
+
+
+async def test_cancelled_upload_is_gone(bench: Bench, client: Client) -> None:
+    _, headers, _ = await client.call("POST", "image/blobs/uploads/")
+    upload = client.root + headers["Location"]
+    await client.call("PATCH", upload, data=b"abc")
+    assert (await client.call("DELETE", upload))[0] == 204
+    assert (await client.call("PATCH", upload, data=b"abc"))[0] == 404
+    assert no_ingests(bench)
+
+
+def no_ingests(bench: Bench, project: str = "p") -> bool:
+    store = bench.node._projects[project].store
+    return not any((store.disk.root / "ingest").iterdir())
+
+
+async def test_wrong_digest_is_refused_and_leaves_nothing(bench: Bench, client: Client) -> None:
+    wrong = sha256_digest(b"other")
+    for target in (wrong, "sha256:../../x", "sha512:" + "0" * 128, ""):
+        _, headers, _ = await client.call("POST", "cache/blobs/uploads/")
+        status, _, body = await client.call(
+            "PUT", client.root + headers["Location"], params={"digest": target}, data=b"data"
+        )
+        assert (status, b"DIGEST_INVALID" in body) == (400, True)
+    assert (await client.call("HEAD", f"cache/blobs/{wrong}"))[0] == 404
+    assert no_ingests(bench)
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+async def test_oversize_blob_is_refused_without_filling_the_disk(
+    bench: Bench, client: Client, chunked: bool
+) -> None:
+    async def body() -> AsyncIterator[bytes]:
+        for _ in range(20):
+            yield b"x" * (1 << 20)
+
+    _, headers, _ = await client.call("POST", "cache/blobs/uploads/")
+    data = body() if chunked else b"x" * (MAX_BLOB + 1)
+    try:
+        status, _, answer = await client.call(
+            "PUT", f"{client.root}{headers['Location']}?digest={sha256_digest(b'')}", data=data
+        )
+        assert (status, b"SIZE_INVALID" in answer) == (413, True)
+    except aiohttp.ClientConnectionError:
+        pass  # the server answered and hung up while we were still sending
+    async with asyncio.timeout(5):
+        while not no_ingests(bench):
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "cache/blobs/sha256:..%2f..%2f..%2findex.db",
+        "cache/blobs/..%2f..%2fboot",
+        "cache/blobs/sha256:" + "A" * 64,
+        "cache/blobs/uploads/..%2f..%2fx",
+        "cache/manifests/..%2f..%2findex.db",
+        "image/manifests/sha256:..%2fx",
+        "image/manifests/%00",
+        "other/blobs/sha256:" + "0" * 64,
+        "../v2/_catalog",
+    ],
+)
+async def test_path_tricks_reach_nothing(client: Client, path: str) -> None:
+    for method in ("GET", "PUT", "PATCH", "DELETE", "HEAD"):
+        url = URL(client.url(path), encoded=True)
+        async with client.http.request(method, url, data=b"x") as response:
+            assert response.status in {400, 404}, (method, path)
+
+
+async def test_unknown_and_revoked_capabilities_look_the_same(bench: Bench, client: Client) -> None:
+    digest = await client.push("cache", b"data")
+    paths = [f"cache/blobs/{digest}", "cache/manifests/import", "image/tags/list", "x/y", "cache"]
+    before = client.capability
+    await bench.registry.revoke(before)
+    answers = set()
+    for capability in (before, "0" * 48, "short", "A" * 48, "0" * 48 + "/x"):
+        client.capability = capability
+        for path in paths:
+            answers.add((await client.call("GET", path))[::2])
+        answers.add((await client.call("POST", "cache/blobs/uploads/"))[::2])
+    assert len(answers) == 1
+    assert answers.pop()[0] == 404
+
+
+async def test_revoking_ends_open_uploads_and_leases(bench: Bench, client: Client) -> None:
+    digest = await client.push("cache", b"data")
+    await client.call("POST", "cache/blobs/uploads/")
+    store = (await bench.node.project("p")).store
+    assert store.disk._leases[digest] == 1
+    await bench.registry.revoke(client.capability)
+    assert store.disk._leases[digest] == 0
+    assert no_ingests(bench)
+
+
+async def test_mount_works_between_the_own_repositories_only(bench: Bench, client: Client) -> None:
+    digest = await client.push("cache", b"data")
+    own = f"{client.capability}/cache"
+    status, headers, _ = await client.call(
+        "POST", f"image/blobs/uploads/?mount={digest}&from={own}"
+    )
+    assert (status, headers["Docker-Content-Digest"]) == (201, digest)
+    assert bench.node.statistics.blobs_mounted == 1
+    other = await bench.client("q")
+    for source in (own, f"{other.capability}/cache", "", "../../p"):
+        status, headers, _ = await other.call(
+            "POST", f"image/blobs/uploads/?mount={digest}&from={source}"
+        )
+        assert (status, "Location" in headers) == (202, True)
+    assert (await other.call("GET", f"image/blobs/{digest}"))[0] == 404
+
+
+async def test_cache_export_becomes_the_import_of_the_next_build(
+    bench: Bench, client: Client
+) -> None:
+    assert (await client.call("GET", "cache/manifests/import"))[0] == 404
+    await client.push("cache", b"config")
+    await client.push("cache", b"layer")
+    body = cache_manifest(b"config", [b"layer"])
+    assert await client.put_manifest("cache/manifests/export", body) == 201
+    assert (await client.call("GET", "cache/manifests/export"))[2] == body
+    [export] = bench.registry.exports(client.capability)
+    assert (export.repository, export.reference) == ("cache", "export")
+    assert export.digest == sha256_digest(body)
+    assert export.publication is not None
+    assert bench.node.uploads is not None
+    assert await bench.node.uploads.wait_published(export.publication, 10)
+
+    after = await bench.client(build_id="b2")
+    status, headers, _ = await after.call("HEAD", "cache/manifests/import")
+    assert (status, headers["Content-Type"]) == (200, OCI_MANIFEST)
+    digest = headers["Docker-Content-Digest"]
+    assert (await after.call("GET", f"cache/manifests/{digest}"))[2] == body
+    assert (await after.call("GET", f"cache/blobs/{sha256_digest(b'config')}"))[2] == b"config"
+    assert bench.node.statistics.manifest_hits == 1
+
+    without = await bench.client(may_import=False)
+    assert (await without.call("GET", "cache/manifests/import"))[0] == 404
+    assert (await without.call("GET", f"cache/manifests/{digest}"))[0] == 404
+    elsewhere = await bench.client(read_scopes=("branch",))
+    assert (await elsewhere.call("GET", "cache/manifests/import"))[0] == 404
+
+
+async def test_a_build_without_a_write_scope_may_not_touch_the_cache(bench: Bench) -> None:
+    client = await bench.client(write_scope=None)
+    assert (await client.call("POST", "cache/blobs/uploads/"))[0] == 403
+    body = cache_manifest(b"config", [])
+    assert await client.put_manifest("cache/manifests/export", body) == 403
+    await client.push("image", b"layer")
+
+
+async def test_bad_cache_manifests_are_refused(client: Client) -> None:
+    await client.push("cache", b"config")
+    path = "cache/manifests/export"
+    assert await client.put_manifest(path, b"{}") == 400
+    assert await client.put_manifest(path, b"no json") == 400
+    assert await client.put_manifest(path, manifest(b"config", [])) == 400
+    assert await client.put_manifest(path, cache_manifest(b"unknown", [])) == 404
+    assert await client.put_manifest(path, cache_manifest(b"config", []), OCI_INDEX) == 400
+    wrong = sha256_digest(b"x")
+    assert (
+        await client.put_manifest(f"cache/manifests/{wrong}", cache_manifest(b"config", [])) == 400
+    )
+    assert await client.put_manifest("cache/manifests/a%20b", cache_manifest(b"config", [])) == 400
+    huge = cache_manifest(b"config", []) + b" " * MAX_MANIFEST_BYTES
+    assert await client.put_manifest(path, huge) == 413
+    assert (await client.call("GET", "cache/manifests/import"))[0] == 404
+
+
+async def test_image_is_pulled_by_tag_and_digest_and_tags_are_listed(
+    bench: Bench, client: Client
+) -> None:
+    await client.push("image", b"config")
+    await client.push("image", b"layer")
+    body = manifest(b"config", [b"layer"])
+    assert await client.put_manifest("image/manifests/latest", body) == 201
+    for reference in ("latest", sha256_digest(body)):
+        status, headers, pulled = await client.call("GET", f"image/manifests/{reference}")
+        assert (status, pulled, headers["Content-Type"]) == (200, body, OCI_MANIFEST)
+    _, _, tags = await client.call("GET", "image/tags/list")
+    assert tags == f'{{"name": "{client.capability}/image", "tags": ["latest"]}}'.encode()
+    assert (await client.call("GET", f"image/referrers/{sha256_digest(body)}"))[0] == 404
+
+    index = (
+        b'{"schemaVersion":2,"mediaType":"%s","manifests":[{"mediaType":"%s","digest":"%s","size":%d}]}'
+        % (OCI_INDEX.encode(), OCI_MANIFEST.encode(), sha256_digest(body).encode(), len(body))
+    )
+    assert await client.put_manifest("image/manifests/multi", index, OCI_INDEX) == 201
+    later = await bench.client()
+    status, headers, pulled = await later.call("GET", f"image/manifests/{sha256_digest(index)}")
+    assert (status, pulled, headers["Content-Type"]) == (200, index, OCI_INDEX)
+    assert (await later.call("GET", "image/manifests/latest"))[0] == 404
+
+
+async def test_image_with_missing_content_is_refused(client: Client) -> None:
+    await client.push("image", b"config")
+    body = manifest(b"config", [b"layer"])
+    assert await client.put_manifest("image/manifests/latest", body) == 404
+    await client.push("image", b"layer")
+    layer = descriptor(b"layer")
+    lying = body.replace(f'"size": {layer["size"]}}}]'.encode(), b'"size": 1}]')
+    assert lying != body
+    assert await client.put_manifest("image/manifests/latest", lying) == 400
+    assert await client.put_manifest("image/manifests/latest", body) == 201
+
+
+async def test_an_image_is_served_by_another_node(
+    bench: Bench, client: Client, make_node: Any
+) -> None:
+    await client.push("image", b"config")
+    await client.push("image", b"layer")
+    body = manifest(b"config", [b"layer"])
+    await client.put_manifest("image/manifests/latest", body)
+    [export] = bench.registry.exports(client.capability)
+    assert bench.node.uploads is not None
+    assert export.publication is not None
+    assert await bench.node.uploads.wait_published(export.publication, 10)
+    async with make_node("two") as two:
+        registry = Registry()
+        async with RegistryServer(registry, two.statistics) as server:
+            grant = Grant(await two.project("p"), (), None, "k", "b", "m")
+            other = Client(bench.http, server, registry.grant(grant))
+            assert (await other.call("GET", f"image/manifests/{export.digest}"))[2] == body
+            layer = sha256_digest(b"layer")
+            assert (await other.call("GET", f"image/blobs/{layer}"))[2] == b"layer"
+
+
+async def test_more_uploads_than_a_client_needs_are_refused(client: Client) -> None:
+    statuses = [(await client.call("POST", "image/blobs/uploads/"))[0] for _ in range(65)]
+    assert statuses == [202] * 64 + [507]
+
+
+async def test_two_builds_push_one_blob_at_a_time(bench: Bench) -> None:
+    data = os.urandom(2 << 20)
+    clients = [await bench.client() for _ in range(4)]
+    await asyncio.gather(*(client.push("cache", data) for client in clients))
+    store = (await bench.node.project("p")).store
+    assert store.disk.used_bytes == len(data)
+    assert no_ingests(bench)
+
+
+async def test_a_client_that_hangs_up_mid_upload_leaves_no_file_after_its_build(
+    bench: Bench, client: Client
+) -> None:
+    _, headers, _ = await client.call("POST", "cache/blobs/uploads/")
+    host, port = bench.server.address.split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(
+        f"PUT {headers['Location']}?digest={sha256_digest(b'')} HTTP/1.1\r\nHost: x\r\n"
+        "Content-Length: 1000000\r\n\r\n".encode()
+        + b"x" * 1000
+    )
+    await writer.drain()
+    await asyncio.sleep(0.05)
+    writer.close()
+    await writer.wait_closed()
+    async with asyncio.timeout(5):
+        while not no_ingests(bench):
+            await asyncio.sleep(0.01)
+    assert reader is not None
+
+
+def test_cache_config_type_is_the_one_of_buildkit() -> None:
+    assert CACHE_CONFIG_TYPE == "application/vnd.buildkit.cacheconfig.v0"

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from offload_cache.keys import blob_key
+from offload_cache.memorystore import MemoryObjectStore
+from offload_cache.nodestore import NodeStore
+from offload_cache.uploadtable import UploadItem
+from offload_core.digest import sha256_digest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+
+class WriteOrder(MemoryObjectStore):
+    """Remembers the order of writes, and is slow with the first ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: list[str] = []
+
+    async def write_file(self, key: str, path: Path) -> int:
+        await asyncio.sleep(0.05)
+        return await super().write_file(key, path)
+
+    async def write_bytes(self, key: str, data: bytes) -> None:
+        await super().write_bytes(key, data)
+        self.written.append(key)
+
+
+async def publish(node: NodeStore, name: str, *blobs: bytes) -> int:
+    store = (await node.project("p")).store
+    digests = [await store.put_blob(blob) for blob in blobs]
+    document = UploadItem.for_document(1, f"documents/{name}", b"{}")
+    number = await store.publish(name, [digests, [document]])
+    assert number is not None
+    return number
+
+
+async def test_a_document_follows_all_blobs_that_it_names(tmp_path: Path) -> None:
+    objects = WriteOrder()
+    async with NodeStore(tmp_path, objects=objects) as node:
+        assert node.uploads is not None
+        number = await publish(node, "a", *(bytes([i]) for i in range(10)))
+        assert await node.uploads.wait_published(number, 10)
+        assert len(objects.written) == 11
+        assert objects.written[-1] == "documents/a"
+        assert await node.uploads.pending_count() == 0
+
+
+async def test_publications_survive_a_restart(make_node: Callable[..., NodeStore]) -> None:
+    async with make_node() as node:
+        assert node.uploads is not None
+        node.uploads._pause_until = float("inf")
+        number = await publish(node, "a", b"blob")
+        assert not await node.uploads.wait_published(number, 0.01)
+    async with make_node() as node:
+        assert node.uploads is not None
+        assert await node.uploads.wait_published(number, 10)
+        assert node.objects is not None
+        assert await node.objects.stat(blob_key("p", sha256_digest(b"blob"))) is not None
+
+
+async def test_uploads_wait_for_a_store_that_is_away(
+    make_node: Callable[..., NodeStore], tmp_path: Path
+) -> None:
+    shared = tmp_path / "shared"
+    shared.symlink_to(shared)  # ELOOP
+    async with make_node() as node:
+        assert node.uploads is not None
+        number = await publish(node, "a", b"one", b"two")
+        assert not await node.uploads.wait_published(number, 0.3)
+        assert await node.uploads.pending_digests("p") == {
+            sha256_digest(b"one"),
+            sha256_digest(b"two"),
+        }
+        shared.unlink()
+        assert await node.uploads.wait_published(number, 20)
+
+
+async def test_a_blob_that_the_store_has_is_not_sent_again(
+    make_node: Callable[..., NodeStore],
+) -> None:
+    async with make_node("one") as one, make_node("two") as two:
+        for node in (one, two):
+            assert node.uploads is not None
+            assert await node.uploads.wait_published(await publish(node, "a", b"blob"), 10)
+        assert one.statistics.shared_writes_skipped == 0
+        assert two.statistics.shared_writes_skipped == 1
+
+
+async def test_a_publication_whose_blob_is_gone_is_given_up(
+    make_node: Callable[..., NodeStore],
+) -> None:
+    async with make_node() as node:
+        assert node.uploads is not None
+        node.uploads._pause_until = float("inf")
+        gone = await publish(node, "a", b"gone")
+        other = await publish(node, "b", b"other")
+        (await node.project("p")).store.disk.delete(sha256_digest(b"gone"))
+        node.uploads._pause_until = 0.0
+        node.uploads._wake.set()
+        assert await node.uploads.wait_published(other, 10)
+        assert not await node.uploads.wait_published(gone, 10)
+        assert node.objects is not None
+        assert await node.objects.stat("documents/a") is None
+
+
+async def test_of_many_waiting_publications_of_one_name_two_are_kept(
+    make_node: Callable[..., NodeStore],
+) -> None:
+    async with make_node() as node:
+        assert node.uploads is not None
+        node.uploads._pause_until = float("inf")
+        numbers = [await publish(node, "a", bytes([i])) for i in range(5)]
+        assert await node.uploads.pending_count() == 4
+        assert not await node.uploads.wait_published(numbers[2], 10)
+        node.uploads._pause_until = 0.0
+        node.uploads._wake.set()
+        assert await node.uploads.wait_published(numbers[-1], 10)
+        assert await node.uploads.pending_count() == 0
+
+
+async def test_shared_blobs_of_two_publications_are_uploaded_once(tmp_path: Path) -> None:
+    objects = WriteOrder()
+    async with NodeStore(tmp_path, objects=objects) as node:
+        assert node.uploads is not None
+        numbers = [await publish(node, name, b"same") for name in "abc"]
+        for number in numbers:
+            assert await node.uploads.wait_published(number, 10)
+        assert objects.written.count(blob_key("p", sha256_digest(b"same"))) == 1
