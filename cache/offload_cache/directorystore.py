@@ -11,10 +11,9 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TypeVar
 
-from offload_core.errors import CacheUnavailableError, NotFoundError, UsageError
-
 from offload_cache.health import StoreHealth
 from offload_cache.objectstore import ObjectInfo, SinkGate
+from offload_core.errors import CacheUnavailableError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
+
 from offload_core.digest import digest_hex, sha256_digest
 from offload_core.errors import DigestMismatchError, NotFoundError, QuotaExceededError
 

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import orjson
+
 from offload_core.digest import is_digest
 from offload_core.errors import UsageError
 

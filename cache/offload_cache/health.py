@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 import structlog
+
 from offload_core.errors import CacheUnavailableError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ class StoreHealth:
     """Counts consecutive failures; from `limit` on, calls fail at once for `pause_seconds`.
 
     After the pause one call is let through as a probe: its success closes the circuit, its failure
-    starts the next pause. Safe for any thread.
+    starts a pause of twice the length. Safe for any thread.
     """
 
     def __init__(
@@ -30,13 +31,15 @@ class StoreHealth:
         *,
         limit: int = 3,
         pause_seconds: float = 10.0,
+        longest_pause_seconds: float = 60.0,
         probe_seconds: float = 60.0,
         on_change: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._name = name
         self._limit = limit
-        self._pause_seconds = pause_seconds
+        self._pause_seconds = self._next_pause = pause_seconds
+        self._longest_pause_seconds = longest_pause_seconds
         self._probe_seconds = probe_seconds
         self._on_change = on_change
         self._clock = clock
@@ -97,15 +100,25 @@ class StoreHealth:
         with self._lock:
             self._probe_until = 0.0
 
-    def failed(self, cause: str) -> None:
-        """Note that the store did not answer, or refused."""
+    def failed(self, cause: str, *, weight: int = 1) -> None:
+        """Note that the store did not answer, or refused.
+
+        A failure that cost its caller seconds has more `weight` than one that came at once.
+        """
         with self._lock:
-            self._failures += 1
+            was_open = self._failures >= self._limit
+            self._failures += weight
             self._cause = cause
             self._probe_until = 0.0
-            opened = self._failures == self._limit
-            if self._failures >= self._limit:
-                self._retry_at = self._clock() + self._pause_seconds
+            opened = not was_open and self._failures >= self._limit
+            now = self._clock()
+            if opened:
+                self._next_pause = self._pause_seconds
+                self._retry_at = now + self._next_pause
+            elif was_open and now >= self._retry_at:
+                # A failed probe; calls that were under way when the circuit opened do not count.
+                self._next_pause = min(self._next_pause * 2, self._longest_pause_seconds)
+                self._retry_at = now + self._next_pause
             sentence = self._sentence()
         if opened:
             _log.warning("cache.store.unreachable", store=self._name, cause=cause)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import orjson
+
 from offload_core.digest import is_digest
 from offload_core.errors import UsageError
 

@@ -6,10 +6,9 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from offload_core.errors import NotFoundError
-
 from offload_cache.health import REACHABLE
 from offload_cache.objectstore import ObjectInfo
+from offload_core.errors import NotFoundError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

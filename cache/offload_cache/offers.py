@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import structlog
-from offload_core.digest import sha256_digest
-from offload_core.errors import NotFoundError, UsageError
 
 from offload_cache.manifests import MAX_MANIFEST_BYTES, parse_cache_manifest, select_layers
+from offload_core.digest import sha256_digest
+from offload_core.errors import NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

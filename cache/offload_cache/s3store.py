@@ -8,6 +8,7 @@ pools, because urllib3 throws surplus connections away.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,11 +21,11 @@ from urllib.parse import urlsplit
 import urllib3
 from minio import Minio
 from minio.error import MinioException, S3Error
-from offload_core.errors import CacheUnavailableError, ConfigError, NotFoundError
 
 from offload_cache.health import StoreHealth
 from offload_cache.objectstore import ObjectInfo, SinkGate
 from offload_cache.statistics import CacheStatistics
+from offload_core.errors import CacheUnavailableError, ConfigError, NotFoundError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -129,6 +130,8 @@ class S3Store:
             self._pool(writers * _PARALLEL_PARTS, config.read_seconds),
         )
         self._reading, self._writing = (self._client(pool) for pool in self._pools)
+        # Its warnings about each retry repeat what the health line says, with long URLs.
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
         self._bucket_lock = threading.Lock()
         self._bucket_ready = False
 
@@ -181,9 +184,8 @@ class S3Store:
             self._health.abandoned()
             raise
         except TimeoutError as error:
-            raise self._failure(
-                str(error) or f"no answer in {deadline_seconds or 0:.1f} s"
-            ) from error
+            cause = str(error) or f"no answer in {deadline_seconds or 0:.1f} s"
+            raise self._failure(cause, weight=2) from error
         except (MinioException, urllib3.exceptions.HTTPError) as error:
             raise self._failure(_cause(error)) from error
         except OSError as error:
@@ -191,8 +193,8 @@ class S3Store:
         self._health.succeeded()
         return result
 
-    def _failure(self, cause: str) -> CacheUnavailableError:
-        self._health.failed(cause)
+    def _failure(self, cause: str, *, weight: int = 1) -> CacheUnavailableError:
+        self._health.failed(cause, weight=weight)
         self._statistics.shared_failures += 1
         return CacheUnavailableError(
             f"the shared cache at {self._config.endpoint_url} failed: {cause}"

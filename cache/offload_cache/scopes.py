@@ -14,12 +14,12 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import structlog
-from offload_core.errors import CacheUnavailableError, NotFoundError, UsageError
 
 from offload_cache.entries import MAX_ENTRY_BYTES, CacheEntry
 from offload_cache.keys import entry_key, scope_prefix
 from offload_cache.manifests import parse_cache_manifest
 from offload_cache.uploadtable import UploadItem
+from offload_core.errors import CacheUnavailableError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
     import sqlite3

@@ -6,6 +6,12 @@ import asyncio
 from typing import TYPE_CHECKING, Self
 
 import structlog
+
+from offload_cache.blobwriter import BlobWriter
+from offload_cache.keys import blob_key, check_project_id
+from offload_cache.presence import BlobState
+from offload_cache.statistics import CacheStatistics
+from offload_cache.uploadtable import UploadItem
 from offload_core.aio import TaskSet
 from offload_core.errors import (
     CacheUnavailableError,
@@ -14,12 +20,6 @@ from offload_core.errors import (
     QuotaExceededError,
     find_offload_error,
 )
-
-from offload_cache.blobwriter import BlobWriter
-from offload_cache.keys import blob_key, check_project_id
-from offload_cache.presence import BlobState
-from offload_cache.statistics import CacheStatistics
-from offload_cache.uploadtable import UploadItem
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger(__name__)
 
-_STAT_SECONDS = 3.0
+_STAT_SECONDS = 2.0
 _RANGE_BYTES = 16 << 20
 _PARALLEL_RANGES = 4
 _DEFAULT_MAX_AGE_SECONDS = 3600.0
@@ -79,8 +79,9 @@ class ProjectStore:
 
     @staticmethod
     def _crashed(name: str, error: BaseException) -> None:
-        # The waiters of a flight get the error themselves.
-        _log.debug("blob.flight.failed", task=name, error=repr(error))
+        # A miss is no event, and the waiters of a flight get its error themselves.
+        if not isinstance(error, NotFoundError):
+            _log.warning("blob.task.failed", task=name, error=repr(error))
 
     # -- reading
 

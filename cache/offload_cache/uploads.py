@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 import structlog
-from offload_core.aio import TaskSet
-from offload_core.errors import CacheUnavailableError, NotFoundError
 
 from offload_cache.presence import BlobState
 from offload_cache.statistics import CacheStatistics
 from offload_cache.uploadtable import UploadTable
+from offload_core.aio import TaskSet
+from offload_core.errors import CacheUnavailableError, NotFoundError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, cast
 
 import structlog
-from offload_core.errors import ConfigError, InternalError
 
 from offload_client.bytepipe import BytePipe, stream_through
+from offload_core.errors import ConfigError, InternalError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -78,7 +78,8 @@ class _Unpacker:
         try:
             self._root.mkdir(parents=True, exist_ok=True)
             # The pipe has the one method that tarfile's stream mode calls.
-            with tarfile.open(fileobj=cast("IO[bytes]", pipe), mode="r|") as archive:
+            stream = cast("IO[bytes]", pipe)
+            with tarfile.open(fileobj=stream, mode="r|", bufsize=_COPY_BYTES) as archive:
                 for member in archive:
                     current = self._root / member.name
                     self._write(archive, member)

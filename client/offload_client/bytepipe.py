@@ -36,6 +36,7 @@ class BytePipe:
         self._free = asyncio.Semaphore(_SLOTS)
         self._pieces: queue.SimpleQueue[bytes | bool] = queue.SimpleQueue()
         self._rest = b""
+        self._rest_at = 0
         self._ended = False
 
     async def write(self, data: bytes) -> None:
@@ -63,17 +64,20 @@ class BytePipe:
 
         Fewer bytes than asked for come only at the end, as tarfile and gzip expect.
         """
-        parts, length = [self._rest], len(self._rest)
-        while size < 0 or length < size:
-            piece = self._next()
-            if not piece:
-                break
-            parts.append(piece)
-            length += len(piece)
-        data = b"".join(parts)
-        cut = length if size < 0 else size
-        self._rest = data[cut:]
-        return data[:cut]
+        parts: list[bytes] = []
+        wanted = size if size >= 0 else -1
+        while wanted:
+            if self._rest_at == len(self._rest):
+                self._rest, self._rest_at = self._next(), 0
+                if not self._rest:
+                    break
+            end = len(self._rest) if wanted < 0 else self._rest_at + wanted
+            part = self._rest[self._rest_at : end]
+            self._rest_at += len(part)
+            parts.append(part)
+            if wanted > 0:
+                wanted -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _next(self) -> bytes:
         if self._ended:
@@ -145,20 +149,16 @@ async def stream_through(
 
     consumer = in_thread(lambda: consume(pipe), name=name)
     producer = asyncio.ensure_future(write_all())
-    waited_for: set[asyncio.Future[Any]] = {consumer, producer}
+    producer.add_done_callback(lambda done: done.cancelled() or done.exception())
+    both: set[asyncio.Future[Any]] = {consumer, producer}
     try:
-        await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
-        if producer.done() and not consumer.done():
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        if producer.done():
             producer.result()
             # Not "await consumer": a cancellation would then mark it done while it runs.
             await asyncio.wait([consumer])
-        if producer.done() and not producer.cancelled() and producer.exception() is not None:
-            producer.result()
         return consumer.result()
     finally:
         pipe.abort()
         producer.cancel()
-        with contextlib.suppress(asyncio.CancelledError, Exception):
-            await asyncio.wait([producer], timeout=_ABORT_SECONDS)
-        if not consumer.done():
-            await finish(asyncio.wait([consumer], timeout=_ABORT_SECONDS), _ABORT_SECONDS + 1)
+        await finish(asyncio.wait(both, timeout=_ABORT_SECONDS), _ABORT_SECONDS + 1)

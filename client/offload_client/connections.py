@@ -8,9 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Self
 
-from offload_core.interceptors import call_metadata
-from offload_core.tls import GATEWAY_NAME, open_channel
-
 from offload_client.identity import (
     StoredIdentity,
     from_certificate,
@@ -19,6 +16,8 @@ from offload_client.identity import (
     needs_renewal,
     save_identity,
 )
+from offload_core.tls import GATEWAY_NAME, open_channel
+from offload_core.versions import call_metadata
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -73,6 +72,7 @@ class Connections:
         self, invocation: Invocation, gateway: str, identity: StoredIdentity
     ) -> StoredIdentity:
         import grpc
+
         from offload_proto.v1.identity_service_pb2 import RenewRequest
         from offload_proto.v1.identity_service_pb2_grpc import IdentityServiceStub
 

@@ -16,9 +16,9 @@ import subprocess
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import structlog
-from offload_core.errors import ConfigError
 
 from offload_client.dockerconfig import read_docker_config
+from offload_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -13,17 +13,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from offload_core.errors import AuthenticationError, GatewayUnreachableError
-from offload_core.interceptors import call_metadata
 from offload_core.status import error_from_rpc
 from offload_core.tls import ENROLL_NAME, KeyPair, open_channel
 from offload_core.trust import fetch_pinned_ca
+from offload_core.versions import call_metadata
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from offload_proto.v1.identity_service_pb2 import ClientCertificate, LoginResponse
-
     from offload_client.invocation import Invocation
+    from offload_proto.v1.identity_service_pb2 import ClientCertificate, LoginResponse
 
 LOGIN_SECONDS = 20.0
 RENEW_BEFORE_SECONDS = 3 * 86400
@@ -50,6 +49,7 @@ async def login(gateway: str, token: str) -> tuple[StoredIdentity, LoginResponse
         GatewayUnreachableError: the gateway does not answer.
     """
     import grpc
+
     from offload_proto.v1.identity_service_pb2 import LoginRequest
     from offload_proto.v1.identity_service_pb2_grpc import EnrollmentServiceStub
 

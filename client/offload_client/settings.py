@@ -7,7 +7,6 @@ user file is `config.toml` in the configuration directory, written by `offload l
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offload_core.config import read_toml
@@ -15,6 +14,8 @@ from offload_core.errors import ConfigError
 from offload_core.trust import join_address, split_address
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from offload_client.invocation import Invocation
 
 PROJECT_FILE = "offload.toml"

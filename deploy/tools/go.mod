@@ -1,6 +1,6 @@
 module offload.build/deploy/tools
 
-go 1.26.8
+go 1.26
 
 tool (
 	github.com/moby/buildkit/cmd/buildctl

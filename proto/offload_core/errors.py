@@ -40,6 +40,7 @@ class OffloadError(Exception):
         exit_code: exit code of our commands.
         retryable: the same call may work later.
         hint: what the person can do next; empty when the message says it.
+        shown: the person has already read the message.
     """
 
     status_code: ClassVar[int] = 13
@@ -50,6 +51,7 @@ class OffloadError(Exception):
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
         self.hint = hint
+        self.shown = False
 
     @property
     def message(self) -> str:

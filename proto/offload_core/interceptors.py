@@ -4,49 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import structlog
 from grpc import aio
 
-from offload_core import API_VERSION
-from offload_core.errors import InternalError, OffloadError, VersionError, find_offload_error
+from offload_core.errors import InternalError, OffloadError, find_offload_error
 from offload_core.status import TRAILER, pack_status
+from offload_core.versions import check_version
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
 log = structlog.get_logger(__name__)
 
-VERSION_KEY = "offload-api-version"
-"""Metadata key that carries the caller's `API_VERSION` in every call."""
-
-MINIMUM_API_VERSION = 1
 _STATUS_BY_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
-
-
-def check_version(metadata: Iterable[tuple[str, str | bytes]] | None, *, me: str) -> None:
-    """Refuse a caller that speaks an older or newer protocol.
-
-    Raises:
-        VersionError: with a sentence that says which side has to be updated.
-    """
-    given = dict(metadata or ()).get(VERSION_KEY)
-    try:
-        version = int(given) if given is not None else 0
-    except ValueError:
-        version = 0
-    if version < MINIMUM_API_VERSION:
-        raise VersionError(
-            f"this command is too old for {me}: it speaks version {version} of the protocol, "
-            f"at least {MINIMUM_API_VERSION} is needed; install a newer offload-build"
-        )
-    if version > API_VERSION:
-        raise VersionError(
-            f"this command is newer than {me}: it speaks version {version} of the protocol, "
-            f"{me} up to {API_VERSION}; ask your administrator to update the service"
-        )
 
 
 class ErrorInterceptor(aio.ServerInterceptor):
@@ -114,7 +88,9 @@ class ErrorInterceptor(aio.ServerInterceptor):
                 check_version(context.invocation_metadata(), me=self._me)
                 return await handler(request, context)
             except BaseException as error:
-                outcome = await self._fail(error, context, method)
+                outcome, known = self._classify(error, method)
+                if known is not None:
+                    await abort_with(context, known)
                 raise
             finally:
                 self._end(method, started, outcome)
@@ -127,10 +103,14 @@ class ErrorInterceptor(aio.ServerInterceptor):
             outcome = "OK"
             try:
                 check_version(context.invocation_metadata(), me=self._me)
-                async for response in handler(request, context):
-                    yield response
+                # A handler that is left in the middle must clean up now, not at collection.
+                async with aclosing(handler(request, context)) as responses:
+                    async for response in responses:
+                        yield response
             except BaseException as error:
-                outcome = await self._fail(error, context, method)
+                outcome, known = self._classify(error, method)
+                if known is not None:
+                    await abort_with(context, known)
                 raise
             finally:
                 self._end(method, started, outcome)
@@ -150,25 +130,18 @@ class ErrorInterceptor(aio.ServerInterceptor):
             "rpc.completed", method=method, outcome=outcome, seconds=time.monotonic() - started
         )
 
-    async def _fail(
-        self, error: BaseException, context: aio.ServicerContext[Any, Any], method: str
-    ) -> str:
+    def _classify(self, error: BaseException, method: str) -> tuple[str, OffloadError | None]:
+        """Return the outcome for the log, and the error to answer with, if any."""
         if isinstance(error, (asyncio.CancelledError, GeneratorExit, aio.AbortError)):
-            return "CANCELLED"
+            return "CANCELLED", None
         known = find_offload_error(error)
         if known is None:
             log.error("rpc.failed", method=method, exc_info=error)
             known = InternalError(f"{self._me} failed in {method}; its log says more")
-        await abort_with(context, known)
-        return known.reason
+        return known.reason, known
 
 
 async def abort_with(context: aio.ServicerContext[Any, Any], error: OffloadError) -> None:
     """End a call with an error that the other side can restore."""
     context.set_trailing_metadata(((TRAILER, pack_status(error)),))
     await context.abort(_STATUS_BY_NUMBER[error.status_code], error.message)
-
-
-def call_metadata(*extra: tuple[str, str]) -> tuple[tuple[str, str], ...]:
-    """Return the metadata that every call of ours carries."""
-    return ((VERSION_KEY, str(API_VERSION)), *extra)

@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import socket
 import ssl
+from typing import Any
 
 from offload_core.errors import AuthenticationError, ConfigError, GatewayUnreachableError
 from offload_core.tls import ENROLL_NAME
@@ -92,9 +93,14 @@ def _peer_chain(host: str, port: int) -> list[bytes]:
         context.wrap_socket(raw, server_hostname=ENROLL_NAME) as connection,
     ):
         # Public from Python 3.13 on; before that only the inner object has it.
-        inner = getattr(connection, "_sslobj", None)
-        getter = getattr(connection, "get_unverified_chain", None) or inner.get_unverified_chain
-        return [
-            item if isinstance(item, bytes) else item.public_bytes(ssl._ssl.ENCODING_DER)  # type: ignore[attr-defined]
-            for item in getter()
-        ]
+        holder: Any = connection
+        if not hasattr(holder, "get_unverified_chain"):
+            holder = holder._sslobj  # noqa: SLF001
+        return [_der(item) for item in holder.get_unverified_chain()]
+
+
+def _der(certificate: Any) -> bytes:
+    if isinstance(certificate, bytes):
+        return certificate
+    # The inner object gives its own type, whose PEM is public.
+    return ssl.PEM_cert_to_DER_cert(certificate.public_bytes())

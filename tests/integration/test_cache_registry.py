@@ -11,13 +11,13 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import pytest
+
 from offload_cache.health import StoreHealth
 from offload_cache.keys import blob_key
 from offload_cache.nodestore import NodeStore
 from offload_cache.registry import Grant, Registry, RegistryServer
 from offload_cache.s3store import S3Config, S3Store
 from offload_cache.statistics import CacheStatistics
-
 from tests.fixtures.buildkitd import Buildkitd
 from tests.fixtures.minio import MinioServer
 
@@ -33,7 +33,9 @@ RUN ["/bin/busybox", "sh", "-c", "/bin/busybox dd if=/dev/urandom of=/big bs=1M 
 COPY source.txt /source.txt
 RUN ["/bin/busybox", "sh", "-c", "/bin/busybox date +%s%N > /built"]
 """
+ZSTD = "compression=zstd,oci-mediatypes=true"
 STEPS = 4
+EXECUTED = "records out"  # dd says so when it really runs
 
 
 class Node:
@@ -54,19 +56,19 @@ class Node:
         grant = Grant(project, ("main",), "main", "default", "b", "ada", may_import)
         capability = self.registry.grant(grant)
         cache = f"{self.server.address}/{capability}/cache"
+        image = f"{self.server.address}/{capability}/image"
         metadata = self.daemon.root / "metadata.json"
         arguments = [
             "build", "--progress=plain", "--frontend=dockerfile.v0",
             "--local", f"context={self._context}", "--local", f"dockerfile={self._context}",
             "--import-cache", f"type=registry,ref={cache}:import",
-            "--output", f"type=image,name={self.server.address}/{capability}/image:latest,push=true,"
-            "store=false,compression=zstd,oci-mediatypes=true",
+            "--output", f"type=image,name={image}:latest,push=true,store=false,{ZSTD}",
             "--metadata-file", str(metadata),
         ]  # fmt: skip
         if export_cache:
             arguments += [
-                "--export-cache", f"type=registry,ref={cache}:export,mode=max,compression=zstd,"
-                "oci-mediatypes=true,image-manifest=true",
+                "--export-cache",
+                f"type=registry,ref={cache}:export,mode=max,image-manifest=true,{ZSTD}",
             ]  # fmt: skip
         done: subprocess.CompletedProcess[str] = await asyncio.to_thread(
             self.daemon.buildctl, *arguments
@@ -166,7 +168,7 @@ async def test_an_empty_node_builds_from_the_shared_cache_without_moving_a_layer
         # One source file changed: the steps before it come from the cache, with their layers.
         (bench.context / "source.txt").write_text("two")
         log, _, _ = await two.build()
-        assert cached_steps(log) == 2
+        assert EXECUTED not in log
         assert statistics.shared_bytes_read > 8 << 20
 
 
@@ -197,12 +199,14 @@ async def test_builds_go_on_while_the_shared_store_hangs(bench: Bench) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         async with bench.node("one", url) as node:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(20):
                 log, _, _ = await node.build()
             assert cached_steps(log) == 0
 
 
-async def test_a_corrupt_object_costs_its_steps_but_no_build(bench: Bench) -> None:
+async def test_a_corrupt_object_fails_one_attempt_and_the_repeated_build_succeeds(
+    bench: Bench,
+) -> None:
     async with bench.node("one") as one:
         _, digest, capability = await one.build()
         await one.publish(capability)
@@ -214,12 +218,14 @@ async def test_a_corrupt_object_costs_its_steps_but_no_build(bench: Bench) -> No
     async with bench.node("two") as two:
         (bench.context / "source.txt").write_text("two")
         # The first attempt meets the corrupt blob: it is refused, not passed on, and remembered.
-        with pytest.raises(AssertionError):
+        # BuildKit has no fallback of its own, so this build fails and its caller repeats it.
+        with pytest.raises(AssertionError, match=f"could not fetch content descriptor {big}"):
             await two.build()
         assert two.store.statistics.corrupt_objects == 1
         # The manifest is rendered without it now; the daemon was not poisoned.
         log, _, capability = await two.build()
-        assert cached_steps(log) == 1
+        assert EXECUTED in log
+        assert two.store.statistics.corrupt_objects == 1
         await two.publish(capability)
     async with bench.node("three") as three:
         log, _, _ = await three.build()

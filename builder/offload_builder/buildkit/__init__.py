@@ -10,13 +10,14 @@ Nothing outside this package knows BuildKit's messages.
 """
 
 from offload_builder.buildkit.client import BuildkitClient, DaemonInfo, DiskRecord
-from offload_builder.buildkit.daemon import BuildkitDaemon, DaemonExit
+from offload_builder.buildkit.daemon import BuildkitDaemon
 from offload_builder.buildkit.daemon_config import (
     DaemonSettings,
     RegistrySettings,
     find_buildkitd,
     find_runc,
 )
+from offload_builder.buildkit.daemon_exit import DaemonExit
 from offload_builder.buildkit.failure import SolveFailure
 from offload_builder.buildkit.providers import (
     CredentialSource,

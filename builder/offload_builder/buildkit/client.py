@@ -7,24 +7,23 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from offload_core.errors import InternalError, NodeLostError, OffloadError
-from offload_proto.buildkit import control_pb2 as control
-
 from offload_builder.buildkit.failure import SolveFailure, failure_from_status
 from offload_builder.buildkit.h2.client import GrpcClient
 from offload_builder.buildkit.h2.messages import CANCELLED, UNAVAILABLE, GrpcError
 from offload_builder.buildkit.solve import SolveResult, solve_request
 from offload_builder.buildkit.status import progress_batch
+from offload_core.errors import InternalError, NodeLostError, OffloadError
+from offload_proto.buildkit import control_pb2 as control
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
     from pathlib import Path
 
     from google.protobuf.message import Message
-    from offload_proto.v1.events_pb2 import ProgressBatch
 
     from offload_builder.buildkit.session import BkSession
     from offload_builder.buildkit.solve import SolveSpec
+    from offload_proto.v1.events_pb2 import ProgressBatch
 
 _SERVICE = "/moby.buildkit.v1.Control/"
 

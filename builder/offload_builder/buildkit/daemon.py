@@ -7,14 +7,9 @@ import contextlib
 import os
 import shutil
 import signal
-import tempfile
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import structlog
-from offload_core.aio import TaskSet, finish
-from offload_core.errors import ConfigError, NodeLostError
 
 from offload_builder.buildkit.client import BuildkitClient, DaemonInfo
 from offload_builder.buildkit.daemon_config import (
@@ -23,46 +18,19 @@ from offload_builder.buildkit.daemon_config import (
     find_buildkitd,
     find_runc,
 )
+from offload_builder.buildkit.daemon_exit import DaemonExit, count_oom_kills
 from offload_builder.buildkit.daemon_leftovers import end_leftovers, end_previous_daemon
 from offload_builder.buildkit.daemon_log import DaemonLog
+from offload_builder.buildkit.daemon_rundir import make_private, run_directory
+from offload_core.aio import TaskSet, finish
+from offload_core.errors import ConfigError, NodeLostError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 _log = structlog.get_logger(__name__)
 _POLL_SECONDS = 0.02
-_MAX_SOCKET_PATH = 107
-
-
-@dataclass(frozen=True, slots=True)
-class DaemonExit:
-    """How a daemon ended.
-
-    Attributes:
-        code: exit code; None when a signal ended it.
-        signal: number of the signal; None when it exited.
-        expected: we stopped it.
-        out_of_memory: the kernel ended processes for lack of memory while it ran, and it was
-            killed by SIGKILL.
-        log_tail: its last lines.
-    """
-
-    code: int | None
-    signal: int | None
-    expected: bool
-    out_of_memory: bool
-    log_tail: str
-
-    def describe(self) -> str:
-        """Return one clause for people."""
-        if self.expected:
-            return "buildkitd was stopped"
-        if self.out_of_memory:
-            return "buildkitd was killed because the machine ran out of memory"
-        if self.signal is not None:
-            return f"buildkitd was killed by {signal.Signals(self.signal).name}"
-        last = self.log_tail.rsplit("\n", 1)[-1].removeprefix("buildkitd: ")
-        return f"buildkitd exited with code {self.code}" + (f": {last}" if last else "")
 
 
 class BuildkitDaemon:
@@ -79,8 +47,7 @@ class BuildkitDaemon:
     def __init__(self, settings: DaemonSettings, *, start_timeout: float = 30.0) -> None:
         self.settings = settings
         self._start_timeout = start_timeout
-        # A socket's path is limited to 107 bytes, a root directory is not.
-        self._run_dir = Path(tempfile.mkdtemp(prefix="offload-bk-", dir=_run_base()))
+        self._run_dir = run_directory(settings.root)
         self.socket_path = self._run_dir / "bk.sock"
         self.client = BuildkitClient(self.socket_path, explain_loss=self._explain_loss)
         self._log = DaemonLog(settings.root / "buildkitd.log")
@@ -178,6 +145,7 @@ class BuildkitDaemon:
         pid_file = settings.root / "buildkitd.pid"
         await end_previous_daemon(pid_file, settings.root)
         await end_leftovers(settings.root, self._runc)
+        make_private(self._run_dir)
         self.socket_path.unlink(missing_ok=True)
         config = settings.root / "buildkitd.toml"
         config.write_text(daemon_toml(settings, self.socket_path, self._runc))
@@ -218,9 +186,11 @@ class BuildkitDaemon:
     async def _watch(
         self, process: asyncio.subprocess.Process, done: asyncio.Future[DaemonExit]
     ) -> None:
-        oom_before = _oom_kills()
+        oom_before = count_oom_kills()
         copying = self._tasks.start(self._log.copy(_pipe_of(process)), name="buildkitd-log")
         status = await process.wait()
+        # Helpers of the daemon are in its group.
+        _signal_group(process.pid, signal.SIGKILL)
         # Steps that outlive the daemon hold the pipe open.
         await asyncio.wait((copying,), timeout=0.5)
         copying.cancel()
@@ -229,7 +199,7 @@ class BuildkitDaemon:
             code=status if status >= 0 else None,
             signal=-status if status < 0 else None,
             expected=self._stopping,
-            out_of_memory=killed and _oom_kills() > oom_before,
+            out_of_memory=killed and count_oom_kills() > oom_before,
             log_tail=self._log.tail(),
         )
         self.info = None
@@ -262,13 +232,12 @@ class BuildkitDaemon:
             self._stopping = True
             # Its graceful stop waits for calls, and so for builds. Ours end with their connection.
             await self.client.close()
-            with contextlib.suppress(ProcessLookupError):
-                process.terminate()
+            # To the group: a command prefix may have forked.
+            _signal_group(process.pid, signal.SIGTERM)
             await asyncio.wait((ended,), timeout=grace)
-        # Helpers of the daemon are in its group, also when it ended by itself.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        await asyncio.wait((ended,), timeout=10.0)
+        if not ended.done():
+            _signal_group(process.pid, signal.SIGKILL)
+            await asyncio.wait((ended,), timeout=10.0)
         self._process, self.info = None, None
         if self._runc is not None:
             await end_leftovers(self.settings.root, self._runc)
@@ -278,17 +247,10 @@ class BuildkitDaemon:
         """Return the cause of a lost connection; the end of the process may be seen after it."""
         if self._exit is None:
             return "buildkitd was not started"
+        if self._stopping:
+            return "buildkitd was stopped"
         await asyncio.wait((self._exit,), timeout=1.0)
         return self._exit.result().describe() if self._exit.done() else ""
-
-
-def _run_base() -> str | None:
-    base = Path("/run/offload")
-    try:
-        base.mkdir(mode=0o700, exist_ok=True)
-    except OSError:
-        return None
-    return str(base)
 
 
 def _pipe_of(process: asyncio.subprocess.Process) -> asyncio.StreamReader:
@@ -297,12 +259,9 @@ def _pipe_of(process: asyncio.subprocess.Process) -> asyncio.StreamReader:
     return process.stdout
 
 
-def _oom_kills() -> int:
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/vmstat").read_text().splitlines():
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
-    return 0
+def _signal_group(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, number)
 
 
 def _wipe_ingest(root: Path) -> int:

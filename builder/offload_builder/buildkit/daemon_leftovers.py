@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -24,15 +25,20 @@ _OCTAL = re.compile(r"\\([0-7]{3})")
 
 async def end_leftovers(root: Path, runc: Path) -> None:
     """End containers of a daemon that no longer runs, and undo its mounts below `root`."""
-    for container in leftover_containers(root):
-        await _delete_container(runc, container)
+    bundles = leftover_bundles(root)
+    for bundle in bundles:
+        await _delete_container(runc, bundle.name)
     for mount in reversed(mounts_below(root)):
         _unmount(mount)
+    for bundle in bundles:
+        # Never through a mount: it would delete the files of the step's result.
+        if not mounts_below(bundle):
+            await asyncio.to_thread(shutil.rmtree, bundle, ignore_errors=True)
 
 
-def leftover_containers(root: Path) -> list[str]:
-    """Return the names of containers whose bundles lie below `root`."""
-    return sorted(path.parent.name for path in root.glob("runc-*/executor/*/config.json"))
+def leftover_bundles(root: Path) -> list[Path]:
+    """Return the bundles of containers below `root`; they are named as the containers."""
+    return sorted(path.parent for path in root.glob("runc-*/executor/*/config.json"))
 
 
 async def _delete_container(runc: Path, container: str) -> None:

@@ -41,7 +41,8 @@ class DaemonLog:
                     if file is not None:
                         size += file.write(data)
                 except OSError:
-                    file = _closed(file)
+                    _close(file)
+                    file = None
             self._remember(rest + b"\n" if rest else b"")
         finally:
             if file is not None:
@@ -72,6 +73,6 @@ class DaemonLog:
         self._path.replace(self._path.with_name(self._path.name + ".1"))
 
 
-def _closed(file: FileIO | None) -> None:
+def _close(file: FileIO | None) -> None:
     if file is not None:
         file.close()

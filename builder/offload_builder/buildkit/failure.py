@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from google.protobuf.message import DecodeError
 from google.rpc.status_pb2 import Status
+
 from offload_proto.v1.events_pb2 import SourceRange
 from offload_proto.v1.node_service_pb2 import Failure
 

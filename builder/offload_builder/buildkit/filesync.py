@@ -11,25 +11,23 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote_plus
 
-from offload_core.aio import finish
-from offload_core.errors import ContextChangedError, InternalError, find_offload_error
-from offload_core.filemode import MODE_SOCKET, is_regular
-from offload_proto.buildkit.fsutil_pb2 import Packet, Stat
-
 from offload_builder.buildkit.h2.messages import (
     CANCELLED,
     INVALID_ARGUMENT,
     GrpcError,
     varint,
 )
+from offload_core.aio import finish
+from offload_core.errors import ContextChangedError, InternalError, find_offload_error
+from offload_core.filemode import MODE_SOCKET, is_regular
+from offload_proto.buildkit.fsutil_pb2 import Packet, Stat
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
-    from offload_proto.v1.node_service_pb2 import ContextEntry
-
     from offload_builder.buildkit.h2.server import ServerCall
     from offload_builder.buildkit.providers import LocalSource, LocalTree
+    from offload_proto.v1.node_service_pb2 import ContextEntry
 
 MAX_READERS = 64
 """Files that are read at the same time; most of them wait for the client."""

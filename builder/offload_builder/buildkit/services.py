@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from offload_builder.buildkit.filesync import serve_diff_copy
+from offload_builder.buildkit.h2.messages import CANCELLED, NOT_FOUND, GrpcError
 from offload_core.aio import finish
 from offload_proto.buildkit.auth_pb2 import CredentialsRequest, CredentialsResponse
 from offload_proto.buildkit.filesync_pb2 import BytesMessage
 from offload_proto.buildkit.secrets_pb2 import GetSecretRequest, GetSecretResponse
-
-from offload_builder.buildkit.filesync import serve_diff_copy
-from offload_builder.buildkit.h2.messages import CANCELLED, NOT_FOUND, GrpcError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

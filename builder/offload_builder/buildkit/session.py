@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Self
 from urllib.parse import quote_plus
 
 import structlog
-from offload_core.errors import InternalError, OffloadError
 
 from offload_builder.buildkit.h2.messages import GrpcError
 from offload_builder.buildkit.services import session_services
 from offload_builder.buildkit.tunnel import SessionTunnel
+from offload_core.errors import InternalError, OffloadError
 
 if TYPE_CHECKING:
     import asyncio

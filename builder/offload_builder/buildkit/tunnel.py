@@ -9,14 +9,13 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Self
 
-from offload_core.aio import TaskSet
-from offload_proto.buildkit.control_pb2 import BytesMessage
-
 from offload_builder.buildkit.h2.client import GrpcClient
 from offload_builder.buildkit.h2.connection import Http2Connection
 from offload_builder.buildkit.h2.messages import GrpcError, varint
 from offload_builder.buildkit.h2.server import GrpcServer
 from offload_builder.buildkit.h2.stream import ConnectionLostError
+from offload_core.aio import TaskSet
+from offload_proto.buildkit.control_pb2 import BytesMessage
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence

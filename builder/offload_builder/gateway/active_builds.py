@@ -112,7 +112,7 @@ class ActiveBuilds:
         self._arrivals = 0
 
     def listen(self, on_change: Callable[[], None]) -> None:
-        """Set what is called when a slot or a place in the queue became free."""
+        """Set what is called when slots or places in the queue have changed."""
         self._on_change = on_change
 
     def add(self, record: BuildRecord) -> ActiveBuild:
@@ -191,6 +191,7 @@ class ActiveBuilds:
         )
         log.info("build.assigned", build_id=build.build_id, node_id=node_id)
         build.changed.fire()
+        self._on_change()
 
     def end(
         self,

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import structlog
 
 from offload_builder.gateway.history import BuildRecord
+from offload_builder.gateway.offers import Offers
 from offload_builder.gateway.scheduler import QueuedBuild, fair_order, plan, waiting_reason
 from offload_builder.gateway.tokens import random_id
-from offload_core.aio import TaskSet
 from offload_core.errors import (
     AccessDeniedError,
     BuildCanceledError,
@@ -28,10 +28,9 @@ from offload_core.errors import (
 )
 from offload_core.units import format_duration
 from offload_proto.v1 import builds_service_pb2 as builds_pb
-from offload_proto.v1 import nodes_service_pb2 as nodes_pb
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator, AsyncIterator
 
     from offload_builder.gateway.active_builds import ActiveBuild, ActiveBuilds
     from offload_builder.gateway.config import GatewayConfig
@@ -40,9 +39,6 @@ if TYPE_CHECKING:
     from offload_builder.gateway.tokens import TokenRecord
 
 log = structlog.get_logger(__name__)
-
-DECLINE_SECONDS = 1.0
-"""For how long a node that declined a build is not asked again for it, unless it changes."""
 
 ARRIVAL_GRACE_SECONDS = 5.0
 """How much longer than the slot is held the gateway waits for news of the client's arrival."""
@@ -80,7 +76,7 @@ class Admission:
         self._served: dict[str, int] = {}
         self._turns = 0
         self._stopping = False
-        self._offers = TaskSet(self._offer_failed)
+        self._offers = Offers(config, builds, self.wake, self._accepted)
 
     def wake(self) -> None:
         """Look at the queue again soon."""
@@ -159,7 +155,7 @@ class Admission:
         loop = asyncio.get_running_loop()
         build.queue_timer = loop.call_later(seconds, self._waited_too_long, build)
 
-    async def updates(self, build: ActiveBuild) -> AsyncIterator[Waiting | Placed]:
+    async def updates(self, build: ActiveBuild) -> AsyncGenerator[Waiting | Placed]:
         """Report the build's place in the queue until a node has it.
 
         While nobody listens the build is not offered; some time later it leaves the queue.
@@ -295,8 +291,7 @@ class Admission:
                 self._turns += 1
                 build = waiting[build_id]
                 self._served[build.record.project_id] = self._turns
-                self._builds.ask(build, node_id)
-                self._offers.start(self._offer(build, node), name=f"offer-{build_id}")
+                self._offers.make(build, node)
         views = self._views()
         for position, item in enumerate(order, start=1):
             build = waiting[item.build_id]
@@ -310,62 +305,20 @@ class Admission:
     def _views(self) -> list[NodeView]:
         return [node.view(self._builds.load(node.node_id)) for node in self._nodes.connected()]
 
-    async def _offer(self, build: ActiveBuild, node: AttachedNode) -> None:
-        reply = await self._ask(build, node)
-        if not build.queued:
-            # It was cancelled meanwhile, and its slot counted back.
-            if reply.accepted:
-                node.cancel_build(build.build_id, "the build has left the queue")
-        elif reply.accepted and build.watchers and not self._stopping:
-            self._builds.run(build, node.node_id)
-            wait = self._config.slot_hold + ARRIVAL_GRACE_SECONDS
-            build.start_grace(wait, self._client_did_not_arrive)
-        else:
-            if reply.accepted:
-                node.cancel_build(build.build_id, "the client has left the queue")
-            else:
-                self._decline(build, node, reply.reason or "it gave no reason")
-            self._builds.unask(build)
-
-    async def _ask(self, build: ActiveBuild, node: AttachedNode) -> nodes_pb.OfferReply:
-        answer: asyncio.Future[nodes_pb.OfferReply] = asyncio.get_running_loop().create_future()
-        node.offers[build.build_id] = answer
-        offer = nodes_pb.Offer(build_id=build.build_id, project_id=build.record.project_id)
-        offer.hold.FromMilliseconds(round(self._config.slot_hold * 1000))
-        try:
-            if not node.post(nodes_pb.AttachResponse(offer=offer)):
-                return nodes_pb.OfferReply(reason="the connection to the node broke")
-            async with asyncio.timeout(self._config.offer_timeout):
-                return await answer
-        except TimeoutError:
-            limit = format_duration(self._config.offer_timeout)
-            # If it accepts later, its answer finds no offer and the slot is given back.
-            return nodes_pb.OfferReply(reason=f"it did not answer within {limit}")
-        finally:
-            if node.offers.get(build.build_id) is answer:
-                del node.offers[build.build_id]
-
-    def _decline(self, build: ActiveBuild, node: AttachedNode, reason: str) -> None:
-        log.info("offer.declined", build_id=build.build_id, node_id=node.node_id, reason=reason)
-        build.declined[node.node_id] = reason
-        loop = asyncio.get_running_loop()
-        loop.call_later(DECLINE_SECONDS, self._forget_decline, build, node.node_id)
-
-    def _forget_decline(self, build: ActiveBuild, node_id: str) -> None:
-        if build.declined.pop(node_id, None) is not None:
-            self.wake()
-
     def node_changed(self, node_id: str) -> None:
         """A node has changed: ask it again."""
         for build in self._builds.all():
             build.declined.pop(node_id, None)
         self.wake()
 
-    def _offer_failed(self, name: str, error: BaseException) -> None:
-        log.error("offer.failed", offer=name, exc_info=error)
-        build = self._builds.find(name.removeprefix("offer-"))
-        if build is not None and build.queued and build.asked_node:
-            self._builds.unask(build)
+    def _accepted(self, build: ActiveBuild, node: AttachedNode) -> bool:
+        """Take a node's acceptance; False when the build is not wanted any more."""
+        if not build.queued or not build.watchers or self._stopping:
+            return False
+        self._builds.run(build, node.node_id)
+        wait = self._config.slot_hold + ARRIVAL_GRACE_SECONDS
+        build.start_grace(wait, self._client_did_not_arrive)
+        return True
 
     def _waited_too_long(self, build: ActiveBuild) -> None:
         limit = format_duration(self._config.queue_timeout)

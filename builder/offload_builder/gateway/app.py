@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import tempfile
 from contextlib import AsyncExitStack
@@ -47,12 +48,15 @@ from offload_proto.v1.identity_service_pb2_grpc import (
 from offload_proto.v1.nodes_service_pb2_grpc import add_NodesServiceServicer_to_server
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from offload_builder.gateway.config import GatewayConfig
 
 log = structlog.get_logger(__name__)
 
 BOOTSTRAP_ADMIN = "admin"
 _CLOSE_SECONDS = 30.0
+_ATTACH_POLL_SECONDS = 0.02
 
 
 async def open_members(
@@ -80,6 +84,7 @@ class Gateway:
         self._front: Front | None = None
         self._nodes: NodeRegistry | None = None
         self._first_token: str | None = None
+        self._members: Members | None = None
         self.ca_pem = b""
         """PEM of the CA, once started."""
 
@@ -112,12 +117,28 @@ class Gateway:
         await finish(self._stack.aclose(), _CLOSE_SECONDS + self._config.stop_timeout)
         log.info("gateway.stopped")
 
+    async def create_node_token(self, node_id: str) -> str:
+        """Return a new enrolment token for one node, as text."""
+        if self._members is None:
+            raise InternalError("the gateway is not started")
+        _, text = await self._members.create_token(name=node_id, role=identity_pb.ROLE_NODE)
+        return text.reveal()
+
+    def attached_nodes(self) -> list[str]:
+        """Return the names of the nodes that are connected now."""
+        return [node.node_id for node in self._nodes.connected()] if self._nodes else []
+
+    async def wait_for_nodes(self, names: Collection[str]) -> None:
+        """Wait until all named nodes are connected; bound it with a timeout."""
+        while not set(names) <= set(self.attached_nodes()):  # noqa: ASYNC110 - only at start-up
+            await asyncio.sleep(_ATTACH_POLL_SECONDS)
+
     async def _start(self) -> None:
         config, stack = self._config, self._stack
         authority, store, members = await open_members(config, stack)
+        self._members = members
         self.ca_pem = authority.ca_pem
-        if await members.is_new():
-            await self._bootstrap(members)
+        await self._bootstrap(members)
         history = History(store)
         logs = LogBook(store, config.max_log_bytes_per_build)
         stack.push_async_callback(logs.flush)
@@ -182,21 +203,23 @@ class Gateway:
             logs.stop()
             nodes.close()
 
-        front = Front(config, self._route)
-        stack.push_async_callback(stop_servers)
-        await enrollment.start()
-        await api.start()
-        self._front = await stack.enter_async_context(front)
+        front = self._front = await stack.enter_async_context(Front(config, self._route))
         stack.push_async_callback(stop_servers)
         stack.callback(stop_admission)
-        stack.callback(front.stop_accepting)
+        await enrollment.start()
+        await api.start()
+        stack.callback(front.stop_listening)
+        await front.listen()
         log.info("gateway.started", address=self.address, data_dir=str(config.data_dir))
 
     async def _bootstrap(self, members: Members) -> None:
-        await members.create_project(DEFAULT_PROJECT)
-        _, text = await members.create_token(name=BOOTSTRAP_ADMIN, role=identity_pb.ROLE_ADMIN)
-        self._first_token = text.reveal()
-        log.info("gateway.bootstrapped", project_id=DEFAULT_PROJECT)
+        """Make what a first start needs; tokens may have been made before by a command."""
+        if not await members.list_projects():
+            await members.create_project(DEFAULT_PROJECT)
+            log.info("project.created", project_id=DEFAULT_PROJECT)
+        if not await members.has_admin():
+            _, text = await members.create_token(name=BOOTSTRAP_ADMIN, role=identity_pb.ROLE_ADMIN)
+            self._first_token = text.reveal()
 
     def _bind(
         self,

@@ -12,7 +12,6 @@ import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cryptography import x509
@@ -26,6 +25,7 @@ from offload_core.tls import ENROLL_NAME, GATEWAY_NAME, NODE_SUFFIX, Identity, K
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from pathlib import Path
 
 CA_LIFETIME = timedelta(days=3650)
 GATEWAY_LIFETIME = timedelta(days=90)

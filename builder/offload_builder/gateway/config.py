@@ -15,7 +15,7 @@ ENVIRONMENT_PREFIX = "OFFLOAD_GATEWAY"
 class GatewayConfig:
     """Configuration of one gateway process."""
 
-    listen: str = option("0.0.0.0:7443", "Address HOST:PORT of the one public port.")  # noqa: S104
+    listen: str = option("0.0.0.0:7443", "Address HOST:PORT of the one public port.")
     public_address: str = option(
         "", "Address HOST:PORT under which clients reach this gateway and its relay."
     )

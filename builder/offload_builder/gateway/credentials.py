@@ -47,7 +47,7 @@ class RenewingCredentials:
 
         return grpc.dynamic_ssl_server_credentials(
             _configuration(used, require_client=require_client),
-            newest,
+            newest,  # type: ignore[arg-type]  # None for "no change" is documented by grpc
             require_client_authentication=require_client,
         )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import socket
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import structlog
@@ -29,6 +28,7 @@ from offload_core.trust import join_address, split_address
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from offload_builder.gateway.config import GatewayConfig
 
@@ -119,7 +119,7 @@ class Front:
         self._halves: set[Half] = set()
         self._clients = 0
         self._server: asyncio.Server | None = None
-        self._tasks = TaskSet(lambda name, error: log.error("front.failed", exc_info=error))
+        self._tasks = TaskSet(_task_failed)
         self._accepting = True
         self.address = ""
         """HOST:PORT that is listened on."""
@@ -130,7 +130,12 @@ class Front:
         return self._config.handshake_timeout
 
     async def __aenter__(self) -> Self:
-        """Listen.
+        """Begin to close what is silent; see `listen`."""
+        self._tasks.start(self._sweep(), name="front-sweep")
+        return self
+
+    async def listen(self) -> None:
+        """Take connections.
 
         Raises:
             ConfigError: the address cannot be used.
@@ -148,13 +153,11 @@ class Front:
             ) from error
         bound = self._server.sockets[0].getsockname()
         self.address = join_address(bound[0], bound[1])
-        self._tasks.start(self._sweep(), name="front-sweep")
         log.info("front.listening", address=self.address)
-        return self
 
     async def __aexit__(self, *exc: object) -> None:
         """Close the listener and every connection."""
-        self.stop_accepting()
+        self.stop_listening()
         await self._tasks.close()
         for half in list(self._halves):
             half.abort()
@@ -164,7 +167,7 @@ class Front:
                 break
             await asyncio.sleep(0.01)
 
-    def stop_accepting(self) -> None:
+    def stop_listening(self) -> None:
         """Take no new connections; those that are open stay."""
         self._accepting = False
         if self._server is not None:
@@ -244,3 +247,7 @@ def _keep_alive(half: Half) -> None:
         connection = half.transport.get_extra_info("socket")
         if connection is not None and connection.family != socket.AF_UNIX:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+def _task_failed(name: str, error: BaseException) -> None:
+    log.error("front.failed", task=name, exc_info=error)

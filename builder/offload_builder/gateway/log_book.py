@@ -23,7 +23,7 @@ from offload_proto.v1 import builds_service_pb2 as builds_pb
 from offload_proto.v1 import events_pb2 as events_pb
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable
+    from collections.abc import AsyncGenerator, Callable, Iterable
 
     from offload_builder.gateway.store import Store
 
@@ -196,7 +196,7 @@ class LogBook:
 
     async def read(
         self, build_id: str, *, after: int, follow: bool, ended: Callable[[], bool]
-    ) -> AsyncIterator[list[events_pb.ProgressBatch]]:
+    ) -> AsyncGenerator[list[events_pb.ProgressBatch]]:
         """Replay a log in runs of about `COMMIT_BYTES`.
 
         Args:
@@ -232,7 +232,7 @@ class LogBook:
 
     async def _available(
         self, build_id: str, tail: _Tail, after: int
-    ) -> AsyncIterator[list[events_pb.ProgressBatch]]:
+    ) -> AsyncGenerator[list[events_pb.ProgressBatch]]:
         while True:
             # Memory first: what is committed while the store is read is then seen twice, not never.
             fresh = [item for item in (*tail.committing, *tail.pending) if item.sequence > after]
@@ -289,19 +289,22 @@ def _insert(db: sa.Connection, chunks: list[tuple[str, list[events_pb.ProgressBa
     """Write chunks in the store's thread; return their bytes before compression."""
     compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL)
     rows = []
+    total = 0
     for build_id, batches in chunks:
         data = builds_pb.LogsResponse(batches=batches).SerializeToString()
+        size = sum(batch.ByteSize() for batch in batches)
+        total += size
         rows.append(
             {
                 "build_id": build_id,
                 "first_sequence": batches[0].sequence,
                 "last_sequence": batches[-1].sequence,
-                "size_bytes": sum(batch.ByteSize() for batch in batches),
+                "size_bytes": size,
                 "batches": compressor.compress(data),
             }
         )
     db.execute(schema.build_logs.insert(), rows)
-    return sum(int(row["size_bytes"]) for row in rows)
+    return total
 
 
 def _decode(frame: bytes) -> list[events_pb.ProgressBatch]:

@@ -165,9 +165,9 @@ class Members:
             hint="an administrator can make it with: offload-builder project create NAME",
         )
 
-    async def is_new(self) -> bool:
-        """Return whether nobody has ever used this gateway: no token and no project."""
-        return not await self.list_tokens() and not await self.list_projects()
+    async def has_admin(self) -> bool:
+        """Return whether an administrator's token was ever made, revoked ones included."""
+        return any(record.is_admin for record in await self.list_tokens())
 
 
 def _known_projects(names: Sequence[str]) -> str:

@@ -89,7 +89,7 @@ class NodesService(NodesServiceServicer):
             error = known
         except (grpc.RpcError, asyncio.InvalidStateError) as broken:
             log.debug("node.stream.broken", node_id=node.node_id, error=str(broken))
-        except Exception as unexpected:  # noqa: BLE001 - nobody awaits this task
+        except Exception as unexpected:
             log.error("node.stream.failed", node_id=node.node_id, exc_info=unexpected)
             error = InternalError("the gateway failed at a message of this node; see its log")
         finally:

@@ -44,7 +44,7 @@ class Half(asyncio.BufferedProtocol):
         """Send from now on everything to `peer`, and the other way round."""
         self._peer, peer._peer = peer, self
 
-    def get_buffer(self, sizehint: int) -> memoryview:
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002
         """Return where the kernel shall write."""
         return self._view
 

@@ -80,7 +80,8 @@ class Store:
         if self._engine is None:
             raise InternalError("the gateway's database is closed")
         try:
-            with self._engine.connect().execution_options(**{_WRITES: writes}) as connection:
+            with self._engine.connect() as connection:
+                connection.execution_options(**{_WRITES: writes})
                 with connection.begin():
                     return work(connection)
         except OffloadError:
@@ -98,10 +99,9 @@ class Store:
     def _open(self) -> None:
         try:
             self._engine = _make_engine(self._url)
-            with self._engine.connect().execution_options(**{_WRITES: True}) as connection:
-                with connection.begin():
-                    schema.metadata.create_all(connection)
-                    _check_version(connection)
+            with self._engine.begin() as connection:
+                schema.metadata.create_all(connection)
+                _check_version(connection)
         except (sa.exc.SQLAlchemyError, ImportError, OSError) as error:
             if self._engine is not None:
                 self._engine.dispose()

@@ -14,7 +14,6 @@ import hmac
 import re
 import secrets
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import TYPE_CHECKING
 
 from offload_core.errors import AccessDeniedError, AuthenticationError, UsageError
@@ -22,6 +21,7 @@ from offload_proto.v1 import identity_service_pb2 as identity_pb
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from datetime import datetime
 
 FINGERPRINT_CHARS = 32
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,63}")

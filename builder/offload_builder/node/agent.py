@@ -10,6 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 import structlog
+
+from offload_builder.node.clientlink import ClientLink
+from offload_builder.node.gatewaylink import GatewayLink
+from offload_builder.node.job import BuildJob
+from offload_builder.node.journal import Journal
+from offload_builder.node.project import ProjectPool
+from offload_builder.node.tickets import TicketVerifier
 from offload_cache.nodestore import NodeStore
 from offload_cache.registry.grants import Registry
 from offload_cache.registry.server import RegistryServer
@@ -21,20 +28,12 @@ from offload_core.errors import AccessDeniedError, NotFoundError
 from offload_proto.v1.builds_service_pb2 import BuildState
 from offload_proto.v1.nodes_service_pb2 import BuildUpdate, Heartbeat, Hello
 
-from offload_builder.node.clientlink import ClientLink
-from offload_builder.node.gatewaylink import GatewayLink
-from offload_builder.node.job import BuildJob
-from offload_builder.node.journal import Journal
-from offload_builder.node.project import ProjectPool
-from offload_builder.node.tickets import TicketVerifier
-
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from offload_proto.v1.node_service_pb2 import Result, Start
-
     from offload_builder.node.config import NodeConfig
     from offload_builder.node.enrolment import NodeIdentity
+    from offload_proto.v1.node_service_pb2 import Result, Start
 
 log = structlog.get_logger(__name__)
 

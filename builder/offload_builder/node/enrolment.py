@@ -14,11 +14,12 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+
 from offload_core.errors import AuthenticationError, ConfigError, GatewayUnreachableError
-from offload_core.interceptors import call_metadata
 from offload_core.status import error_from_rpc
 from offload_core.tls import ENROLL_NAME, KeyPair, open_channel
 from offload_core.trust import fetch_pinned_ca
+from offload_core.versions import call_metadata
 from offload_proto.v1.identity_service_pb2 import EnrollNodeRequest
 from offload_proto.v1.identity_service_pb2_grpc import EnrollmentServiceStub
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Protocol
 
 import grpc
 import structlog
+
 from offload_core.errors import AuthenticationError, GatewayUnreachableError, OffloadError
-from offload_core.interceptors import call_metadata
 from offload_core.status import error_from_rpc
 from offload_core.tls import GATEWAY_NAME, open_channel
+from offload_core.versions import call_metadata
 from offload_proto.v1.nodes_service_pb2 import (
     AttachRequest,
     BuildLog,
@@ -25,11 +26,10 @@ from offload_proto.v1.nodes_service_pb2_grpc import NodesServiceStub
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from offload_builder.node.journal import Journal
     from offload_core.tls import KeyPair
     from offload_proto.v1.nodes_service_pb2 import AttachResponse
     from offload_proto.v1.nodes_service_pb2_grpc import NodesServiceAsyncStub
-
-    from offload_builder.node.journal import Journal
 
 log = structlog.get_logger(__name__)
 

@@ -7,18 +7,6 @@ from contextlib import AsyncExitStack, aclosing
 from typing import TYPE_CHECKING
 
 import structlog
-from offload_cache.registry.grants import EXPORT_TAG, IMAGE, IMPORT_TAG, Grant
-from offload_core.aio import finish
-from offload_core.errors import (
-    ContextChangedError,
-    ContextError,
-    NodeLostError,
-    OffloadError,
-    find_offload_error,
-)
-from offload_proto.v1.build_spec_pb2 import ImageDescriptor
-from offload_proto.v1.builds_service_pb2 import BuildStats, CacheState
-from offload_proto.v1.node_service_pb2 import Failure, Result, Success
 
 from offload_builder.buildkit.failure import SolveFailure
 from offload_builder.buildkit.providers import SessionProviders
@@ -37,19 +25,30 @@ from offload_builder.node.solveplan import (
     shared_key_base,
 )
 from offload_builder.node.steps import StepTally
+from offload_cache.registry.grants import EXPORT_TAG, IMAGE, IMPORT_TAG, Grant
+from offload_core.aio import finish
+from offload_core.errors import (
+    ContextChangedError,
+    ContextError,
+    NodeLostError,
+    OffloadError,
+    find_offload_error,
+)
+from offload_proto.v1.build_spec_pb2 import ImageDescriptor
+from offload_proto.v1.builds_service_pb2 import BuildStats, CacheState
+from offload_proto.v1.node_service_pb2 import Failure, Result, Success
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-
-    from offload_cache.registry.grants import Registry
-    from offload_proto.v1.builds_service_pb2 import Ticket
-    from offload_proto.v1.events_pb2 import ProgressBatch
-    from offload_proto.v1.node_service_pb2 import Start
 
     from offload_builder.buildkit.client import BuildkitClient
     from offload_builder.node.clientlink import ClientLink
     from offload_builder.node.journal import Journal
     from offload_builder.node.project import ProjectRuntime
+    from offload_cache.registry.grants import Registry
+    from offload_proto.v1.builds_service_pb2 import Ticket
+    from offload_proto.v1.events_pb2 import ProgressBatch
+    from offload_proto.v1.node_service_pb2 import Start
 
 log = structlog.get_logger(__name__)
 

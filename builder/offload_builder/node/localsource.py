@@ -17,12 +17,11 @@ from offload_proto.v1.node_service_pb2 import ContextEntry
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
-    from offload_proto.v1.builds_service_pb2 import BuildStats
-    from offload_proto.v1.node_service_pb2 import InlineFile
-
     from offload_builder.node.clientlink import ClientLink
     from offload_builder.node.contextstore import ContextStore
     from offload_builder.node.stickytimes import StickyTimes
+    from offload_proto.v1.builds_service_pb2 import BuildStats
+    from offload_proto.v1.node_service_pb2 import InlineFile
 
 SMALL_BYTES = 256 << 10
 CHUNK_BYTES = 1 << 20

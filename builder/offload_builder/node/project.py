@@ -9,23 +9,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import structlog
-from offload_core.config import read_toml
-from offload_core.errors import ConfigError
 
 from offload_builder.buildkit.daemon import BuildkitDaemon
 from offload_builder.buildkit.daemon_config import DaemonSettings, RegistrySettings
 from offload_builder.node.contextstore import ContextStore
 from offload_builder.node.stickytimes import StickyTimes
+from offload_builder.provider.process import tools_directory
+from offload_core.config import read_toml
+from offload_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Mapping
     from types import TracebackType
 
-    from offload_cache.nodestore import NodeStore, ProjectCache
-    from offload_cache.uploads import UploadQueue
-
     from offload_builder.buildkit.client import BuildkitClient
     from offload_builder.node.config import NodeConfig
+    from offload_cache.nodestore import NodeStore, ProjectCache
+    from offload_cache.uploads import UploadQueue
 
 log = structlog.get_logger(__name__)
 
@@ -59,6 +59,7 @@ class ProjectRuntime:
                 root=folder / "buildkit",
                 binary=config.buildkitd,
                 registries=read_registries(config.registry_config),
+                search=(tools_directory(),),
                 gc_max_used_bytes=config.buildkit_keep,
             )
         )

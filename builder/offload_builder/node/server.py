@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING, Self
 
 import structlog
 from grpc import aio
+
+from offload_builder.node.agent import NodeAgent
+from offload_builder.node.enrolment import ensure_identity
+from offload_builder.node.services import Blobs, NodeBuilds
 from offload_core.errors import ConfigError
 from offload_core.interceptors import ErrorInterceptor
 from offload_core.tls import SERVER_OPTIONS, server_credentials
@@ -16,10 +20,6 @@ from offload_proto.v1.node_service_pb2_grpc import (
     add_BlobsServiceServicer_to_server,
     add_NodeBuildsServiceServicer_to_server,
 )
-
-from offload_builder.node.agent import NodeAgent
-from offload_builder.node.enrolment import ensure_identity
-from offload_builder.node.services import Blobs, NodeBuilds
 
 if TYPE_CHECKING:
     from types import TracebackType

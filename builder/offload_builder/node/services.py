@@ -6,6 +6,7 @@ import asyncio
 import os
 from typing import TYPE_CHECKING, Any
 
+from offload_builder.node.uploads import Upload
 from offload_core.errors import NodeLostError, OffloadError, UsageError
 from offload_core.tls import peer_identity
 from offload_proto.v1.node_service_pb2 import (
@@ -20,11 +21,11 @@ from offload_proto.v1.node_service_pb2_grpc import (
     NodeBuildsServiceServicer,
 )
 
-from offload_builder.node.uploads import Upload
-
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from offload_builder.node.agent import NodeAgent
+    from offload_builder.node.job import BuildJob
     from offload_proto.v1.node_service_pb2 import (
         DownloadRequest,
         ReadOutputRequest,
@@ -32,9 +33,6 @@ if TYPE_CHECKING:
         UploadRequest,
         UploadResponse,
     )
-
-    from offload_builder.node.agent import NodeAgent
-    from offload_builder.node.job import BuildJob
 
 START_SECONDS = 30.0
 CHUNK_BYTES = 1 << 20

@@ -9,6 +9,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from google.protobuf.message import DecodeError
+
 from offload_core.errors import AccessDeniedError, InternalError
 from offload_proto.v1.builds_service_pb2 import Ticket
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import zstandard
+
 from offload_core.errors import OffloadError, UsageError
 from offload_proto.v1.node_service_pb2 import UploadResponse
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from offload_proto.v1.builds_service_pb2 import BuildStats
-    from offload_proto.v1.node_service_pb2 import BlobBatch, BlobChunk, UploadRequest
-
     from offload_builder.node.clientlink import ClientLink
     from offload_builder.node.contextstore import ContextStore, PartialBlob
+    from offload_proto.v1.builds_service_pb2 import BuildStats
+    from offload_proto.v1.node_service_pb2 import BlobBatch, BlobChunk, UploadRequest
 
 MAX_UNPACKED_BYTES = 64 << 20
 """Largest content of one message; ours are of about 1 MiB. Bounds what a zip bomb can do."""

@@ -11,11 +11,11 @@ import uuid
 from typing import TYPE_CHECKING
 
 from aiohttp import web
-from offload_core.digest import is_digest
-from offload_core.errors import NotFoundError
 
 from offload_cache.registry.grants import CACHE, IMAGE
 from offload_cache.registry.responses import BlobResponse, RegistryError, unknown_blob
+from offload_core.digest import is_digest
+from offload_core.errors import NotFoundError
 
 if TYPE_CHECKING:
     from offload_cache.blobwriter import BlobWriter

@@ -11,8 +11,6 @@ import re
 from typing import TYPE_CHECKING
 
 from aiohttp import web
-from offload_core.digest import is_digest, sha256_digest
-from offload_core.errors import DigestMismatchError, NotFoundError
 
 from offload_cache.keys import blob_key
 from offload_cache.manifests import (
@@ -24,6 +22,8 @@ from offload_cache.manifests import (
 )
 from offload_cache.registry.grants import CACHE, EXPORT_TAG, Exported, HeldManifest
 from offload_cache.registry.responses import RegistryError, unknown_manifest
+from offload_core.digest import is_digest, sha256_digest
+from offload_core.errors import DigestMismatchError, NotFoundError
 
 if TYPE_CHECKING:
     from offload_cache.registry.grants import GrantState, Registry

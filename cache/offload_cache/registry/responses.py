@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import orjson
 import structlog
 from aiohttp import web
+
 from offload_core.errors import (
     AccessDeniedError,
     DigestMismatchError,

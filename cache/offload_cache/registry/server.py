@@ -6,7 +6,6 @@ import socket
 from typing import TYPE_CHECKING, Self
 
 from aiohttp import web
-from offload_core.errors import NotFoundError
 
 from offload_cache.registry.blobs import BlobHandlers
 from offload_cache.registry.manifests import ManifestHandlers
@@ -17,6 +16,7 @@ from offload_cache.registry.responses import (
     errors_as_json,
 )
 from offload_cache.statistics import CacheStatistics
+from offload_core.errors import NotFoundError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import click
-from offload_core import VERSION
-from offload_core.errors import UsageError
 
 from offload_client.build.options import (
     BuildOptions,
@@ -17,6 +15,8 @@ from offload_client.build.options import (
     parse_pairs,
     parse_platforms,
 )
+from offload_core import VERSION
+from offload_core.errors import UsageError
 
 if TYPE_CHECKING:
     from offload_client.connections import Connections

@@ -8,9 +8,9 @@ import traceback
 from typing import TYPE_CHECKING
 
 import click
-from offload_core.errors import BuildCanceledError, OffloadError, find_offload_error
 
 from offload_client.invocation import Invocation
+from offload_core.errors import BuildCanceledError, OffloadError, find_offload_error
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -73,7 +73,7 @@ async def guarded(invocation: Invocation, command: Awaitable[None]) -> int:
     """Await a command and turn its errors into sentences and exit codes."""
     try:
         await command
-    except (Exception, BaseExceptionGroup) as error:  # noqa: BLE001 - the boundary to the user
+    except (Exception, BaseExceptionGroup) as error:
         return report(invocation, error)
     return 0
 
@@ -90,7 +90,8 @@ def report(invocation: Invocation, error: BaseException) -> int:
         else:
             invocation.err("Set OFFLOAD_DEBUG=1 for details, and please report this.")
         return OffloadError.exit_code
-    invocation.err(f"ERROR: {known.message}")
+    if not known.shown:
+        invocation.err(f"ERROR: {known.message}")
     if known.hint:
         invocation.err(known.hint)
     return known.exit_code

@@ -53,9 +53,52 @@ def join_path(*parts: str) -> str:
     return clean_path("/".join(given)) if given else ""
 
 
-def is_well_formed(pattern: str) -> bool:
-    """Return whether `filepath.Match` would accept the pattern, whatever the name."""
-    return _WELL_FORMED.fullmatch(pattern) is not None
+def is_accepted(pattern: str) -> bool:
+    """Return whether `filepath.Match(pattern, ".")` reports no error.
+
+    This is moby's check of a pattern. Go looks only as far as the name "." leads it: a malformed
+    end is not noticed after a beginning that cannot match.
+    """
+    name = "."
+    while pattern:
+        star, chunk, pattern = _next_chunk(pattern)
+        if star and not chunk:
+            return True
+        if _WELL_FORMED.fullmatch(chunk) is None:
+            return False
+        length = _matched_length(chunk, name)
+        if length is None or (not pattern and length < len(name)):
+            # A star may stand for the name, which leaves nothing to this chunk.
+            if not star or not name or _matched_length(chunk, "") is None:
+                return True
+            length = len(name)
+        name = name[length:]
+    return True
+
+
+def _next_chunk(pattern: str) -> tuple[bool, str, str]:
+    """Split off the part up to the next star: was there one before it, the part, the rest."""
+    stripped = pattern.lstrip("*")
+    inside_class = False
+    at = 0
+    while at < len(stripped):
+        char = stripped[at]
+        if char == "\\":
+            at += 1
+        elif char == "*" and not inside_class:
+            break
+        elif char in "[]":
+            inside_class = char == "["
+        at += 1
+    return len(stripped) < len(pattern), stripped[:at], stripped[at:]
+
+
+def _matched_length(chunk: str, name: str) -> int | None:
+    """Return how much of the name, "." or nothing, a part without stars matches; None: nothing."""
+    if not chunk:
+        return 0
+    expression = _compile(chunk)
+    return len(name) if name and expression and expression.fullmatch(name) else None
 
 
 def match_name(pattern: str, name: str) -> bool:
@@ -66,7 +109,7 @@ def match_name(pattern: str, name: str) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def _compile(pattern: str) -> re.Pattern[str] | None:
-    if not is_well_formed(pattern):
+    if _WELL_FORMED.fullmatch(pattern) is None:
         return None
     parts: list[str] = []
     for term in _TERM.finditer(pattern):

@@ -1,7 +1,7 @@
-"""Turns the Go regular expressions that moby builds from ignore patterns into Python's.
+r"""Turns the Go regular expressions that moby builds from ignore patterns into Python's.
 
 moby's matcher pastes parts of a pattern into a regular expression without quoting them, so that
-Go's own syntax shines through: `\\d` is a digit, `[[:alpha:]]` a letter, `\\Q` quotes what follows,
+Go's own syntax shines through: `\d` is a digit, `[[:alpha:]]` a letter, `\Q` quotes what follows,
 and a "*" inside a character class ends that class. The same text means something else to Python,
 or nothing. This module reads exactly the constructs that can appear there.
 Source: https://github.com/google/re2/wiki/Syntax and the documentation of Go's regexp/syntax.
@@ -9,6 +9,7 @@ Source: https://github.com/google/re2/wiki/Syntax and the documentation of Go's 
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,8 @@ _CONTROL = {"a": 7, "f": 12, "n": 10, "r": 13, "t": 9, "v": 11}
 _ANCHORS = {"A": r"\A", "b": r"\b", "B": r"\B", "z": r"\Z"}
 _OCTAL = frozenset("01234567")
 _HEX = frozenset("0123456789abcdefABCDEF")
+_REPETITION = re.compile(r"\{(0|[1-9][0-9]*)(,(0|[1-9][0-9]*)?)?\}")
+_MAX_REPETITIONS = 1000
 _STRAY_BYTES = "\ufffd\udc80-\udcff"
 """Go reads a byte that is no UTF-8 as U+FFFD; Python keeps it as one of these surrogates."""
 
@@ -54,12 +57,18 @@ class UnsupportedExpressionError(ValueError):
 
 
 def translate(expression: str) -> str:
-    """Return the Python expression, for `re.compile(..., re.ASCII)` and `match`.
+    """Return the Python expression, to be compiled with `re.ASCII`.
 
     Raises:
         UnsupportedExpressionError: Go would refuse it too; says why.
     """
-    return _Translator(expression).run()
+    translated = _Translator(expression).run()
+    try:
+        re.compile(translated, re.ASCII)
+    except re.error as error:
+        # What is left are repetitions with nothing before them, or two in a row.
+        raise UnsupportedExpressionError(str(error)) from error
+    return translated
 
 
 class _Translator:
@@ -75,6 +84,8 @@ class _Translator:
                 parts.append(self._class())
             elif char == "\\":
                 parts.append(self._escape())
+            elif char == "{":
+                parts.append(self._repetition())
             else:
                 self._at += 1
                 parts.append(_outside_class(char))
@@ -93,6 +104,18 @@ class _Translator:
         if ranges is None:
             return _literal(chr(self._character()))
         return _python_class(ranges)
+
+    def _repetition(self) -> str:
+        match = _REPETITION.match(self._text, self._at)
+        if match is None:
+            self._at += 1
+            return r"\{"
+        self._at = match.end()
+        low = int(match[1])
+        high = int(match[3]) if match[3] else low
+        if max(low, high) > _MAX_REPETITIONS or high < low:
+            raise UnsupportedExpressionError(f"{match[0]} is not a valid repetition")
+        return match[0]
 
     def _class(self) -> str:
         self._at += 1
@@ -182,11 +205,12 @@ class _Translator:
 
 def _outside_class(char: str) -> str:
     if char == "^":
-        return r"\A"
+        # In a group, because Python repeats no bare anchor.
+        return r"(?:\A)"
     if char == "$":
         return r"\Z"
-    if char in "().*?":
-        # Only moby's own constructs hold these unescaped; they mean the same to Python.
+    if char in "().*?|":
+        # Only "|" can come from a pattern, the others are moby's; all mean the same to Python.
         return char
     return _literal(char)
 
@@ -219,6 +243,7 @@ def _complement(ranges: Ranges) -> Ranges:
     return outside
 
 
+@functools.cache
 def _unicode_category(name: str) -> Ranges:
     if name not in "CLMNPSZ":
         raise UnsupportedExpressionError(f"there is no Unicode class \\p{name}")

@@ -24,17 +24,25 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from offload_client.context.goglob import clean_path, is_well_formed, trim_space
+from offload_client.context.goglob import clean_path, is_accepted, trim_space
 from offload_client.context.goregexp import UnsupportedExpressionError, translate
 from offload_core.errors import ContextError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
-_QUOTED = frozenset(".+()|{}$")
-"""Characters that moby quotes; neither Go's glob nor its regular expression sees them."""
-_GLOB_CHARS = frozenset("*[]?^\\")
+_QUOTED = frozenset(".+()$")
+"""Characters that moby quotes. It means to quote "|", "{" and "}" as well, but its table has no
+room for them; so "a|b*" has two alternatives and "a{2}*" a repetition."""
+_PATTERN_CHARS = frozenset("*[]?^\\")
 """fsutil's patternChars: with one of them a pattern is more than a plain path."""
+_UNANCHORING = frozenset("|{")
+"""In an expression these can undo the "/" before them, or the anchor at its start."""
+
+_ANY_ELEMENT = re.compile(".*", re.DOTALL)
+
+_Shape = list["re.Pattern[str] | str | None"]
+"""Tests of path elements; None stands for any further elements."""
 
 
 class PatternMatcher:
@@ -113,8 +121,9 @@ class _Run:
     beginnings: tuple[str, ...] = ()
     endings: tuple[str, ...] = ()
     expressions: list[str] = field(default_factory=list)
-    broken: list[tuple[str, str]] = field(default_factory=list)
+    broken: tuple[str, str] | None = None
     regexp: re.Pattern[str] | None = None
+    anywhere: re.Pattern[str] | None = None
 
     def matches(self, path: str) -> bool:
         if path in self.paths:
@@ -125,15 +134,14 @@ class _Run:
             return True
         if self.regexp is not None and self.regexp.match(path) is not None:
             return True
-        if self.broken:
+        if self.anywhere is not None and self.anywhere.search(path) is not None:
+            return True
+        if self.broken is not None:
             # moby fails when it comes to such a pattern, and only then.
-            text, why = self.broken[0]
-            raise _malformed(text, why)
+            raise _malformed(*self.broken)
         return False
 
-    def add(self, text: str) -> bool:
-        """Add a pattern; False when its regular expression is refused."""
-        kind, expression = _compile(text)
+    def add(self, text: str, kind: str, expression: str) -> None:
         if kind == "path":
             self.paths.add(text)
         elif kind == "beginning":
@@ -143,17 +151,19 @@ class _Run:
             if text.startswith("**/"):
                 self.paths.add(text[3:])
         else:
-            try:
-                self.expressions.append(translate(expression))
-            except UnsupportedExpressionError as error:
-                self.broken.append((text, str(error)))
-                return False
-        return True
+            self.expressions.append(expression)
 
     def finish(self) -> None:
-        if self.expressions:
-            merged = "|".join(f"(?:{expression})" for expression in self.expressions)
-            self.regexp = re.compile(merged, re.ASCII)
+        # These may have lost the anchor at their start. Searching is slow, and they are rare.
+        loose = [text for text in self.expressions if not _UNANCHORING.isdisjoint(text)]
+        self.anywhere = _one_of(loose)
+        self.regexp = _one_of([text for text in self.expressions if text not in loose])
+
+
+def _one_of(expressions: list[str]) -> re.Pattern[str] | None:
+    if not expressions:
+        return None
+    return re.compile("|".join(f"(?:{expression})" for expression in expressions), re.ASCII)
 
 
 def _parse(text: str) -> _Pattern | None:
@@ -167,7 +177,7 @@ def _parse(text: str) -> _Pattern | None:
         text = text[1:]
     if not text:
         raise ContextError('the pattern "!" names nothing; write what it is an exception for')
-    if not is_well_formed(text):
+    if not is_accepted(text):
         raise _malformed(given, "a [ without its ], an empty [], or a \\ at the end")
     return _Pattern(text, exception)
 
@@ -179,23 +189,23 @@ def _malformed(pattern: str, why: str) -> ContextError:
     )
 
 
-def _merge(patterns: list[_Pattern]) -> Iterator[_Run]:
-    run: _Run | None = None
+def _merge(patterns: list[_Pattern]) -> list[_Run]:
+    runs: list[_Run] = []
     for pattern in patterns:
-        if run is not None and run.exception != pattern.exception:
-            run.finish()
-            yield run
-            run = None
-        if run is None:
-            run = _Run(pattern.exception)
-        if not run.add(pattern.text):
-            # Later patterns of the run must not be tried before this one has failed.
-            run.finish()
-            yield run
-            run = None
-    if run is not None:
+        kind, expression = _compile(pattern.text)
+        if kind == "regexp":
+            try:
+                expression = translate(expression)
+            except UnsupportedExpressionError as error:
+                # On its own, so that the patterns before it are tried on all parents first.
+                runs.append(_Run(pattern.exception, broken=(pattern.text, str(error))))
+                continue
+        if not runs or runs[-1].exception != pattern.exception or runs[-1].broken:
+            runs.append(_Run(pattern.exception))
+        runs[-1].add(pattern.text, kind, expression)
+    for run in runs:
         run.finish()
-        yield run
+    return runs
 
 
 def _compile(pattern: str) -> tuple[str, str]:
@@ -246,12 +256,8 @@ class _Reach:
 
     def __init__(self, patterns: list[_Pattern], exception: bool) -> None:
         texts = [pattern.text for pattern in patterns if pattern.exception == exception]
-        plain = all(_GLOB_CHARS.isdisjoint(_without_final_glob(text)) for text in texts)
-        self._shapes: list[list[re.Pattern[str] | str | None]] = []
-        for text in texts:
-            if plain and text.endswith("/*/**"):
-                text = text.removesuffix("/**")
-            self._shapes.append(_shape(text))
+        plain = all(_PATTERN_CHARS.isdisjoint(_without_final_glob(text)) for text in texts)
+        self._shapes = [_plain_shape(text) if plain else _shape(text) for text in texts]
 
     def below(self, directory: str) -> bool:
         """Return whether one of the patterns could match an entry below the directory."""
@@ -265,19 +271,25 @@ def _without_final_glob(text: str) -> str:
     return text.removesuffix("/**").removesuffix("/*")
 
 
-def _shape(text: str) -> list[re.Pattern[str] | str | None]:
-    """Split a pattern into tests of path elements; None stands for anything from there on."""
-    literal = _compile(text)[0] == "path"
-    shape: list[re.Pattern[str] | str | None] = []
+def _plain_shape(text: str) -> _Shape:
+    beginning = _without_final_glob(text)
+    shape: _Shape = [*beginning.split("/")]
+    return shape if beginning == text else [*shape, _ANY_ELEMENT]
+
+
+def _shape(text: str) -> _Shape:
+    kind = _compile(text)[0]
+    if kind == "path":
+        return [*text.split("/")]
+    if not _UNANCHORING.isdisjoint(text):
+        return [None]
+    shape: _Shape = []
     for element in text.split("/"):
-        special = set() if literal else _GLOB_CHARS.intersection(element)
+        special = _PATTERN_CHARS.intersection(element)
         if not special:
             shape.append(element)
         elif special <= {"*", "?"} and "**" not in element:
-            expression = "".join(
-                ".*" if char == "*" else "." if char == "?" else re.escape(char) for char in element
-            )
-            shape.append(re.compile(expression, re.DOTALL))
+            shape.append(re.compile(_element_expression(element), re.DOTALL))
         else:
             # A class may match "/", so that nothing can be said about elements any more.
             shape.append(None)
@@ -285,7 +297,12 @@ def _shape(text: str) -> list[re.Pattern[str] | str | None]:
     return shape
 
 
-def _reaches(shape: list[re.Pattern[str] | str | None], elements: list[str]) -> bool:
+def _element_expression(element: str) -> str:
+    wild = {"*": ".*", "?": "."}
+    return "".join(wild.get(char) or re.escape(char) for char in element)
+
+
+def _reaches(shape: _Shape, elements: list[str]) -> bool:
     for test, element in zip(shape, elements, strict=False):
         if test is None:
             return True

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import structlog
-from offload_core.aio import finish
-from offload_core.errors import NotFoundError
 
-from offload_client.load.engine import EngineError
+from offload_client.bytepipe import in_thread
+from offload_client.load.engineerror import EngineError
 from offload_client.load.image import (
     Manifest,
     choose_children,
@@ -24,6 +23,8 @@ from offload_client.load.image import (
 )
 from offload_client.load.ocilayout import load_layout
 from offload_client.load.registry import LoopbackRegistry
+from offload_core.aio import finish
+from offload_core.errors import NotFoundError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,7 +44,7 @@ _CONTACT_SECONDS = 15.0
 
 _SILENCE_SECONDS = 900.0
 _UNTAG_SECONDS = 30.0
-_GAP_ERRORS = ("not found", "no such file", "failed to resolve")
+_GIVE_UP_SECONDS = 10.0
 
 
 class _OutOfReachError(Exception):
@@ -89,10 +90,15 @@ class ContainerdLoad:
             OffloadError: the image could not be fetched, or was not built for a platform.
         """
         parts = await self._parts(wanted)
-        try:
-            sent = await self._pull(parts)
-        except _OutOfReachError:
-            _log.info("image.load.loopback_unreachable", engine=str(self._engine.endpoint))
+        if self._names:
+            try:
+                sent = await self._pull(parts)
+            except _OutOfReachError:
+                _log.info("image.load.loopback_unreachable", engine=str(self._engine.endpoint))
+                sent = await self._send_layout(parts)
+        else:
+            # A pulled image goes away with the name of the pull; only a layout without names
+            # makes the engine keep a nameless ("dangling") one.
             sent = await self._send_layout(parts)
         layers = {layer.digest for part in parts for layer in part.manifest.layers}
         return LayerCounts(len(layers & sent), len(layers))
@@ -118,28 +124,27 @@ class ContainerdLoad:
                 self._meter.enter("tagging")
                 for name in self._names:
                     await self._engine.tag(reference, name)
-                if not self._names:
-                    await self._keep_without_name(parts)
             except _OutOfReachError:
                 raise
-            except BaseException:
-                await finish(self._untag(reference), _UNTAG_SECONDS)
+            except BaseException as error:
+                if not isinstance(error, EngineError) or error.kind != "lost":
+                    await finish(self._untag(reference), _UNTAG_SECONDS)
                 raise
             await finish(self._untag(reference), _UNTAG_SECONDS)
+            await self._note(registry.served | await self._held(parts))
             return registry.served
 
     async def _pull_platform(
         self, registry: LoopbackRegistry, reference: str, platform: Platform
     ) -> None:
-        pull = asyncio.ensure_future(
-            self._engine.pull(
-                reference, platform, registry.login, lambda: self._engine_works(registry)
-            )
+        pull = self._engine.pull(
+            reference, platform, registry.login, lambda: self._engine_works(registry)
         )
         contact = asyncio.ensure_future(registry.contacted.wait())
         try:
+            either: set[asyncio.Future[Any]] = {pull, contact}
             await asyncio.wait(
-                {pull, contact}, timeout=_CONTACT_SECONDS, return_when=asyncio.FIRST_COMPLETED
+                either, timeout=_CONTACT_SECONDS, return_when=asyncio.FIRST_COMPLETED
             )
             if not pull.done() and not contact.done():
                 raise _OutOfReachError
@@ -156,26 +161,16 @@ class ContainerdLoad:
                 raise _OutOfReachError from error
             raise
         finally:
-            pull.cancel()
             contact.cancel()
-            await asyncio.gather(pull, contact, return_exceptions=True)
+            if not pull.done():
+                # So that the engine gives up before the name of the pull is removed.
+                await registry.close()
+                await finish(asyncio.wait({pull}, timeout=_GIVE_UP_SECONDS), _GIVE_UP_SECONDS + 1)
 
     def _engine_works(self, registry: LoopbackRegistry) -> None:
         self._meter.touch()
         if registry.served and not registry.sending:
             self._meter.enter("unpacking")
-
-    async def _keep_without_name(self, parts: Sequence[_Part]) -> None:
-        """Give the image the nameless reference of a build without a tag.
-
-        Removing the only name would remove the image. A layout without names makes the engine
-        keep it as "dangling"; all its blobs have just been pulled, so none is sent.
-        """
-        blobs = {blob.digest for part in parts for blob in part.manifest.blobs}
-        manifests = [part.manifest for part in parts]
-        await load_layout(
-            self._engine, self._source, self._root, manifests, (), self._meter, leave_out=blobs
-        )
 
     async def _untag(self, reference: str) -> None:
         try:
@@ -190,18 +185,29 @@ class ContainerdLoad:
         manifests += await self._attestations(
             {manifest.descriptor.digest for manifest in manifests}
         )
-        blobs = {blob.digest for manifest in manifests for blob in manifest.blobs}
-        engine_id = self._engine.info.engine_id
-        held = blobs & self._ledger.blobs(engine_id, await self._engine.image_ids())
+        held = await self._held(parts)
         try:
             sent = await self._send_without(manifests, held)
         except EngineError as error:
-            if not held or not any(words in str(error) for words in _GAP_ERRORS):
+            if not held or error.kind == "lost" or error.disk_full:
                 raise
             _log.info("image.load.repeated_whole", reason=str(error))
-            sent = await self._send_without(manifests, set())
-        self._ledger.note(engine_id, self._root.descriptor.digest, blobs)
+            held = set()
+            sent = await self._send_without(manifests, held)
+        await self._note(sent | held)
         return sent
+
+    async def _held(self, parts: Sequence[_Part]) -> set[str]:
+        """Return those of the image's blobs that the engine's content store surely has."""
+        blobs = {blob.digest for part in parts for blob in part.manifest.blobs}
+        image_ids = await self._engine.image_ids()
+        engine_id = self._engine.info.engine_id
+        known = await in_thread(lambda: self._ledger.blobs(engine_id, image_ids), name="ledger")
+        return blobs & known
+
+    async def _note(self, blobs: set[str]) -> None:
+        engine_id, image_id = self._engine.info.engine_id, self._root.descriptor.digest
+        await in_thread(lambda: self._ledger.note(engine_id, image_id, blobs), name="ledger")
 
     async def _send_without(self, manifests: Sequence[Manifest], held: set[str]) -> set[str]:
         return await load_layout(

@@ -12,9 +12,8 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from offload_core.errors import ConfigError
-
 from offload_client.dockerconfig import config_directory, read_docker_config
+from offload_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -8,47 +8,33 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
-
-from offload_core.errors import ImageLoadError
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from offload_client.bytepipe import in_thread, stream_through
-from offload_client.load.endpoint import Endpoint, resolve_endpoint
-from offload_client.load.platform import Platform
+from offload_client.load.engineerror import EngineError, translate
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+    from collections.abc import Awaitable, Callable, Iterable
 
     from docker import APIClient
 
     from offload_client.bytepipe import BytePipe
+    from offload_client.load.endpoint import Endpoint
     from offload_client.load.names import ImageName
+    from offload_client.load.platform import Platform
 
 T = TypeVar("T")
 
-_CALL_SECONDS = 60.0
-_SILENCE_SECONDS = 900
-"""The engine may unpack one large layer without a word on a slow disk."""
+CALL_SECONDS = 60.0
+"""Limit of a call that moves no image."""
 
 _ZSTD_API = (1, 45)
 """API of engine 26, the first on which zstd layers in archives were tried with success."""
 
 _PLATFORM_INSPECT_API = (1, 49)
 """API of engine 28.2, the first whose image inspect takes a platform."""
-
-
-class EngineError(Exception):
-    """The engine refused or vanished; becomes an `ImageLoadError` in the loader.
-
-    `kind` says which of the two: "refused" has the engine's own words, "lost" has no answer.
-    """
-
-    def __init__(self, message: str, kind: Literal["refused", "missing", "lost"]) -> None:
-        super().__init__(message)
-        self.kind = kind
 
 
 class EngineInfo(NamedTuple):
@@ -90,6 +76,11 @@ class Engine:
         self._calls = calls
         self._streams = streams
 
+    def close(self) -> None:
+        """Close the idle connections; those in use close at their end."""
+        self._calls.close()
+        self._streams.close()
+
     @property
     def reads_zstd_archives(self) -> bool:
         """Whether layers in an archive may stay compressed with zstd."""
@@ -114,11 +105,12 @@ class Engine:
             response = client.get(
                 f"{client.base_url}/v{client.api_version}/images/{reference}/json",
                 params={"platform": _platform_json(platform)} if platform is not None else {},
-                timeout=_CALL_SECONDS,
+                timeout=CALL_SECONDS,
             )
             if response.status_code == 404:
                 return None
-            response.raise_for_status()
+            if not response.ok:
+                raise EngineError(response.text.strip(), "refused")
             image = response.json()
             layers = (image.get("RootFS") or {}).get("Layers") or []
             return EngineImage(str(image["Id"]), len(layers))
@@ -183,200 +175,65 @@ class Engine:
         with_errors = self._translated(send, "load the image")
         await stream_through(produce, with_errors, name="engine-load")
 
-    async def pull(
+    def pull(
         self,
         reference: str,
         platform: Platform,
         login: RegistryLogin,
         on_event: Callable[[], None],
-    ) -> None:
+    ) -> asyncio.Future[None]:
         """Make the engine pull `HOST:PORT/NAME@sha256:...`.
 
-        On cancellation the thread is left to itself: it ends when the registry that it reads from
-        closes.
-
-        Raises:
-            EngineError: the engine could not pull, or vanished.
+        Returns:
+            The pull. It cannot be cancelled, only starved: it fails when the registry that it
+            reads from closes. It fails with `EngineError`.
         """
         loop = asyncio.get_running_loop()
         auth = {"username": login.username, "password": login.password}
 
-        def receive() -> None:
+        def receive(_: None) -> None:
             events = self._streams.pull(
                 reference, stream=True, decode=True, auth_config=auth, platform=str(platform)
             )
             _drain(events, lambda: _later(loop, on_event))
 
-        translated = self._translated(lambda _: receive(), "pull the image")
-        await in_thread(lambda: translated(None), name="engine-pull")
+        translated = self._translated(receive, "pull the image")
+        return in_thread(lambda: translated(None), name="engine-pull")
 
     async def _call(self, function: Callable[[], T], doing: str) -> T:
         translated = self._translated(lambda _: function(), doing)
         try:
-            async with asyncio.timeout(_CALL_SECONDS):
+            async with asyncio.timeout(CALL_SECONDS):
                 return await in_thread(lambda: translated(None), name="engine-call")
         except TimeoutError:
             raise EngineError(
-                f"no answer for {_CALL_SECONDS:.0f} seconds when asked to {doing}", "lost"
+                f"no answer for {CALL_SECONDS:.0f} seconds when asked to {doing}", "lost"
             ) from None
 
     def _translated(self, function: Callable[[Any], T], doing: str) -> Callable[[Any], T]:
-        return lambda argument: _translate(lambda: function(argument), doing)
-
-
-@asynccontextmanager
-async def open_engine(environment: Mapping[str, str]) -> AsyncIterator[Engine]:
-    """Connect to the user's engine.
-
-    Raises:
-        ImageLoadError: there is no engine, or the docker SDK is not installed.
-        ConfigError: the docker context cannot be read.
-    """
-    endpoint = resolve_endpoint(environment)
-    try:
-        async with asyncio.timeout(_CALL_SECONDS):
-            engine = await in_thread(lambda: _connect(endpoint), name="engine-connect")
-    except TimeoutError:
-        raise _unreachable(endpoint, f"no answer in {_CALL_SECONDS:.0f} seconds") from None
-    try:
-        yield engine
-    finally:
-        engine._calls.close()
-        engine._streams.close()
-
-
-def _connect(endpoint: Endpoint) -> Engine:
-    try:
-        import docker
-        import docker.errors
-        import requests.exceptions
-    except ImportError as error:
-        raise ImageLoadError(
-            "loading an image needs the docker SDK for Python",
-            hint='install it with: pip install "offload-build[load]"',
-        ) from error
-    clients: list[APIClient] = []
-    try:
-        _knock(endpoint)
-        tls = _tls(endpoint)
-        calls = docker.APIClient(
-            base_url=endpoint.host, tls=tls, timeout=int(_CALL_SECONDS), version="auto"
-        )
-        clients.append(calls)
-        streams = docker.APIClient(
-            base_url=endpoint.host, tls=tls, timeout=_SILENCE_SECONDS, version=calls.api_version
-        )
-        clients.append(streams)
-        return Engine(endpoint, calls, streams, _read_info(calls))
-    except (
-        docker.errors.DockerException,
-        requests.exceptions.RequestException,
-        OSError,
-        ValueError,
-    ) as error:
-        for client in clients:
-            client.close()
-        raise _unreachable(endpoint, _reason(error)) from error
-
-
-def _knock(endpoint: Endpoint) -> None:
-    """Try a unix socket first: the SDK leaves the socket open when it cannot connect."""
-    if endpoint.host.startswith("unix://"):
-        with socket.socket(socket.AF_UNIX) as knock:
-            knock.settimeout(_CALL_SECONDS)
-            knock.connect(endpoint.host.removeprefix("unix://"))
-
-
-def _tls(endpoint: Endpoint) -> Any:
-    if endpoint.tls is None:
-        return False
-    import docker.tls
-
-    directory = endpoint.tls.directory
-    return docker.tls.TLSConfig(
-        client_cert=(str(directory / "cert.pem"), str(directory / "key.pem")),
-        ca_cert=str(directory / "ca.pem"),
-        verify=endpoint.tls.verify,
-    )
-
-
-def _read_info(client: APIClient) -> EngineInfo:
-    info = client.info()
-    status = {str(row[0]): str(row[1]) for row in info.get("DriverStatus") or [] if len(row) == 2}
-    major, _, minor = str(client.api_version).partition(".")
-    return EngineInfo(
-        engine_id=str(info.get("ID") or ""),
-        version=str(info.get("ServerVersion") or ""),
-        api_version=(int(major), int(minor)),
-        # "driver-type" of an engine whose images live in containerd's content store.
-        containerd_store=status.get("driver-type") == "io.containerd.snapshotter.v1",
-        platform=Platform.of(
-            str(info.get("OSType") or "linux"), str(info.get("Architecture") or "amd64")
-        ),
-    )
-
-
-def _unreachable(endpoint: Endpoint, reason: str) -> ImageLoadError:
-    return ImageLoadError(
-        f"no container engine answers at {endpoint}: {reason}",
-        hint="is docker running? Without an engine, write the image to a file with "
-        "-o type=docker,dest=FILE",
-    )
-
-
-def _translate(function: Callable[[], T], doing: str) -> T:
-    """Run a blocking SDK call; map what it raises."""
-    import docker.errors
-    import requests.exceptions
-    import urllib3.exceptions
-
-    try:
-        return function()
-    except docker.errors.NotFound as error:
-        raise EngineError(_reason(error), "missing") from error
-    except docker.errors.DockerException as error:
-        raise EngineError(_reason(error), "refused") from error
-    except (
-        requests.exceptions.RequestException,
-        # The SDK reads streamed answers below requests.
-        urllib3.exceptions.HTTPError,
-        OSError,
-    ) as error:
-        raise EngineError(f"the connection broke when asked to {doing}", "lost") from error
+        return lambda argument: translate(lambda: function(argument), doing)
 
 
 def _drain(events: Iterable[Any], on_event: Callable[[], None]) -> None:
-    """Read an engine's stream of messages to its end.
+    """Read an engine's stream of messages to its end, so that its connection is free again.
 
     Raises:
-        EngineError: a message is an error.
+        EngineError: a message was an error.
     """
+    failure = ""
     for event in events:
-        if not isinstance(event, dict):
-            continue
-        detail = event.get("errorDetail")
-        message = event.get("error") or (detail.get("message") if isinstance(detail, dict) else "")
-        if message:
-            raise EngineError(str(message), "refused")
-        on_event()
+        if isinstance(event, dict):
+            detail = event.get("errorDetail")
+            words = detail.get("message") if isinstance(detail, dict) else None
+            failure = failure or str(event.get("error") or words or "")
+            on_event()
+    if failure:
+        raise EngineError(failure, "refused")
 
 
 def _later(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
     with suppress(RuntimeError):
         loop.call_soon_threadsafe(function)
-
-
-def _reason(error: Exception) -> str:
-    """Return the innermost words of an error of the SDK, without its layers of wrapping."""
-    explanation = getattr(error, "explanation", None)
-    if explanation:
-        return str(explanation)
-    cause: BaseException = error
-    while (inner := cause.__cause__ or cause.__context__) is not None:
-        cause = inner
-    if isinstance(cause, OSError) and cause.strerror:
-        return cause.strerror
-    return str(cause)
 
 
 def _platform_json(platform: Platform) -> str:

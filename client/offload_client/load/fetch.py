@@ -8,6 +8,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, cast
 
 import structlog
+
 from offload_core.errors import ImageLoadError, OffloadError
 
 if TYPE_CHECKING:

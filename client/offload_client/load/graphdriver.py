@@ -14,13 +14,13 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 import structlog
-from offload_core.digest import digest_hex
 
-from offload_client.load.engine import EngineError
+from offload_client.load.engineerror import EngineError
 from offload_client.load.fetch import verified_blob
 from offload_client.load.image import chain_ids
 from offload_client.load.spool import raw_layer
 from offload_client.load.tarstream import TarStream
+from offload_core.digest import digest_hex
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,8 +39,6 @@ _SMALL_BYTES = 1 << 20
 _WINDOW = 8
 """Small layers are asked for eight at a time: 40 layers of 100 KB at 40 ms round trip took a third
 of the time. They are held in memory, so at most 8 MiB."""
-
-_GAP_ERRORS = ("no such file or directory", "cannot find the file")
 
 
 async def load_archive(
@@ -70,7 +68,8 @@ async def load_archive(
     try:
         await archive.send(missing)
     except EngineError as error:
-        if len(missing) == len(everything) or not any(words in str(error) for words in _GAP_ERRORS):
+        # Engine 20.10 says "no such file", others may have other words.
+        if len(missing) == len(everything) or error.kind == "lost" or error.disk_full:
             raise
         _log.info("image.load.repeated_whole", layers=len(everything), reason=str(error))
         await archive.send(everything)

@@ -12,11 +12,10 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from offload_core.digest import is_digest, sha256_digest
-from offload_core.errors import ImageLoadError
-
 from offload_client.load.fetch import small_blob
 from offload_client.load.platform import Platform
+from offload_core.digest import is_digest, sha256_digest
+from offload_core.errors import ImageLoadError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -199,14 +198,21 @@ def choose_children(root: Root, wanted: Sequence[Platform], default: Platform) -
     chosen: list[Child] = []
     for platform in wanted:
         match = next((child for child in images if child.platform == platform), None)
-        if match is None and len(images) == 1 and images[0].platform is None:
-            match = images[0]
+        if match is None:
+            match = next((child for child in images if _serves(child.platform, platform)), None)
         if match is None:
             built = ", ".join(str(child.platform) for child in images)
             raise ImageLoadError(f"the image was not built for {platform}, only for {built}")
         if match not in chosen:
             chosen.append(match)
     return tuple(chosen)
+
+
+def _serves(built: Platform | None, wanted: Platform) -> bool:
+    """Return whether an image whose platform is not exactly the wanted one will do."""
+    return built is None or (
+        not wanted.variant and (built.os, built.architecture) == (wanted.os, wanted.architecture)
+    )
 
 
 def _checked(media_type: str, raw: bytes, digest: str) -> tuple[Descriptor, dict[str, Any]]:

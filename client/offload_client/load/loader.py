@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
-from offload_core.errors import ImageLoadError
 
+from offload_client.load.connect import open_engine
 from offload_client.load.containerd import ContainerdLoad
-from offload_client.load.engine import Engine, EngineError, open_engine
+from offload_client.load.engineerror import EngineError
 from offload_client.load.graphdriver import load_archive
 from offload_client.load.image import (
     choose_children,
@@ -22,10 +22,12 @@ from offload_client.load.ledger import LoadLedger
 from offload_client.load.names import parse_image_name
 from offload_client.load.platform import Platform
 from offload_client.load.progress import LoadMeter, LoadResult
+from offload_core.errors import ImageLoadError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from offload_client.load.engine import Engine
     from offload_client.load.names import ImageName
     from offload_client.load.progress import LoadProgress
     from offload_client.load.source import ImageSource
@@ -181,5 +183,5 @@ def _load_error(engine: Engine, error: EngineError) -> ImageLoadError:
     hint = "free some space, for example with: docker system prune"
     return ImageLoadError(
         f"the container engine at {engine.endpoint} did not take the image: {error}",
-        hint=hint if "no space left" in str(error) else "",
+        hint=hint if error.disk_full else "",
     )

@@ -1,7 +1,7 @@
 """An OCI image layout as one tar stream, with gaps where the engine holds a blob.
 
 For engines with containerd's store that cannot reach this machine's loopback (remote hosts,
-virtual machines), and to pin an image without a name. Source: OCI image specification, "Image
+virtual machines), and for images without a name. Source: OCI image specification, "Image
 Layout"; the annotation io.containerd.image.name is what containerd's importer names images by.
 """
 
@@ -11,10 +11,9 @@ import json
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
-from offload_core.digest import digest_hex
-
 from offload_client.load.fetch import verified_blob
 from offload_client.load.tarstream import TarStream
+from offload_core.digest import digest_hex
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -18,8 +18,6 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Self
 
 import structlog
-from offload_core.aio import finish
-from offload_core.errors import NotFoundError, OffloadError
 
 from offload_client.load.engine import RegistryLogin
 from offload_client.load.fetch import verified_blob
@@ -32,6 +30,8 @@ from offload_client.load.wire import (
     write_response,
     write_stream,
 )
+from offload_core.aio import finish
+from offload_core.errors import NotFoundError, OffloadError
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -91,6 +91,10 @@ class LoopbackRegistry:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Break off all transfers; called again it does nothing."""
         if self._server is not None:
             self._server.close()
         for connection in self._connections:

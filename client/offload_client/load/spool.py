@@ -9,16 +9,16 @@ from __future__ import annotations
 import gzip
 import hashlib
 import tempfile
+import zlib
 from contextlib import aclosing, asynccontextmanager
 from typing import IO, TYPE_CHECKING, NamedTuple, cast
 
-from offload_core.errors import ImageLoadError
-
 from offload_client.bytepipe import BytePipe, in_thread, stream_through
 from offload_client.load.fetch import verified_blob
+from offload_core.errors import ImageLoadError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Iterator
     from pathlib import Path
 
     from offload_client.load.image import Compression, Layer
@@ -79,21 +79,17 @@ async def _content(file: IO[bytes]) -> AsyncGenerator[bytes]:
 def _decompress(pipe: BytePipe, file: IO[bytes], layer: Layer) -> int:
     hasher, size = hashlib.sha256(), 0
     try:
-        with _reader(pipe, layer.descriptor.compression) as reader:
-            while piece := reader.read(_PIECE_BYTES):
-                hasher.update(piece)
-                size += file.write(piece)
+        for piece in _raw_pieces(pipe, layer.descriptor.compression):
+            hasher.update(piece)
+            size += file.write(piece)
         file.flush()
+    except _BadDataError as error:
+        raise _damaged(layer) from error
     except OSError as error:
-        # gzip's BadGzipFile is an OSError without a number.
-        if error.errno is None:
-            raise _damaged(layer) from error
         raise ImageLoadError(
             f"cannot hold a layer in a temporary file: {error.strerror}",
             hint="set TMPDIR to a directory with more space",
         ) from error
-    except EOFError as error:
-        raise _damaged(layer) from error
     if "sha256:" + hasher.hexdigest() != layer.diff_id:
         raise _damaged(layer)
     while pipe.read(_PIECE_BYTES):
@@ -102,11 +98,21 @@ def _decompress(pipe: BytePipe, file: IO[bytes], layer: Layer) -> int:
     return size
 
 
-def _reader(pipe: BytePipe, compression: Compression) -> IO[bytes]:
+class _BadDataError(Exception):
+    """Not in the compression that the media type says."""
+
+
+def _raw_pieces(pipe: BytePipe, compression: Compression) -> Iterator[bytes]:
     # The pipe has the one method of a file that the decompressors call.
     stream = cast("IO[bytes]", pipe)
     if compression == "gzip":
-        return cast("IO[bytes]", gzip.GzipFile(fileobj=stream, mode="rb"))
+        try:
+            with gzip.GzipFile(fileobj=stream, mode="rb") as unzipped:
+                while piece := unzipped.read(_PIECE_BYTES):
+                    yield piece
+        except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+            raise _BadDataError from error
+        return
     try:
         import zstandard
     except ImportError as error:
@@ -115,8 +121,13 @@ def _reader(pipe: BytePipe, compression: Compression) -> IO[bytes]:
             "unpack them is not installed",
             hint='install it with: pip install "offload-build[compress]"',
         ) from error
-    reader = zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True)
-    return cast("IO[bytes]", reader)
+    decompressor = zstandard.ZstdDecompressor()
+    try:
+        with decompressor.stream_reader(stream, read_across_frames=True) as reader:
+            while piece := reader.read(_PIECE_BYTES):
+                yield piece
+    except zstandard.ZstdError as error:
+        raise _BadDataError from error
 
 
 def _damaged(layer: Layer) -> ImageLoadError:

@@ -124,7 +124,13 @@ class BuildView:
             self._saw(start if end is None else end)
             if self._node_began_ns is None:
                 self._node_began_ns = start
-        before = (step.name, step.cached, step.error, len(step.intervals), step.intervals.get(start))
+        before = (
+            step.name,
+            step.cached,
+            step.error,
+            len(step.intervals),
+            step.intervals.get(start),
+        )
         if not step.intervals:
             step.anchor = now
         step.name = vertex.name or step.name
@@ -133,22 +139,10 @@ class BuildView:
         step.error = vertex.error
         if end is not None or start not in step.intervals:
             step.intervals[start] = end
-        self._close_older(step, start)
         after = (step.name, step.cached, step.error, len(step.intervals), step.intervals.get(start))
         self._show(step)
         if after != before:
             self._tell(step)
-
-    @staticmethod
-    def _close_older(step: Step, start: int) -> None:
-        """Drop open intervals that a later message of the same run has superseded.
-
-        A node that merges runs itself reports the first start again with the last end; one that
-        does not may never report the end of a run that was taken over by another.
-        """
-        for other, end in list(step.intervals.items()):
-            if end is None and other < start and step.intervals[start] is not None:
-                step.intervals[other] = step.intervals[start]
 
     def _join_group(self, vertex: Vertex) -> Step:
         key = vertex.progress_group
@@ -211,7 +205,9 @@ class BuildView:
             step = self._add(warning.vertex, local=False)
         step.warnings.append(warning)
         self.warnings.append(warning)
-        self._tell(step)
+        if not step.completed:
+            # One that comes late is not worth going back to the step: it is in the list at the end.
+            self._tell(step)
 
     def _append_logs(self, logs: Iterable[VertexLog], now: float, local: bool) -> None:
         # The hot path: thousands of these may come in one batch, mostly of one step.

@@ -16,12 +16,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from offload_core.errors import BuildCanceledError
-
 from offload_client.cli.process import INTERRUPTED, TERMINATED, guarded, report
 from offload_client.connections import Connections
 from offload_client.invocation import Invocation, text_stream
 from offload_client.resident.thin import DECLINED
+from offload_core.errors import BuildCanceledError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -178,10 +177,10 @@ def _invocation(payload: bytes, descriptors: list[int]) -> tuple[Invocation, int
 
 async def _receive(connection: socket.socket, descriptors: list[int]) -> bytes:
     loop = asyncio.get_running_loop()
-    ready = loop.create_future()
-    loop.add_reader(connection, lambda: ready.done() or ready.set_result(None))
+    ready = asyncio.Event()
+    loop.add_reader(connection, ready.set)
     try:
-        await ready
+        await ready.wait()
     finally:
         loop.remove_reader(connection)
     size = array.array("i").itemsize

@@ -48,7 +48,7 @@ def run_in_helper(arguments: list[str]) -> int | None:
 
 def _run(path: str, arguments: list[str]) -> int | None:
     # The C module below `socket`: the Python one costs as much as the interpreter's own start.
-    import _signal
+    import _signal  # type: ignore[import-not-found]
     import _socket
 
     connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)

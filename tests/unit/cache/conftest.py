@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+
 from offload_cache.directorystore import DirectoryObjectStore
 from offload_cache.health import StoreHealth
 from offload_cache.nodestore import NodeStore

@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
+
 from offload_cache.diskstore import DiskStore
 from offload_core.digest import sha256_digest
 from offload_core.errors import DigestMismatchError, NotFoundError

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from offload_cache.health import REACHABLE, StoreHealth
 from offload_core.errors import CacheUnavailableError
 
@@ -27,9 +28,10 @@ def test_calls_fail_at_once_after_consecutive_failures_and_one_probe_follows() -
     with pytest.raises(CacheUnavailableError):
         health.check()
     health.failed("still away")
+    clock.now += 19  # the second pause is twice as long
     with pytest.raises(CacheUnavailableError):
         health.check()
-    clock.now += 10
+    clock.now += 1
     health.check()
     health.succeeded()
     assert health.reachable

@@ -6,13 +6,13 @@ from datetime import UTC, datetime
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from offload_cache.entries import CacheEntry
 from offload_cache.keys import blob_key, entry_key, scope_prefix
 from offload_cache.manifests import MAX_MANIFEST_BYTES, parse_cache_manifest, select_layers
 from offload_cache.s3store import S3Config
 from offload_core.digest import sha256_digest
 from offload_core.errors import ConfigError, UsageError
-
 from tests.fixtures.cachecontent import cache_manifest, manifest
 
 DIGEST = sha256_digest(b"")

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import pytest
+from yarl import URL
+
 from offload_cache.manifests import CACHE_CONFIG_TYPE, MAX_MANIFEST_BYTES, OCI_INDEX, OCI_MANIFEST
 from offload_cache.registry import Grant, Registry, RegistryServer
 from offload_core.digest import sha256_digest
-from yarl import URL
-
 from tests.fixtures.cachecontent import cache_manifest, descriptor, manifest
 
 if TYPE_CHECKING:

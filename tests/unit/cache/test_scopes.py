@@ -5,11 +5,11 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
+
 from offload_cache.keys import entry_key
 from offload_cache.presence import BlobState
 from offload_core.digest import sha256_digest
 from offload_core.errors import UsageError
-
 from tests.fixtures.cachecontent import cache_manifest, manifest
 
 if TYPE_CHECKING:

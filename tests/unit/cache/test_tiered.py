@@ -4,6 +4,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 import pytest
+
 from offload_cache.keys import blob_key
 from offload_cache.memorystore import MemoryObjectStore
 from offload_cache.nodestore import NodeStore

@@ -10,11 +10,10 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING
 
-from offload_core.aio import TaskSet
-
 from offload_builder.buildkit.h2 import frames
 from offload_builder.buildkit.h2.headers import HeaderEncoder
 from offload_builder.buildkit.h2.stream import StreamResetError
+from offload_core.aio import TaskSet
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -6,8 +6,6 @@ import asyncio
 from typing import TYPE_CHECKING
 
 import structlog
-from offload_core.aio import TaskSet
-from offload_core.errors import OffloadError, find_offload_error
 
 from offload_builder.buildkit.h2.messages import (
     CANCELLED,
@@ -22,6 +20,8 @@ from offload_builder.buildkit.h2.messages import (
     status_trailers,
 )
 from offload_builder.buildkit.h2.stream import ConnectionLostError, StreamResetError
+from offload_core.aio import TaskSet
+from offload_core.errors import OffloadError, find_offload_error
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence

@@ -1,0 +1,72 @@
+"""The options that all commands about a gateway share."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from offload_core.config import load
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from offload_builder.gateway.config import GatewayConfig
+    from offload_builder.gateway.members import Members
+
+F = TypeVar("F", bound="Callable[..., Any]")
+
+ENVIRONMENT_PREFIX = "OFFLOAD_GATEWAY"
+
+
+def gateway_options(function: F) -> F:
+    """Add --config and --data-dir."""
+    config = click.option(
+        "--config",
+        "config_file",
+        type=click.Path(dir_okay=False, path_type=Path),
+        envvar=f"{ENVIRONMENT_PREFIX}_CONFIG",
+        help="TOML file of the gateway.",
+    )
+    data_dir = click.option(
+        "--data-dir",
+        type=click.Path(file_okay=False),
+        help="Directory of the gateway's keys and database.",
+    )
+    return config(data_dir(function))
+
+
+def load_gateway_config(config_file: Path | None, **options: Any) -> GatewayConfig:
+    """Return the configuration: option > OFFLOAD_GATEWAY_* > file > default.
+
+    Raises:
+        ConfigError: with source, key and what is allowed.
+    """
+    from offload_builder.gateway.config import GatewayConfig
+
+    own = f"{ENVIRONMENT_PREFIX}_CONFIG"
+    environment = {key: value for key, value in os.environ.items() if key != own}
+    return load(
+        GatewayConfig,
+        file=config_file,
+        environment=environment,
+        prefix=ENVIRONMENT_PREFIX,
+        options=options,
+    )
+
+
+@asynccontextmanager
+async def gateway_members(config: GatewayConfig) -> AsyncIterator[Members]:
+    """Open a gateway's data beside the gateway, which may run at the same time.
+
+    Raises:
+        ConfigError: it cannot be opened.
+    """
+    from offload_builder.gateway.app import open_members
+
+    async with AsyncExitStack() as stack:
+        _, _, members = await open_members(config, stack)
+        yield members

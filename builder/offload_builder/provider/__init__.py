@@ -1,0 +1,1 @@
+"""How nodes come to be: as processes of this machine."""

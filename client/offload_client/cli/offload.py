@@ -1,0 +1,82 @@
+"""`offload`: everything around builds: login, status, history."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from offload_core import VERSION
+from offload_core.errors import OffloadError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+COMMANDS = {
+    "login": "Log in at a gateway with a token.",
+    "logout": "Forget the login at a gateway.",
+    "status": "Show the gateway, its nodes, and who you are.",
+    "builds": "List builds, or show one.",
+    "logs": "Print everything that a build printed.",
+    "cancel": "End a queued or running build.",
+}
+
+
+class LazyGroup(click.Group):
+    """Loads the module of a command only when the command is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the order of the help."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a command by name."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"offload_client.cli.{cmd_name}")
+        command: click.Command = getattr(module, cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(VERSION, prog_name="offload")
+def offload() -> None:
+    """Work with a pool of remote builder nodes.
+
+    \b
+    Examples:
+      offload login https://gateway.example:7443 --token ofl_...
+      offload status
+      offload logs 3f9a
+    """
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a command line; return its exit code."""
+    from offload_client.cli.process import report
+    from offload_client.invocation import Invocation
+
+    invocation = Invocation.of_process(arguments)
+    try:
+        result = offload.main(list(arguments), "offload", standalone_mode=False, obj=invocation)
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.Abort:
+        return 130
+    except click.NoSuchOption as error:
+        return report(invocation, UsageError(f"unknown flag: {error.option_name}"))
+    except click.UsageError as error:
+        usage = error.ctx.get_usage() if error.ctx else ""
+        return report(invocation, UsageError(error.format_message(), hint=usage))
+    except OffloadError as error:
+        return report(invocation, error)
+    finally:
+        sys.stdout.flush()
+    return result if isinstance(result, int) else 0

@@ -1,0 +1,77 @@
+"""Calls to the gateway, with its errors as ours."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from offload_core.errors import GatewayUnreachableError
+from offload_core.status import error_from_rpc
+from offload_core.versions import call_metadata
+from offload_proto.v1.builds_service_pb2_grpc import BuildsServiceStub
+from offload_proto.v1.identity_service_pb2_grpc import AdminServiceStub, IdentityServiceStub
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from offload_client.connections import Connections
+    from offload_client.invocation import Invocation
+    from offload_client.settings import Settings
+
+CALL_SECONDS = 15.0
+
+
+class GatewayCalls:
+    """The services of one gateway for one command."""
+
+    def __init__(self, address: str, channel: grpc.aio.Channel) -> None:
+        self.address = address
+        self.builds = BuildsServiceStub(channel)
+        self.identity = IdentityServiceStub(channel)
+        self.admin = AdminServiceStub(channel)
+
+    @classmethod
+    async def open(
+        cls, invocation: Invocation, settings: Settings, connections: Connections
+    ) -> GatewayCalls:
+        """Return the calls for the configured gateway.
+
+        Raises:
+            AuthenticationError: not logged in.
+        """
+        identity = await connections.identity(invocation, settings.gateway)
+        return cls(settings.gateway, await connections.gateway(settings.gateway, identity))
+
+    async def call(self, method: Any, request: Any) -> Any:
+        """Await a unary call.
+
+        Raises:
+            OffloadError: what the gateway says, or that it does not answer.
+        """
+        try:
+            return await method(request, timeout=CALL_SECONDS, metadata=call_metadata())
+        except grpc.RpcError as error:
+            raise self._translated(error) from error
+
+    async def stream(self, method: Any, request: Any) -> AsyncIterator[Any]:
+        """Yield the messages of a stream.
+
+        Raises:
+            OffloadError: what the gateway says, or that it does not answer.
+        """
+        call = method(request, metadata=call_metadata())
+        try:
+            async for message in call:
+                yield message
+        except grpc.RpcError as error:
+            raise self._translated(error) from error
+        finally:
+            call.cancel()
+
+    def _translated(self, error: grpc.RpcError) -> Exception:
+        return error_from_rpc(
+            error,  # type: ignore[arg-type]
+            peer=f"the gateway at {self.address}",
+            unreachable=GatewayUnreachableError,
+        )

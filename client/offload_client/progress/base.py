@@ -1,0 +1,188 @@
+"""What all displays share: the lock, the writing thread, local steps, and the end."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Self
+
+from offload_client.progress.excerpt import failure_report, step_excerpt, warnings_report
+from offload_client.progress.local import LocalStep
+from offload_client.progress.model import BuildView
+from offload_client.progress.output import Pump, Sink
+from offload_client.progress.style import Palette, paint
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from offload_client.progress.step import Step
+    from offload_proto.v1.events_pb2 import ProgressBatch
+    from offload_proto.v1.node_service_pb2 import Failure
+
+# BuildKit's displays draw at most this often too.
+FRAME_SECONDS = 0.1
+# How long an interrupted command waits for its last output to be read.
+_PATIENCE_SECONDS = 2.0
+
+
+class BaseDisplay(ABC):
+    """Takes batches from one thread, renders and writes in another.
+
+    A subclass says how a batch is merged, what is written while the build runs, and at the end.
+    """
+
+    def __init__(
+        self,
+        sink: Sink,
+        *,
+        interval_seconds: float = FRAME_SECONDS,
+        tick_seconds: float | None = None,
+    ) -> None:
+        """Prepare; nothing is written before the first event."""
+        self._sink = sink
+        self._pump = Pump(
+            sink, self._render, interval_seconds=interval_seconds, tick_seconds=tick_seconds
+        )
+        self._local_steps = itertools.count(1)
+        self._finished = False
+
+    def feed(self, batch: ProgressBatch) -> None:
+        """Show what happened; returns at once, and is ignored after `finish`.
+
+        Only when more than 64 MiB of output wait for a reader that does not read does it wait.
+        """
+        self._take(batch, local=False)
+
+    def local_step(self, name: str) -> LocalStep:
+        """Start a step of the client itself; its end is up to the caller."""
+        return LocalStep(name, self._take_local, next(self._local_steps))
+
+    def notice(self, level: str, text: str) -> None:
+        """Show a sentence at once.
+
+        Args:
+            level: "info" or "warning".
+            text: one line.
+        """
+        if self._finished:
+            return
+        with self._pump.lock:
+            self._notice(level, text)
+        self._pump.changed()
+
+    def finish(self, failure: Failure | None = None) -> None:
+        """Write all that waits, then why the build failed or what its warnings were.
+
+        Blocks until the reader has taken everything; later calls do nothing.
+
+        Args:
+            failure: how the build failed; None when it worked or the caller tells of the failure.
+
+        Raises:
+            Exception: a fault of the display itself.
+        """
+        self._finish(failure, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.finish(None)
+            return
+        # The error on its way matters more than one of the display, and more than a reader
+        # that has stopped reading.
+        with contextlib.suppress(Exception):
+            self._finish(None, _PATIENCE_SECONDS)
+
+    def _finish(self, failure: Failure | None, timeout_seconds: float | None) -> None:
+        if not self._finished:
+            self._finished = True
+            self._pump.close(lambda: self._final(failure), timeout_seconds)
+
+    def _take_local(self, batch: ProgressBatch) -> None:
+        self._take(batch, local=True)
+
+    def _take(self, batch: ProgressBatch, *, local: bool) -> None:
+        if self._finished:
+            return
+        with self._pump.lock:
+            pending = self._merge(batch, local=local)
+        self._pump.changed(pending)
+
+    @abstractmethod
+    def _merge(self, batch: ProgressBatch, *, local: bool) -> int:
+        """Take a batch; return the bytes that wait to be written. Called under the lock."""
+
+    @abstractmethod
+    def _render(self) -> bytes:
+        """Return what is to be written now. Called under the lock."""
+
+    @abstractmethod
+    def _notice(self, level: str, text: str) -> None:
+        """Keep a sentence for the next rendering. Called under the lock."""
+
+    @abstractmethod
+    def _final(self, failure: Failure | None) -> bytes:
+        """Return the last output. Called under the lock."""
+
+
+class ViewDisplay(BaseDisplay):
+    """A display for people, over a merged view of the build."""
+
+    def __init__(
+        self,
+        sink: Sink,
+        *,
+        expand_warnings: bool = False,
+        palette: Palette | None = None,
+        tick_seconds: float | None = None,
+    ) -> None:
+        """Start with an empty view.
+
+        Args:
+            sink: where the output goes.
+            expand_warnings: give warnings with their details at the end.
+            palette: colours; None for none.
+            tick_seconds: draw after this time also when nothing happened.
+        """
+        super().__init__(sink, tick_seconds=tick_seconds)
+        self.view = BuildView(time.monotonic())
+        self._expand_warnings = expand_warnings
+        self._palette = palette or Palette()
+
+    def _merge(self, batch: ProgressBatch, *, local: bool) -> int:
+        self.view.apply(batch, time.monotonic(), local=local)
+        return self.view.pending_log_bytes
+
+    def _ending(self, failure: Failure | None) -> bytes:
+        """Return the error report or the list of warnings."""
+        parts = [
+            step_excerpt(step, self._log_tail(step))
+            for step in self.view.shown
+            # What went wrong in a step of the client, the client tells itself.
+            if step.failed and not step.local
+        ]
+        if failure is not None:
+            parts.append(failure_report(failure))
+        else:
+            parts.append(self._warning_list())
+        return b"".join(parts)
+
+    def _warning_list(self) -> bytes:
+        headline, lines = warnings_report(self.view.warnings, expand=self._expand_warnings)
+        if not headline:
+            return b""
+        headline = paint(headline, self._palette.warning)
+        return f"\n{headline}\n{lines}".encode("utf-8", "replace")
+
+    @abstractmethod
+    def _log_tail(self, step: Step) -> list[bytes]:
+        """Return the last lines of a failed step, for the report."""

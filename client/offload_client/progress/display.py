@@ -1,0 +1,109 @@
+"""Which display a command uses."""
+
+from __future__ import annotations
+
+from typing import IO, TYPE_CHECKING, Any, Protocol, Self
+
+from offload_client.progress.output import Sink
+from offload_core.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from types import TracebackType
+
+    from offload_client.progress.local import LocalStep
+    from offload_proto.v1.events_pb2 import ProgressBatch
+    from offload_proto.v1.node_service_pb2 import Failure
+
+MODES = ("auto", "tty", "plain", "rawjson", "quiet", "none")
+"""Values of --progress; "none" is another name of "quiet"."""
+
+
+class Display(Protocol):
+    """Shows one build. Methods may be called from any thread and do not block, but `finish`."""
+
+    def feed(self, batch: ProgressBatch) -> None:
+        """Show what happened in BuildKit; batches must come in order and only once."""
+
+    def local_step(self, name: str) -> LocalStep:
+        """Start a step of the client itself."""
+
+    def notice(self, level: str, text: str) -> None:
+        """Show a sentence; the level is "info" or "warning"."""
+
+    def finish(self, failure: Failure | None = None) -> None:
+        """Write what waits and how the build failed, if it did; blocks until it is written."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Finish if that was not done; the terminal is left as it was found."""
+
+
+def make_display(
+    mode: str,
+    stream: IO[Any],
+    environment: Mapping[str, str],
+    *,
+    expand_warnings: bool = False,
+) -> Display:
+    """Return the display for a value of --progress.
+
+    "auto" follows OFFLOAD_PROGRESS, then BUILDKIT_PROGRESS, then what the stream is: interactive
+    on a terminal that is not "dumb", plain elsewhere. A "tty" from the environment is a wish that
+    a pipe cannot fulfil, one from the command line is an order.
+
+    Args:
+        mode: one of `MODES`.
+        stream: text or binary; stays open. May be the terminal of another process.
+        environment: also of that process; see TtyDisplay and PlainDisplay for what is read.
+        expand_warnings: give warnings with details at the end of the build.
+
+    Raises:
+        UsageError: unknown mode, or "tty" for a stream that is not a terminal.
+    """
+    sink = Sink(stream)
+    chosen = _checked(mode, "--progress")
+    if chosen == "auto":
+        chosen = _automatic(sink, environment)
+    elif chosen == "tty" and not sink.is_terminal:
+        raise UsageError("--progress=tty needs a terminal, and the output is not one")
+    if chosen == "tty":
+        from offload_client.progress.tty import TtyDisplay
+
+        return TtyDisplay(sink, environment, expand_warnings=expand_warnings)
+    if chosen == "plain":
+        from offload_client.progress.plain import PlainDisplay
+
+        return PlainDisplay(sink, environment, expand_warnings=expand_warnings)
+    if chosen == "rawjson":
+        from offload_client.progress.rawjson import RawJsonDisplay
+
+        return RawJsonDisplay(sink)
+    from offload_client.progress.quiet import QuietDisplay
+
+    return QuietDisplay(sink)
+
+
+def _automatic(sink: Sink, environment: Mapping[str, str]) -> str:
+    detected = "tty" if sink.is_terminal and environment.get("TERM") != "dumb" else "plain"
+    for name in ("OFFLOAD_PROGRESS", "BUILDKIT_PROGRESS"):
+        wish = environment.get(name, "")
+        if not wish:
+            continue
+        wish = _checked(wish, name)
+        if wish == "auto" or (wish == "tty" and not sink.is_terminal):
+            return detected
+        return wish
+    return detected
+
+
+def _checked(mode: str, source: str) -> str:
+    if mode not in MODES:
+        raise UsageError(f'{source} is "{mode}"; write one of {", ".join(MODES)}')
+    return "quiet" if mode == "none" else mode

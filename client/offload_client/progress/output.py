@@ -1,0 +1,201 @@
+"""Getting rendered output to the terminal without holding up the build.
+
+The event loop of a command also serves the node's requests for files, so a slow terminal, a pager
+or a paused pipe must not stop it: one thread per display renders and writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import threading
+from typing import IO, TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# Output that waits for a reader that does not read. Above it the feeding side is slowed down, so
+# that nothing is lost and memory stays bounded.
+_PENDING_LIMIT_BYTES = 64 << 20
+
+
+class Sink:
+    """Writes bytes to a binary or a text stream, straight to its descriptor where it has one.
+
+    A reader that went away (broken pipe, closed terminal) ends the output, not the build.
+
+    Attributes:
+        broken: writing failed; all later output is dropped.
+    """
+
+    def __init__(self, stream: IO[Any]) -> None:
+        """Take a stream; it stays the caller's to close."""
+        self._stream = stream
+        self.broken = False
+        self.descriptor = _descriptor(stream)
+        self._text = not isinstance(stream, _binary_types()) and _is_text(stream)
+
+    @property
+    def is_terminal(self) -> bool:
+        """Somebody may be looking at it."""
+        return self.descriptor is not None and os.isatty(self.descriptor)
+
+    def write(self, data: bytes) -> None:
+        """Write all of it; blocks as long as the reader does."""
+        if not data or self.broken:
+            return
+        try:
+            if self.descriptor is None:
+                self._write_object(data)
+            else:
+                self._stream.flush()
+                self._write_descriptor(self.descriptor, data)
+        except (OSError, ValueError):
+            # ValueError: the stream was closed by its owner.
+            self.broken = True
+
+    def _write_object(self, data: bytes) -> None:
+        if self._text:
+            cast("IO[str]", self._stream).write(data.decode("utf-8", "replace"))
+        else:
+            cast("IO[bytes]", self._stream).write(data)
+        self._stream.flush()
+
+    @staticmethod
+    def _write_descriptor(descriptor: int, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[os.write(descriptor, view) :]
+            except BlockingIOError:
+                # Another program that shares the terminal has made it non-blocking.
+                poller = select.poll()
+                poller.register(descriptor, select.POLLOUT)
+                poller.poll()
+
+
+def _descriptor(stream: IO[Any]) -> int | None:
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        return stream.fileno()
+    return None
+
+
+def _binary_types() -> tuple[type, ...]:
+    import io
+
+    return (io.RawIOBase, io.BufferedIOBase)
+
+
+def _is_text(stream: IO[Any]) -> bool:
+    import io
+
+    return isinstance(stream, io.TextIOBase)
+
+
+class Pump:
+    """Calls `render` in a thread of its own, at most once per interval, and writes the result.
+
+    `lock` guards the state that `render` reads; it is never held while writing.
+    """
+
+    def __init__(
+        self,
+        sink: Sink,
+        render: Callable[[], bytes],
+        *,
+        interval_seconds: float,
+        tick_seconds: float | None,
+    ) -> None:
+        """Prepare the thread; it starts with the first `changed`.
+
+        Args:
+            sink: where the output goes.
+            render: returns what is to be written now; called with `lock` held.
+            interval_seconds: least time between two writes.
+            tick_seconds: render after this time also when nothing changed; None for never.
+        """
+        self.lock = threading.Lock()
+        self._sink = sink
+        self._render = render
+        self._interval_seconds = interval_seconds
+        self._tick_seconds = tick_seconds
+        self._wake = threading.Event()
+        self._closing = threading.Event()
+        self._written = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._last: Callable[[], bytes] | None = None
+        self._failure: Exception | None = None
+
+    def changed(self, pending_bytes: int = 0) -> None:
+        """Tell that there is something to render; call without `lock`.
+
+        Args:
+            pending_bytes: output that waits; above 64 MiB this call waits for the writer.
+        """
+        if not self._wake.is_set():
+            self._wake.set()
+        thread = self._started()
+        if pending_bytes > _PENDING_LIMIT_BYTES:
+            with self._written:
+                if thread.is_alive() and not self._closing.is_set():
+                    self._written.wait(1.0)
+
+    def close(self, last: Callable[[], bytes], timeout_seconds: float | None = None) -> None:
+        """Write what `last` returns, after all that was written before, and end the thread.
+
+        Args:
+            last: called once, with `lock` held.
+            timeout_seconds: give up on a reader that does not read; None waits for it.
+
+        Raises:
+            Exception: what rendering raised in the thread.
+        """
+        self._last = last
+        self._closing.set()
+        self._wake.set()
+        thread = self._started()
+        thread.join(timeout_seconds)
+        if thread.is_alive():
+            # It is a daemon thread and waits for the reader; nothing more is given to it.
+            self._sink.broken = True
+        elif self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def _started(self) -> threading.Thread:
+        thread = self._thread
+        if thread is None:
+            with self.lock:
+                thread = self._thread
+                if thread is None:
+                    thread = threading.Thread(
+                        target=self._run, name="offload-progress", daemon=True
+                    )
+                    self._thread = thread
+                    thread.start()
+        return thread
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            self._wake.wait(self._tick_seconds)
+            self._wake.clear()
+            if self._closing.is_set() or not self._write(self._render):
+                break
+            self._closing.wait(self._interval_seconds)
+        self._closing.wait()
+        if self._last is not None:
+            self._write(self._last)
+
+    def _write(self, render: Callable[[], bytes]) -> bool:
+        try:
+            with self.lock:
+                data = render()
+            self._sink.write(data)
+        except Exception as failure:  # noqa: BLE001 - raised again by close()
+            self._failure = failure
+            return False
+        finally:
+            with self._written:
+                self._written.notify_all()
+        return True
