@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from offload_core.errors import ConfigError
 
 from tests.fixtures.gateway import RunningGateway
 from tests.integration.attachednode import AttachedNode
@@ -123,6 +124,12 @@ async def answer_to(address: str, data: bytes, seconds: float = 5.0) -> bytes:
         writer.close()
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:99999", "192.0.2.1:0", "no.such.host.invalid:1"])
+async def test_address_that_cannot_be_used_is_a_configuration_error(address):
+    with pytest.raises(ConfigError, match=r"cannot listen on"):
+        await RunningGateway(listen=address).__aenter__()
+
+
 async def test_unknown_name_is_answered_with_an_alert(gateway):
     assert await answer_to(gateway.address, hello_for("example.org")) == UNRECOGNIZED_NAME
     assert await answer_to(gateway.address, hello_for("no.node.offload")) == UNRECOGNIZED_NAME
@@ -132,7 +139,7 @@ async def test_hello_without_a_name_is_answered_with_an_alert(gateway):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
-    with pytest.raises(ssl.SSLError, match="(?i)unrecognized"):
+    with pytest.raises(ssl.SSLError, match=r"(?i)unrecognized"):
         await asyncio.open_connection(*split(gateway.address), ssl=context, server_hostname="")
 
 

@@ -146,9 +146,10 @@ class Front:
             self._server = await loop.create_server(
                 lambda: _Downstream(self), host, port, backlog=_BACKLOG
             )
-        except OSError as error:
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise ConfigError(
-                f"cannot listen on {self._config.listen}: {error.strerror or error}",
+                f"cannot listen on {self._config.listen}: {reason}",
                 hint="set another address with --listen",
             ) from error
         bound = self._server.sockets[0].getsockname()

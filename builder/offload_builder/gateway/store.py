@@ -134,7 +134,10 @@ def _make_engine(url: str) -> sa.Engine:
     if parsed.get_backend_name() != "sqlite":
         return sa.create_engine(parsed, pool_size=1, max_overflow=0, pool_pre_ping=True)
     if parsed.database:
-        Path(parsed.database).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = Path(parsed.database)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # SQLite gives its side files the mode of the database.
+        path.touch(mode=0o600)
     engine = sa.create_engine(
         parsed,
         # One connection for one thread; an in-memory database lives as long as its connection.

@@ -90,6 +90,7 @@ class BuildJob:
         self._steps = StepTally()
         self._client: BuildkitClient
         self._session: BkSession
+        self._source: BuildContext
         self._outputs: Outputs | None = None
         self._capability = ""
         self._rewrite: NameRewriter
@@ -127,7 +128,7 @@ class BuildJob:
         await self._prepare()
         plan = exporters(spec, f"{self._registry_address}/{self._capability}/image")
         self._outputs = Outputs(self.link, plan)
-        source = BuildContext(
+        self._source = BuildContext(
             self.link,
             self._runtime.context_store,
             self._runtime.times,
@@ -135,13 +136,15 @@ class BuildJob:
             self._shared_key,
             self.stats,
         )
-        self._stack.push_async_callback(source.close)
+        self._stack.push_async_callback(self._source.close)
         self._session = await self._stack.enter_async_context(
             BkSession(
                 self._client,
                 self._shared_key,
                 SessionProviders(
-                    source=source, credentials=_Credentials(self.link), outputs=self._outputs
+                    source=self._source,
+                    credentials=_Credentials(self.link),
+                    outputs=self._outputs,
                 ),
             )
         )
@@ -274,8 +277,9 @@ class BuildJob:
     async def publish(self) -> None:
         """Export the cache of a build that worked, and wait until every other node can read it.
 
-        A second solve in the same session: everything is cached, so it only writes layers. The
-        user does not wait for it.
+        A second solve, for which everything is cached, so it only writes layers; the user does
+        not wait for it. It has a session of its own: within one session BuildKit finds the steps
+        by keys of that session, which are good for nothing in an exported cache.
         """
         reference = f"{self._registry_address}/{self._capability}/cache:{EXPORT_TAG}"
         spec = SolveSpec(
@@ -285,8 +289,15 @@ class BuildJob:
         )
         self.cache_state = CacheState.CACHE_STATE_FAILED
         try:
-            async with asyncio.timeout(EXPORT_SECONDS):
-                outcome = await self._client.solve(spec, self._session)
+            async with (
+                asyncio.timeout(EXPORT_SECONDS),
+                BkSession(
+                    self._client,
+                    self._shared_key,
+                    SessionProviders(source=self._source, credentials=_Credentials(self.link)),
+                ) as session,
+            ):
+                outcome = await self._client.solve(spec, session)
             if isinstance(outcome, SolveFailure):
                 log.warning(
                     "cache.export.failed",

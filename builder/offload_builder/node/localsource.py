@@ -111,6 +111,9 @@ class ContextTree:
             os.close(file)
 
     async def close(self) -> None:
+        """Keep everything: the same tree may be asked for again until `release`."""
+
+    def release(self) -> None:
         """Give the leases back."""
         self._store.release(self._digests)
         self._digests = []
@@ -135,6 +138,7 @@ class BuildContext:
         self._shared_key = shared_key
         self._stats = stats
         self._trees: list[ContextTree] = []
+        self._listed: dict[str, ContextTree] = {}
 
     async def open(
         self, name: str, include: Sequence[str], exclude: Sequence[str], follow: Sequence[str]
@@ -148,6 +152,11 @@ class BuildContext:
                 if file.local_name == name and (not wanted or file.path in wanted)
             ]
             return InlineTree(files)
+        request = repr((name, list(include), list(exclude), list(follow)))
+        if request in self._listed:
+            # The cache export solves once more; it needs what the build saw, not what the
+            # client's directory holds by now, and the client may be gone.
+            return self._listed[request]
         entries = await self._link.request_context(name, include, exclude, follow)
         files_of_tree = [entry for entry in entries if is_regular(entry.mode) and entry.sha256]
         self._stats.context_files += len(files_of_tree)
@@ -155,12 +164,13 @@ class BuildContext:
         await self._store.run(self._times.apply, f"{self._shared_key}/{name}", entries)
         tree = ContextTree(entries, self._store, self._link, self._stats)
         self._trees.append(tree)
+        self._listed[request] = tree
         return tree
 
     async def close(self) -> None:
         """Release every tree; safe to call again."""
         while self._trees:
-            await self._trees.pop().close()
+            self._trees.pop().release()
 
 
 def _is_ignore_file(path: str) -> bool:

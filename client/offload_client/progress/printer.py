@@ -95,6 +95,8 @@ class PlainPrinter:
         if final:
             for lane in sorted(self._waiting.values(), key=lambda lane: lane.step.started_ns or 0):
                 self._print(lane, final=True)
+            for lane in self._lanes.values():
+                self._print_held_back(lane)
             self._end_line()
         else:
             self._print_running(now)
@@ -185,6 +187,7 @@ class PlainPrinter:
             self._print_log(lane)
         self._current = lane
         if step.completed and (final or not counting):
+            self._print_held_back(lane)
             self._end_line()
             lane.open_line = None
             self._line(lane, _outcome(step).encode("utf-8", "replace"))
@@ -260,6 +263,19 @@ class PlainPrinter:
                 self._out.append(bytes(lane.open_line[lane.shown : visible]))
                 lane.shown = visible
             self._mid_line = lane.shown > 0
+
+    def _print_held_back(self, lane: _Lane) -> None:
+        """Print what was kept as part of a character of which the rest will never come."""
+        line = lane.open_line
+        if line is None or whole_characters(line) == len(line):
+            return
+        if lane.shown:
+            self._out.append(bytes(line[lane.shown :]))
+        else:
+            self._end_line()
+            self._out.append(lane.label + line)
+        lane.shown = len(line)
+        self._mid_line = True
 
     def _append_log(self, lane: _Lane, log: Iterable[tuple[float, bytes]]) -> None:
         label, tail, out = lane.label, lane.tail, self._out

@@ -77,6 +77,11 @@ async def test_password_of_the_database_is_not_in_the_error():
     assert "hunter2" not in caught.value.message
 
 
+async def test_database_is_private_in_a_directory_that_is_not(tmp_path, store):
+    tmp_path.chmod(0o755)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
+
+
 async def test_write_waits_for_another_process(tmp_path, store):
     other = sqlite3.connect(tmp_path / "gateway.sqlite", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
