@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import tempfile
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,10 +74,8 @@ def _describe(benchmark: Benchmark) -> None:
 def _run(benchmark: Benchmark, options: argparse.Namespace) -> int:
     before = machine()
     # Short: sockets lie below, and a socket's path may have 107 bytes.
-    with tempfile.TemporaryDirectory(prefix="ob", dir="/tmp") as work, ExitStack() as stack:
-        session = Session(
-            benchmark, Path(work), stack, cases=options.case, runs=options.runs
-        )
+    with tempfile.TemporaryDirectory(prefix="ob", dir="/tmp") as work:
+        session = Session(benchmark, Path(work), cases=options.case, runs=options.runs)
         benchmark.run(session)
         rows = session.rows
     print(f"Machine: {before}\n")

@@ -26,10 +26,7 @@ def format_table(rows: Sequence[Row]) -> str:
     """Return the rows as a Markdown table; a figure is its median (smallest - largest)."""
     cells = [HEADINGS, *(_cells(row) for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(HEADINGS))]
-    lines = [
-        "| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |"
-        for line in cells
-    ]
+    lines = [f"| {' | '.join(map(str.ljust, line, widths))} |" for line in cells]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
 

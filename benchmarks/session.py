@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from benchmarks.model import Row
@@ -23,7 +22,6 @@ class Session:
 
     Attributes:
         work: a temporary directory, removed afterwards.
-        stack: everything that must be stopped at the end.
         rows: what was reported so far.
     """
 
@@ -31,14 +29,12 @@ class Session:
         self,
         benchmark: Benchmark,
         work: Path,
-        stack: ExitStack,
         *,
         cases: Sequence[str] = (),
         runs: int | None = None,
     ) -> None:
         self.benchmark = benchmark
         self.work = work
-        self.stack = stack
         self.rows: list[Row] = []
         self._cases = [benchmark.case(name).name for name in cases]
         self._runs = runs

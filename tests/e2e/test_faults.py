@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     from tests.fixtures.pool import Member
 
 
-def assert_sentence(
-    result: subprocess.CompletedProcess[str], code: int, *expected: str
-) -> None:
+def assert_sentence(result: subprocess.CompletedProcess[str], code: int, *expected: str) -> None:
     """Check exit code and sentence, and that no traceback is shown."""
     assert result.returncode == code, (result.returncode, result.stderr)
     assert "Traceback" not in result.stderr
@@ -110,32 +108,28 @@ def test_failing_run_shows_its_output_and_exit_code(member: Member, tmp_path: Pa
     context = make_context(tmp_path / "c", "RUN echo the-cause >&2; exit 37\n")
     result = member.build(context)
     assert_sentence(result, 1, "the-cause", "exit code: 37", "Dockerfile:4")
-    newest = member.builds()[0]
-    assert newest["state"] == "failed"
+    newest = member.wait_state("failed")
     assert "exit code: 37" in newest["error"]
 
 
-def test_unreadable_file_names_path_and_reason(pool: Pool, tmp_path: Path) -> None:
-    # Root can read everything, so the client runs as somebody else here.
-    member = pool.member()
-    folder = Path(tempfile.mkdtemp(prefix="oread-"))
-    context = make_context(folder / "c", "COPY . /all\n", secret="x")
+def test_unreadable_file_names_path_and_reason(member: Member, tmp_path: Path) -> None:
+    context = make_context(tmp_path / "c", "COPY . /all\n", secret="x")
     (context / "secret").chmod(0o000)
-    for path in (folder, member.home):
-        subprocess.run(["chown", "-R", "65534:65534", path], check=True)
+    # Root can read everything; without these capabilities it is a user like any other.
     result = subprocess.run(
-        member.command("offload-build", "--progress", "plain", context),
+        ["setpriv", "--bounding-set=-dac_override,-dac_read_search",
+         *member.command("offload-build", "--progress", "plain", context)],
         capture_output=True, text=True, env=member.environment, cwd=member.home, timeout=60,
-        user=65534, group=65534, extra_groups=[],
     )  # fmt: skip
-    subprocess.run(["rm", "-rf", folder], check=True)
     assert_sentence(result, 1, "secret", "ermission denied")
 
 
 def test_sockets_fifos_and_dangling_links_do_not_stop_a_build(
     member: Member, tmp_path: Path
 ) -> None:
-    context = make_context(tmp_path / "c", "COPY . /all\nRUN readlink /all/dangling && test -p /all/pipe\n")
+    context = make_context(
+        tmp_path / "c", "COPY . /all\nRUN readlink /all/dangling && test -p /all/pipe\n"
+    )
     os.mkfifo(context / "pipe")
     (context / "dangling").symlink_to("nowhere")
     with socket.socket(socket.AF_UNIX) as listener:
@@ -170,10 +164,7 @@ def test_file_that_changes_while_it_is_read_is_told_and_never_stored(
     finally:
         stop.set()
         changer.join()
-    assert result.returncode in (1, 10), result.stderr
-    assert "Traceback" not in result.stderr
-    assert "changed while" in result.stderr
-    assert "big" in result.stderr
+    assert_sentence(result, 10, "changed during the build", '"big"')
 
 
 def test_name_that_is_not_utf8_is_refused_by_name_unless_ignored(
@@ -205,7 +196,7 @@ def test_buildkitd_killed_in_the_middle_fails_the_build_with_the_cause(
     assert building.returncode == 7, errors
     assert "buildkitd was killed by SIGKILL" in errors
     assert "Traceback" not in errors
-    assert member.builds()[0]["state"] == "failed"
+    member.wait_state("failed")
     # The node starts another one for the next build.
     result = member.build(make_context(tmp_path / "next", "RUN echo alive\n"))
     assert result.returncode == 0, result.stderr
@@ -222,10 +213,7 @@ def test_node_killed_is_heard_by_client_and_gateway(tmp_path: Path) -> None:
         assert building.returncode == 7, errors
         assert "Traceback" not in errors
         assert re.search(r"^ERROR: .*node", errors, re.MULTILINE)
-        deadline = time.monotonic() + 30
-        while (state := member.builds()[0]["state"]) != "lost":
-            assert time.monotonic() < deadline, state
-            time.sleep(0.2)
+        member.wait_state("lost", timeout=30)
         # `up` starts the node again, and its BuildKit left nothing behind that stands in the way.
         result = member.build(make_context(tmp_path / "next", "RUN echo alive\n"))
         assert result.returncode == 0, result.stderr

@@ -43,7 +43,7 @@ def test_second_build_of_the_same_tree_is_cached_and_sends_nothing(
     again = make_context(tmp_path / "other-name", STEPS)
     result = member.build(again)
     assert result.returncode == 0, result.stderr
-    newest = member.builds()[0]
+    newest = member.wait_state("succeeded")
     assert newest["stats"]["steps_cached"] == newest["stats"]["steps_total"] > 0
     assert newest["stats"]["context_sent_bytes"] == 0
 
@@ -89,7 +89,7 @@ def test_second_member_on_an_empty_node_gets_every_step_from_the_cache(
         holding.send_signal(signal.SIGINT)
         holding.communicate(timeout=30)
     assert result.returncode == 0, result.stderr
-    newest = second.builds()[0]
+    newest = second.wait_state("succeeded")
     assert newest["node_id"] != used
     assert newest["stats"]["steps_total"] == newest["stats"]["steps_cached"] > 0
     digests = [
@@ -114,7 +114,7 @@ def test_ctrl_c_cancels_the_build_at_the_node_within_two_seconds(
     assert time.monotonic() - began < 2.0
     assert building.returncode == 130
     assert "Traceback" not in errors
-    assert member.builds()[0]["state"] == "canceled"
+    member.wait_state("canceled")
 
 
 def _running(needle: str) -> bool:
@@ -141,10 +141,11 @@ def test_oci_docker_tar_and_local_outputs(member: Member, tmp_path: Path) -> Non
         context,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "index.json" in tarfile.open(tmp_path / "oci.tar").getnames()
-    archive = tarfile.open(tmp_path / "docker.tar")
-    manifest = json.load(archive.extractfile("manifest.json"))  # type: ignore[arg-type]
-    assert manifest[0]["RepoTags"] == ["docker.io/library/app:1"]
+    with tarfile.open(tmp_path / "oci.tar") as archive:
+        assert "index.json" in archive.getnames()
+    with tarfile.open(tmp_path / "docker.tar") as archive:
+        manifest = json.load(archive.extractfile("manifest.json"))  # type: ignore[arg-type]
+    assert manifest[0]["RepoTags"] == ["app:1"]
     with tarfile.open(tmp_path / "files.tar") as files:
         assert files.extractfile("file").read() == b"content\n"  # type: ignore[union-attr]
     assert (tmp_path / "files" / "file").read_text() == "content\n"
@@ -203,8 +204,8 @@ def test_history_keeps_the_whole_log(member: Member, tmp_path: Path) -> None:
     context = make_context(tmp_path / "c", "RUN seq 1 3000 && echo kept-$((40+2))\n")
     result = member.build("-t", "history-test", context)
     assert result.returncode == 0, result.stderr
-    newest = member.builds()[0]
-    assert (newest["name"], newest["state"]) == ("history-test:latest", "succeeded")
+    newest = member.wait_state("succeeded")
+    assert newest["name"] == "history-test:latest"
     logs = member.offload("logs", newest["build_id"][:6])
     assert logs.returncode == 0, logs.stderr
     kept = [line.split()[-1] for line in logs.stdout.splitlines() if re.match(r"#\d+ \d", line)]
@@ -218,7 +219,7 @@ def test_capabilities_of_the_registry_reach_no_log(
     context = make_context(tmp_path / "c", "RUN echo secretive\n")
     result = member.build("-t", "app", context)
     assert result.returncode == 0, result.stderr
-    logs = member.offload("logs", member.builds()[0]["build_id"]).stdout
+    logs = member.offload("logs", member.wait_state("succeeded")["build_id"]).stdout
     for text in (result.stderr, logs):
         assert not re.search(r"127\.0\.0\.1:\d+/[0-9a-f]{32}", text)
         assert "pool's registry" in text or "shared cache" in text

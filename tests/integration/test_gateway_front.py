@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from offload_core.errors import ConfigError
 
+from offload_core.errors import ConfigError
 from tests.fixtures.gateway import RunningGateway
 from tests.integration.attachednode import AttachedNode
 

@@ -206,6 +206,8 @@ def stat_packet(entry: ContextEntry) -> bytes:
         size=entry.size_bytes,
         modTime=entry.modified_at_unix_ns,
         linkname=entry.link_name,
+        devmajor=entry.device_major,
+        devminor=entry.device_minor,
     )
     if entry.xattrs:
         for name, value in entry.xattrs.items():

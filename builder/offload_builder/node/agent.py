@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
 import time
 from contextlib import AsyncExitStack
@@ -39,6 +40,7 @@ log = structlog.get_logger(__name__)
 
 LOG_SECONDS = 300.0
 CANCEL_SECONDS = 10.0
+CONCLUDE_SECONDS = 2.0
 MIN_DISK_FREE_BYTES = 512 << 20
 
 
@@ -241,16 +243,24 @@ class NodeAgent:
         """Report the end of a build and publish its cache in the background."""
         publish = False
         if result is None:
-            self._report(job, BuildState.BUILD_STATE_CANCELED, error=reason)
+            ending = (BuildState.BUILD_STATE_CANCELED, reason)
         elif result.HasField("success"):
             publish = job.will_publish()
-            self._report(job, BuildState.BUILD_STATE_SUCCEEDED)
+            ending = (BuildState.BUILD_STATE_SUCCEEDED, "")
         else:
-            self._report(job, BuildState.BUILD_STATE_FAILED, error=result.failure.message)
+            ending = (BuildState.BUILD_STATE_FAILED, result.failure.message)
         job.journal.finish()
+        self._background.start(self._conclude(job, *ending), name=f"conclude.{job.build_id}")
         log.info("build.finished", build_id=job.build_id, publish=publish, reason=reason)
         if publish:
             self._background.start(self._publish(job), name=f"publish.{job.build_id}")
+
+    async def _conclude(self, job: BuildJob, state: BuildState.ValueType, error: str) -> None:
+        """Report the end after the log, so that who follows the log sees all of it."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CONCLUDE_SECONDS):
+                await job.log_sent.wait()
+        self._report(job, state, error=error)
 
     async def _publish(self, job: BuildJob) -> None:
         job.publishing.clear()
@@ -258,6 +268,7 @@ class NodeAgent:
             await job.publish()
         finally:
             job.publishing.set()
+            await job.log_sent.wait()
             self._report(job, BuildState.BUILD_STATE_SUCCEEDED)
 
     def release(self, job: BuildJob) -> None:
@@ -286,6 +297,7 @@ class NodeAgent:
             finally:
                 sending.cancel()
         finally:
+            job.log_sent.set()
             job.journal.remove()
 
     def _report(self, job: BuildJob, state: BuildState.ValueType, *, error: str = "") -> None:

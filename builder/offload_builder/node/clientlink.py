@@ -149,7 +149,8 @@ class ClientLink:
         """Take the news that a local source cannot be read."""
         pending = self._contexts.get(message.request_id)
         if pending is not None and not pending[1].done():
-            pending[1].set_exception(ContextError(message.message))
+            cls = ContextChangedError if message.changed else ContextError
+            pending[1].set_exception(cls(message.message))
 
     def credentials_reply(self, message: CredentialsReply) -> None:
         """Take a login."""

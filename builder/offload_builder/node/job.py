@@ -32,6 +32,7 @@ from offload_core.errors import (
     ContextError,
     NodeLostError,
     OffloadError,
+    QuotaExceededError,
     find_offload_error,
 )
 from offload_proto.v1.build_spec_pb2 import ImageDescriptor
@@ -96,6 +97,7 @@ class BuildJob:
         self._rewrite: NameRewriter
         self._has_entry = False
         self._imports = False
+        self.log_sent = asyncio.Event()
         self.publishing = asyncio.Event()
         self.publishing.set()
         self._shared_key = ""
@@ -346,10 +348,15 @@ class _Credentials:
 
 
 def _failure(error: OffloadError) -> Failure:
-    if isinstance(error, (ContextError, ContextChangedError)):
-        kind = Failure.KIND_CONTEXT
-    elif isinstance(error, NodeLostError):
-        kind = Failure.KIND_NODE
-    else:
-        kind = Failure.KIND_BUILD
-    return Failure(kind=kind, message=error.message)
+    for cls, kind in _KINDS:
+        if isinstance(error, cls):
+            return Failure(kind=kind, message=error.message)
+    return Failure(kind=Failure.KIND_BUILD, message=error.message)
+
+
+_KINDS = (
+    (ContextChangedError, Failure.KIND_CONTEXT_CHANGED),
+    (ContextError, Failure.KIND_CONTEXT),
+    (NodeLostError, Failure.KIND_NODE),
+    (QuotaExceededError, Failure.KIND_LIMIT),
+)

@@ -99,9 +99,9 @@ class PatternMatcher:
     def prunable(self, directory: str, matched: bool) -> bool:
         """Return whether everything below a directory certainly has the directory's own verdict.
 
-        Where only plain paths (and a final "/*" or "/**") could turn the verdict, fsutil's rule
-        is followed to the letter, because it decides what BuildKit sees: a pattern that ends in
-        "/*/**" then reaches nothing.
+        fsutil has a shortcut for when only plain paths, with or without a final "/*" or "/**",
+        could turn the verdict. It is followed to the letter even where it overlooks matches
+        (`x/*/**` reaches nothing, `a|b/*` is taken for a path), as it decides what BuildKit sees.
         """
         return not self._reach[matched].below(directory)
 

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
     from docker import APIClient
 
-_SILENCE_SECONDS = 900
+_FIRST_VERSION = "1.41"
+
+_SILENCE_SECONDS = 900.0
 """The engine may unpack one large layer without a word on a slow disk."""
 
 
@@ -45,7 +47,6 @@ async def open_engine(environment: Mapping[str, str]) -> AsyncIterator[Engine]:
 
 def _connect(endpoint: Endpoint) -> Engine:
     try:
-        import docker
         import docker.errors
         import requests.exceptions
     except ImportError as error:
@@ -56,14 +57,14 @@ def _connect(endpoint: Endpoint) -> Engine:
     clients: list[APIClient] = []
     try:
         _knock(endpoint)
-        tls = _tls(endpoint)
-        calls = docker.APIClient(
-            base_url=endpoint.host, tls=tls, timeout=int(CALL_SECONDS), version="auto"
-        )
+        # Any version will do for the question after the engine's own.
+        asking = _client(endpoint, _FIRST_VERSION, CALL_SECONDS)
+        clients.append(asking)
+        version = str(asking.version(api_version=False)["ApiVersion"])
+        asking.close()
+        calls = _client(endpoint, version, CALL_SECONDS)
         clients.append(calls)
-        streams = docker.APIClient(
-            base_url=endpoint.host, tls=tls, timeout=_SILENCE_SECONDS, version=calls.api_version
-        )
+        streams = _client(endpoint, version, _SILENCE_SECONDS)
         clients.append(streams)
         return Engine(endpoint, calls, streams, _read_info(calls))
     except (
@@ -71,10 +72,23 @@ def _connect(endpoint: Endpoint) -> Engine:
         requests.exceptions.RequestException,
         OSError,
         ValueError,
+        KeyError,
     ) as error:
         for client in clients:
             client.close()
         raise _unreachable(endpoint, explain(error)) from error
+
+
+def _client(endpoint: Endpoint, version: str, timeout_seconds: float) -> APIClient:
+    import docker
+
+    client = docker.APIClient(
+        base_url=endpoint.host, tls=_tls(endpoint), timeout=int(timeout_seconds), version=version
+    )
+    # Otherwise a REQUESTS_CA_BUNDLE of this process would win over the engine's own CA. It also
+    # has to be off before the first request, which the SDK would make for version="auto".
+    client.trust_env = False
+    return client
 
 
 def _knock(endpoint: Endpoint) -> None:

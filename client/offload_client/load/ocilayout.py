@@ -11,7 +11,7 @@ import json
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
-from offload_client.load.fetch import verified_blob
+from offload_client.load.ahead import FetchAhead
 from offload_client.load.tarstream import TarStream
 from offload_core.digest import digest_hex
 
@@ -77,11 +77,12 @@ async def load_layout(
         documents.update((manifest.descriptor.digest, manifest.raw) for manifest in manifests)
         for digest, raw in documents.items():
             await tar.add(_path(digest), raw)
-        for blob in wanted.values():
-            async with aclosing(verified_blob(source, blob, meter)) as pieces:
-                await tar.add_stream(_path(blob.digest), blob.size_bytes, pieces)
-            if blob.digest in layers:
-                meter.layer_received()
+        async with FetchAhead(source, list(wanted.values()), meter) as ahead:
+            for blob in wanted.values():
+                async with aclosing(ahead.next()) as pieces:
+                    await tar.add_stream(_path(blob.digest), blob.size_bytes, pieces)
+                if blob.digest in layers:
+                    meter.layer_received()
         await tar.finish()
         meter.enter("unpacking")
 

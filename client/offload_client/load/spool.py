@@ -14,7 +14,6 @@ from contextlib import aclosing, asynccontextmanager
 from typing import IO, TYPE_CHECKING, NamedTuple, cast
 
 from offload_client.bytepipe import BytePipe, in_thread, stream_through
-from offload_client.load.fetch import verified_blob
 from offload_core.errors import ImageLoadError
 
 if TYPE_CHECKING:
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from offload_client.load.image import Compression, Layer
-    from offload_client.load.progress import LoadMeter
-    from offload_client.load.source import ImageSource
 
 _PIECE_BYTES = 1 << 20
 
@@ -37,18 +34,17 @@ class RawLayer(NamedTuple):
 
 @asynccontextmanager
 async def raw_layer(
-    source: ImageSource, layer: Layer, meter: LoadMeter, directory: Path | None
+    compressed: AsyncGenerator[bytes], layer: Layer, directory: Path | None
 ) -> AsyncIterator[RawLayer]:
-    """Fetch a layer and hold it raw in a file without a name; its space is freed at the end.
+    """Hold a layer raw in a file without a name; its space is freed at the end.
 
     Raises:
         ImageLoadError: the layer is damaged, the disk is full or zstandard is not installed.
     """
 
     async def produce(pipe: BytePipe) -> None:
-        async with aclosing(verified_blob(source, layer.descriptor, meter)) as pieces:
-            async for piece in pieces:
-                await pipe.write(piece)
+        async for piece in compressed:
+            await pipe.write(piece)
 
     with _temporary_file(directory) as file:
         size = await stream_through(

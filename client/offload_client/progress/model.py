@@ -38,11 +38,11 @@ class BuildView:
         self.shown: list[Step] = []
         """Steps that started and are not hidden, in the order of the first start."""
         self.warnings: list[VertexWarning] = []
-        self.node_now_ns = 0
-        """Newest time of the node's clock that was seen."""
         self.pending_log_bytes = 0
         """Output held in the steps' logs."""
         self._began = now
+        self._now = now
+        self._node_ahead = float("-inf")
         self._node_began_ns: int | None = None
         self._owner: dict[str, Step] = {}
         self._shown: set[str] = set()
@@ -56,6 +56,7 @@ class BuildView:
             now: local monotonic seconds.
             local: the steps in it are the client's own, their times are of the local clock.
         """
+        self._now = now
         groups: dict[str, Step] = {}
         for vertex in batch.vertices:
             if vertex.progress_group:
@@ -94,8 +95,17 @@ class BuildView:
         """Return how long the build has run, at `now` in local monotonic seconds."""
         node = 0.0
         if self._node_began_ns is not None:
-            node = (self.node_now_ns - self._node_began_ns) / NANOSECONDS
+            node = self.node_now(now) - self._node_began_ns / NANOSECONDS
         return max(0.0, now - self._began, node)
+
+    def node_now(self, now: float) -> float:
+        """Return what the node's clock shows at least, at `now`, in seconds since 1970.
+
+        The clocks of this machine and of the node are never compared. Of the node's clock it is
+        known only that it had reached a time when a message with that time arrived, and it went
+        on since. When a build is attached to late, this tells how long its steps have run.
+        """
+        return now + self._node_ahead
 
     def counts(self) -> tuple[int, int]:
         """Return the number of completed and of all known steps, without hidden ones."""
@@ -259,4 +269,4 @@ class BuildView:
         self._news[step.digest] = self._news.get(step.digest, 0) + count
 
     def _saw(self, moment_ns: int) -> None:
-        self.node_now_ns = max(self.node_now_ns, moment_ns)
+        self._node_ahead = max(self._node_ahead, moment_ns / NANOSECONDS - self._now)

@@ -63,8 +63,8 @@ def step_rows(step: Step, view: BuildView, now: float) -> list[Row]:
         kind = "run"
     if step.cached:
         name = f"CACHED {name}"
-    # Local steps count with the clock of this machine.
-    node_now = 0 if step.local else view.node_now_ns
+    # Steps of the client are not timed by the node's clock.
+    node_now = 0.0 if step.local else view.node_now(now)
     rows = [Row(f" => {name}", time=_time(step.seconds(now, node_now)), kind=kind)]
     rows += [
         Row(

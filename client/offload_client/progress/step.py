@@ -118,23 +118,21 @@ class Step:
             reached = max(reached, end)
         return total / NANOSECONDS
 
-    def seconds(self, now: float, node_now_ns: int) -> float:
+    def seconds(self, now: float, node_now: float) -> float:
         """Return the time it ran, up to now when it still runs.
 
-        The clocks of this machine and of the node are never compared: a running step is
-        measured from when its start was heard of, and at least up to the newest time that
-        the node is known to have reached (which matters when an old build is attached to).
-
         Args:
-            now: local monotonic seconds.
-            node_now_ns: newest time seen from the same clock.
+            now: local monotonic seconds; a running step is measured from when its start was
+                heard of.
+            node_now: what the clock of the node that runs it shows at least, in seconds; more
+                when the step had long been running before anything was heard of it.
         """
         start = self.started_ns
         if start is None:
             return 0.0
         if not self.running:
             return self.done_seconds()
-        return max(0.0, now - self.anchor, (node_now_ns - start) / NANOSECONDS)
+        return max(0.0, now - self.anchor, node_now - start / NANOSECONDS)
 
 
 def format_bytes(amount: int) -> str:

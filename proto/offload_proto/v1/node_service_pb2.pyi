@@ -187,6 +187,8 @@ class ContextEntry(_message.Message):
     LINK_NAME_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
     XATTRS_FIELD_NUMBER: _builtins.int
+    DEVICE_MAJOR_FIELD_NUMBER: _builtins.int
+    DEVICE_MINOR_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     """Relative, with "/" as separator, clean, UTF-8."""
     mode: _builtins.int
@@ -199,6 +201,10 @@ class ContextEntry(_message.Message):
     """Target of a symbolic link, or the first path of a hard link."""
     sha256: _builtins.bytes
     """SHA-256 of a regular file, 32 bytes; empty for anything else."""
+    device_major: _builtins.int
+    """Major number of a device."""
+    device_minor: _builtins.int
+    """Minor number of a device."""
     @_builtins.property
     def xattrs(self) -> _containers.ScalarMap[_builtins.str, _builtins.bytes]:
         """Extended attributes that belong to the content."""
@@ -213,10 +219,12 @@ class ContextEntry(_message.Message):
         link_name: _builtins.str = ...,
         sha256: _builtins.bytes = ...,
         xattrs: _abc.Mapping[_builtins.str, _builtins.bytes] | None = ...,
+        device_major: _builtins.int = ...,
+        device_minor: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["link_name", b"link_name", "mode", b"mode", "modified_at_unix_ns", b"modified_at_unix_ns", "path", b"path", "sha256", b"sha256", "size_bytes", b"size_bytes", "xattrs", b"xattrs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_major", b"device_major", "device_minor", b"device_minor", "link_name", b"link_name", "mode", b"mode", "modified_at_unix_ns", b"modified_at_unix_ns", "path", b"path", "sha256", b"sha256", "size_bytes", b"size_bytes", "xattrs", b"xattrs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -262,19 +270,23 @@ class ContextFailure(_message.Message):
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    CHANGED_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     """Identifier of the ContextRequest."""
     message: _builtins.str
     """One sentence."""
+    changed: _builtins.bool
+    """A file changed while it was read; the same build may work when it is started again."""
     def __init__(
         self,
         *,
         request_id: _builtins.int = ...,
         message: _builtins.str = ...,
+        changed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed", b"changed", "message", b"message", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -719,6 +731,10 @@ class Failure(_message.Message):
         """BuildKit or the node failed."""
         KIND_REGISTRY_AUTH: Failure._Kind.ValueType  # 5
         """A registry refused the login."""
+        KIND_CONTEXT_CHANGED: Failure._Kind.ValueType  # 6
+        """A file of the context changed while it was read."""
+        KIND_LIMIT: Failure._Kind.ValueType  # 7
+        """A limit of the node is reached, for example its disk is full."""
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper):
         """Why a build failed."""
@@ -735,6 +751,10 @@ class Failure(_message.Message):
     """BuildKit or the node failed."""
     KIND_REGISTRY_AUTH: Failure.Kind.ValueType  # 5
     """A registry refused the login."""
+    KIND_CONTEXT_CHANGED: Failure.Kind.ValueType  # 6
+    """A file of the context changed while it was read."""
+    KIND_LIMIT: Failure.Kind.ValueType  # 7
+    """A limit of the node is reached, for example its disk is full."""
 
     KIND_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int

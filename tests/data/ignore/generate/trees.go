@@ -45,8 +45,54 @@ type TreeCase struct {
 	Entries  []Entry  `json:"entries,omitempty"`
 }
 
+// shortcutTree and shortcuts are requests on which fsutil's shortcut for plain patterns shows: it
+// skips directories although a pattern would match below them.
+var shortcutTree = []Node{
+	{Path: "a", Kind: "dir", Mode: 0o755},
+	{Path: "a/x", Kind: "file", Mode: 0o644},
+	{Path: "b", Kind: "dir", Mode: 0o755},
+	{Path: "b/a", Kind: "file", Mode: 0o644},
+	{Path: "b/d", Kind: "dir", Mode: 0o755},
+	{Path: "b/d/e", Kind: "dir", Mode: 0o755},
+	{Path: "b/d/e/f", Kind: "file", Mode: 0o644},
+}
+
+var shortcuts = []TreeCase{
+	{Exclude: []string{"b", "!a|b/*"}},
+	{Exclude: []string{"b", "!a|b/*", "!*/q"}},
+	{Exclude: []string{"b", "!a|b*"}},
+	{Exclude: []string{"b", "!bb{0}/*"}},
+	{Exclude: []string{"b", "!bb{0}/*", "!*/q"}},
+	{Exclude: []string{"b/d", "!b/*/**"}},
+	{Exclude: []string{"b/d", "!b/*/**", "!*/q"}},
+	{Exclude: []string{"b", "!b/d/**"}},
+	{Exclude: []string{"b", "!b/d/*"}},
+	{Exclude: []string{"*", "!b/d/e"}},
+	{Exclude: []string{"!b/d", "b"}},
+	{Include: []string{"b/*/**"}},
+	{Include: []string{"b/*/**", "*/q"}},
+	{Include: []string{"a|b/*"}},
+	{Include: []string{"a|b/*", "*/q"}},
+	{Include: []string{"bb{0}/*"}},
+	{Include: []string{"bb{0}/*", "*/q"}},
+	{Include: []string{"b/d/*", "!b/d/e"}},
+	{Include: []string{"b", "!b/d"}},
+}
+
+func shortcutCases() []TreeCase {
+	root := build(shortcutTree)
+	defer os.RemoveAll(root)
+	cases := []TreeCase{{Tree: shortcutTree}}
+	cases = append(cases, shortcuts...)
+	for i := range cases {
+		cases[i].Same = i > 0
+		record(root, &cases[i])
+	}
+	return cases
+}
+
 func treeCases(random *rand.Rand) []TreeCase {
-	var cases []TreeCase
+	cases := shortcutCases()
 	for range 60 {
 		tree := randomTree(random)
 		root := build(tree)
@@ -172,7 +218,7 @@ func randomPatterns(random *rand.Rand, tree []Node, rarity int, exceptions bool)
 		pattern = strings.Join(parts, "/")
 		pattern += []string{"", "", "", "/*", "/**", "/*/**", "/b", "/.."}[random.Intn(8)]
 		if random.Intn(12) == 0 {
-			pattern = []string{".", "/", "../a", "**", "*"}[random.Intn(5)]
+			pattern = []string{".", "/", "../a", "**", "*", "a|b", "a|b/*", "aa{0}/*", "a{1}/**"}[random.Intn(9)]
 		}
 		if exceptions && random.Intn(3) == 0 || random.Intn(20) == 0 {
 			pattern = "!" + pattern

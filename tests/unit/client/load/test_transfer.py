@@ -6,18 +6,20 @@ import asyncio
 import io
 import tarfile
 from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, aclosing
 from pathlib import Path
 
 import pytest
 
 from offload_client.bytepipe import BytePipe, stream_through
 from offload_client.load import fetch
+from offload_client.load.ahead import FetchAhead
 from offload_client.load.fetch import small_blob, verified_blob
 from offload_client.load.image import Descriptor, Layer
 from offload_client.load.ledger import LoadLedger
 from offload_client.load.names import parse_image_name
 from offload_client.load.progress import LoadMeter, LoadProgress
-from offload_client.load.spool import raw_layer
+from offload_client.load.spool import RawLayer, raw_layer
 from offload_client.load.tarstream import TarStream
 from offload_core.digest import sha256_digest
 from offload_core.errors import (
@@ -42,6 +44,12 @@ def stored(source: MemorySource, content: LayerContent) -> Layer:
 
 async def collected(source: MemorySource, blob: Descriptor, offset: int = 0) -> bytes:
     return b"".join([piece async for piece in verified_blob(source, blob, meter(), offset)])
+
+
+def raw(
+    source: MemorySource, wanted: Layer, directory: Path | None
+) -> AbstractAsyncContextManager[RawLayer]:
+    return raw_layer(verified_blob(source, wanted.descriptor, meter()), wanted, directory)
 
 
 @pytest.fixture(autouse=True)
@@ -101,15 +109,42 @@ class TestVerifiedBlob:
             await small_blob(source, blob, 100, meter())
 
 
+class TestFetchAhead:
+    async def test_blobs_come_in_order_and_small_ones_before_their_turn(self) -> None:
+        source = MemorySource()
+        sizes = [2 << 20, *([1000] * 12)]
+        contents = [noise_layer(f"n{number}", size) for number, size in enumerate(sizes)]
+        blobs = [stored(source, content).descriptor for content in contents]
+        async with FetchAhead(source, blobs, meter()) as ahead:
+            async with aclosing(ahead.next()) as pieces:
+                got = b"".join([piece async for piece in pieces])
+                assert got == contents[0].blob
+                await asyncio.sleep(0.01)
+                assert len(source.taken) == 8
+            for content in contents[1:]:
+                async with aclosing(ahead.next()) as pieces:
+                    assert b"".join([piece async for piece in pieces]) == content.blob
+
+    async def test_error_of_one_ends_the_others(self) -> None:
+        source = MemorySource()
+        blobs = [stored(source, noise_layer(f"n{n}", 1000)).descriptor for n in range(5)]
+        source.broken[blobs[0].digest] = AccessDeniedError("no")
+        with pytest.raises(AccessDeniedError):
+            async with FetchAhead(source, blobs, meter()) as ahead:
+                async for _ in ahead.next():
+                    pass
+        assert len(asyncio.all_tasks()) == 1
+
+
 class TestRawLayer:
     @pytest.mark.parametrize("compression", ["zstd", "gzip"])
     async def test_layer_is_decompressed_and_nothing_is_left(
         self, compression: Compression, tmp_path: Path
     ) -> None:
         source, content = MemorySource(), layer({"a": bytes(5_000_000)}, compression)
-        async with raw_layer(source, stored(source, content), meter(), tmp_path) as raw:
-            assert raw.size_bytes == len(content.raw)
-            assert b"".join([piece async for piece in raw.content]) == content.raw
+        async with raw(source, stored(source, content), tmp_path) as unpacked:
+            assert unpacked.size_bytes == len(content.raw)
+            assert b"".join([piece async for piece in unpacked.content]) == content.raw
         assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize("compression", ["zstd", "gzip"])
@@ -120,7 +155,7 @@ class TestRawLayer:
         wanted = stored(source, layer({"a": b"1"}, compression))
         other = Layer(wanted.descriptor, sha256_digest(b"other"), "")
         with pytest.raises(ImageLoadError, match="cannot be unpacked"):
-            async with raw_layer(source, other, meter(), tmp_path):
+            async with raw(source, other, tmp_path):
                 pass
         assert not list(tmp_path.iterdir())
 
@@ -129,14 +164,14 @@ class TestRawLayer:
         source = MemorySource()
         content = LayerContent(b"", b"no layer at all" * 99, f"x.tar+{kind}")
         with pytest.raises(ImageLoadError, match="cannot be unpacked"):
-            async with raw_layer(source, stored(source, content), meter(), None):
+            async with raw(source, stored(source, content), None):
                 pass
 
     async def test_directory_that_is_missing_is_named(self, tmp_path: Path) -> None:
         source = MemorySource()
         wanted = stored(source, layer({"a": b"1"}))
         with pytest.raises(ImageLoadError, match="temporary file") as caught:
-            async with raw_layer(source, wanted, meter(), tmp_path / "gone"):
+            async with raw(source, wanted, tmp_path / "gone"):
                 pass
         assert "TMPDIR" in caught.value.hint
 

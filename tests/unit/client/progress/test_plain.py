@@ -138,7 +138,7 @@ def test_a_step_that_ran_twice_counts_only_the_time_it_ran() -> None:
 def test_counters_are_printed_when_they_have_moved() -> None:
     scribe, printed = Scribe(), Printed()
     printed.feed(scribe.vertex("a", start=0))
-    for percent in range(0, 101):
+    for percent in range(101):
         news = scribe.counter("a", "layer", percent * 10_000, 1_000_000, moment=percent / 100)
         printed.feed(news)
     printed.feed(scribe.counter("a", "layer", 1_000_000, 1_000_000, moment=1.1, end=1.1))
@@ -184,15 +184,15 @@ def test_a_notice_stands_on_its_own_line() -> None:
     printed.feed(scribe.vertex("a", start=0), scribe.log("a", b"half", 1))
     printed.printer.interject("WARNING: the cache is away")
     printed.feed(scribe.log("a", b" done\n", 2))
-    assert printed.end().endswith(
-        "#1 1.000 half\nWARNING: the cache is away\n#1 1.000 half done\n"
-    )
+    assert printed.end().endswith("#1 1.000 half\nWARNING: the cache is away\n#1 1.000 half done\n")
 
 
 def test_a_new_name_of_a_running_step_is_printed() -> None:
     scribe, printed = Scribe(), Printed()
     printed.feed(scribe.vertex("a", "[offload] waiting for a node, queue position 2", start=0))
-    new = printed.feed(scribe.vertex("a", "[offload] waiting for a node, queue position 1", start=0))
+    new = printed.feed(
+        scribe.vertex("a", "[offload] waiting for a node, queue position 1", start=0)
+    )
     assert new == "#1 [offload] waiting for a node, queue position 1\n"
 
 

@@ -1,0 +1,101 @@
+"""Running one command as a user does, and taking its time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from benchmarks.model import BenchmarkError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+TIMEOUT_SECONDS = 300.0
+_STEP = re.compile(r"^#(\d+) \[[^\]]*\b\d+/\d+\] (?!FROM )", re.MULTILINE)
+# A step whose cached layers are fetched shows the layers, not "CACHED".
+_CACHED = re.compile(r"^#(\d+) (?:CACHED|sha256:[0-9a-f]{64} )", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A command that has ended with 0."""
+
+    seconds: float
+    output: str
+
+    def require_cached(self) -> float:
+        """Return the seconds of a build in which no step ran.
+
+        Raises:
+            BenchmarkError: one ran, or there was none.
+        """
+        steps, cached = self._steps()
+        if not steps or steps - cached:
+            raise BenchmarkError(f"steps ran that should be cached:\n{self.output}")
+        return self.seconds
+
+    def require_executed(self) -> float:
+        """Return the seconds of a build in which every step ran.
+
+        Raises:
+            BenchmarkError: one was cached, or there was none.
+        """
+        steps, cached = self._steps()
+        if not steps or steps & cached:
+            raise BenchmarkError(f"steps were cached that should run:\n{self.output}")
+        return self.seconds
+
+    def _steps(self) -> tuple[set[str], set[str]]:
+        return set(_STEP.findall(self.output)), set(_CACHED.findall(self.output))
+
+
+def run(command: Sequence[str | Path], *, environment: Mapping[str, str], folder: Path) -> Finished:
+    """Run a command from process start to exit; its output is no terminal.
+
+    Raises:
+        BenchmarkError: it failed or took too long; with its output.
+    """
+    with tempfile.TemporaryFile(dir=folder) as output:
+        # A file, not a pipe: nobody has to read while the command runs.
+        began = time.perf_counter()
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            cwd=folder,
+            env=dict(environment),
+            start_new_session=True,
+        )
+        # Not wait(timeout): that polls, and adds up to 50 ms to what is measured.
+        limit = threading.Timer(TIMEOUT_SECONDS, _kill, (process.pid,))
+        limit.start()
+        try:
+            code = process.wait()
+            seconds = time.perf_counter() - began
+        except BaseException:
+            _kill(process.pid)
+            process.wait()
+            raise
+        finally:
+            limit.cancel()
+        output.seek(0)
+        text = output.read().decode(errors="replace")
+    if code != 0:
+        line = " ".join(str(part) for part in command)
+        raise BenchmarkError(f"{line} ended with {code}:\n{text}")
+    return Finished(seconds, text)
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)

@@ -1,0 +1,62 @@
+"""The tools that people use today: `docker buildx` with the remote driver, and `buildctl`."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+from benchmarks.commands import Finished, run
+from benchmarks.daemons import TOOLS, tool_environment
+from benchmarks.model import BenchmarkError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# Our builds make no provenance attestation either; leaving it out makes both do the same work.
+SAME_WORK = ("--provenance=false",)
+
+
+class Buildx:
+    """A user of `docker buildx` with a configuration of their own."""
+
+    def __init__(self, home: Path) -> None:
+        docker = shutil.which("docker")
+        if docker is None:
+            raise BenchmarkError("the docker command line is not installed; run 'make tools'")
+        self._docker = docker
+        self._home = home
+        plugins = home / "docker" / "cli-plugins"
+        plugins.mkdir(parents=True)
+        (plugins / "docker-buildx").symlink_to(TOOLS / "buildx")
+        self._environment = tool_environment(home, DOCKER_CONFIG=str(home / "docker"))
+
+    def create(self, builder: str, address: str) -> None:
+        """Make a builder for a BuildKit at unix://PATH."""
+        self._run("create", "--name", builder, "--driver", "remote", address)
+
+    def build(
+        self, builder: str, context: Path, *arguments: str, docker_host: str = ""
+    ) -> Finished:
+        """Run `docker buildx build`."""
+        more = {"DOCKER_HOST": docker_host} if docker_host else {}
+        return self._run(
+            "build", "--builder", builder, *SAME_WORK, *arguments, str(context), **more
+        )
+
+    def _run(self, *arguments: str, **environment: str) -> Finished:
+        return run(
+            [self._docker, "buildx", *arguments],
+            environment=self._environment | environment,
+            folder=self._home,
+        )
+
+
+def buildctl(home: Path, address: str, context: Path, *arguments: str) -> Finished:
+    """Run `buildctl build` of a Dockerfile."""
+    return run(
+        [TOOLS / "buildctl", "--addr", address, "build", "--frontend", "dockerfile.v0",
+         "--local", f"context={context}", "--local", f"dockerfile={context}",
+         "--progress", "plain", *arguments],
+        environment=tool_environment(home),
+        folder=home,
+    )  # fmt: skip

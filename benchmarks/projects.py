@@ -1,0 +1,71 @@
+"""What is built: Dockerfiles from scratch and a static busybox, so that no network is used."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+from benchmarks.model import BenchmarkError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SMALL = """\
+FROM scratch AS base
+COPY salt /salt
+COPY busybox /bin/busybox
+RUN ["/bin/busybox", "--install", "-s", "/bin"]
+
+FROM base AS build
+WORKDIR /src
+COPY src .
+RUN cat * | md5sum > /sum
+RUN sort * | uniq -c > /report
+
+FROM base
+COPY --from=build /sum /report /
+RUN test -s /sum
+"""
+
+DATA = """\
+FROM scratch AS base
+COPY busybox /bin/busybox
+RUN ["/bin/busybox", "--install", "-s", "/bin"]
+
+FROM base AS build
+WORKDIR /src
+COPY src .
+RUN head -c 20000000 /dev/urandom > /objects
+RUN seq 1 2500000 > /listing
+RUN cat /objects /listing | gzip -1 > /artifact
+
+FROM base
+RUN head -c 15000000 /dev/urandom > /runtime
+RUN seq 5000000 7500000 > /words
+COPY --from=build /artifact /artifact
+"""
+"""8 steps, 105 MB of layers; 65 MB of them are in the final image, 45 MB when packed."""
+
+
+def small_project(folder: Path) -> Path:
+    """Make a project whose steps take next to no time; `salt` decides whether they are cached."""
+    return _project(folder, SMALL)
+
+
+def data_project(folder: Path) -> Path:
+    """Make a project with large layers."""
+    return _project(folder, DATA)
+
+
+def _project(folder: Path, dockerfile: str) -> Path:
+    busybox = shutil.which("busybox")
+    if busybox is None:
+        raise BenchmarkError("busybox is not installed; run 'make tools'")
+    source = folder / "src"
+    source.mkdir(parents=True)
+    (folder / "Dockerfile").write_text(dockerfile)
+    (folder / "salt").write_text("none")
+    shutil.copy2(busybox, folder / "busybox")
+    for number in range(20):
+        (source / f"part{number:02}.txt").write_text(f"part {number}\n" * 200)
+    return folder

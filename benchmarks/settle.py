@@ -1,0 +1,63 @@
+"""Waiting until daemons have nothing left to do, so that one run does not pay for another."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.model import BenchmarkError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+WINDOW_SECONDS = 0.25
+BUSY_SHARE = 0.12
+"""Idle daemons with their timers stay well below this share of one core."""
+LIMIT_SECONDS = 120.0
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def wait_quiet(roots: Iterable[int]) -> None:
+    """Return when these processes and their descendants have used next to no CPU for a moment.
+
+    Raises:
+        BenchmarkError: they never rest.
+    """
+    roots = list(roots)
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while time.monotonic() < deadline:
+        before = _cpu_seconds(roots)
+        time.sleep(WINDOW_SECONDS)
+        if _cpu_seconds(roots) - before < WINDOW_SECONDS * BUSY_SHARE:
+            return
+    raise BenchmarkError(f"the daemons still work after {LIMIT_SECONDS:.0f} s")
+
+
+def _cpu_seconds(roots: Iterable[int]) -> float:
+    return sum(_one(pid) for root in roots for pid in _tree(root))
+
+
+def _tree(root: int) -> list[int]:
+    found, queue = [], [root]
+    while queue:
+        pid = queue.pop()
+        found.append(pid)
+        # Children are listed under the thread that started them.
+        for listing in Path(f"/proc/{pid}/task").glob("*/children"):
+            try:
+                queue += map(int, listing.read_text().split())
+            except OSError:
+                continue
+    return found
+
+
+def _one(pid: int) -> float:
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0.0
+    # After the name in brackets: fields 14 and 15 of proc(5) are user and system time.
+    fields = text.rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS

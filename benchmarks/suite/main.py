@@ -1,0 +1,197 @@
+"""`main`: the main job. A warm build, a cold one, an image that comes back, a second node."""
+
+from __future__ import annotations
+
+import secrets
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from benchmarks.model import Benchmark, BenchmarkError, Case
+from benchmarks.peers import Buildx, buildctl
+from benchmarks.pool import Member, Pool
+from benchmarks.poolhop import CASES as POOL_HOP_CASES
+from benchmarks.poolhop import pool_hop
+from benchmarks.projects import data_project, small_project
+from tests.fixtures.engine import DockerEngine, StoreKind
+from tests.fixtures.minio import MinioServer
+
+if TYPE_CHECKING:
+    from benchmarks.session import Session
+
+BUILDX = "docker buildx, remote driver"
+NODE = "node-1"
+BUILDER = "peer"
+
+WARM = (
+    Case("warm-noop", "offload-build", BUILDX, goal=1.0),
+    Case("warm-noop-buildctl", "offload-build", "buildctl"),
+    Case("warm-noop-cold-cli", "offload-build without its helper, as in CI", BUILDX),
+    Case("warm-noop-cold-cli-buildctl", "offload-build without its helper", "buildctl"),
+)
+COLD = (
+    Case("cold-small", "offload-build", BUILDX),
+    Case("cold-small-buildctl", "offload-build", "buildctl"),
+)
+LOAD = (
+    Case("load-cached", "offload-build --load, containerd store", f"{BUILDX}, --load"),
+    Case("load-cached-graphdriver", "offload-build --load, overlay2", f"{BUILDX}, --load"),
+)
+IMAGE_BYTES = 35_000_000
+"""The image of the data project is larger than this, packed or not."""
+STORES: tuple[StoreKind, ...] = ("containerd", "graphdriver")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """One node's BuildKit, and everybody who builds on it."""
+
+    pool: Pool
+    member: Member
+    buildx: Buildx
+    address: str
+    """Of that BuildKit."""
+
+
+def run(session: Session) -> None:
+    """Measure the cases that the session wants, each group on daemons of its own."""
+    if session.wants(*(case.name for case in (*WARM, *COLD, *LOAD))):
+        with ExitStack() as stack:
+            _one_node(session, _parts(session, stack))
+    if session.wants(*(case.name for case in POOL_HOP_CASES)):
+        pool_hop(session)
+
+
+def _one_node(session: Session, parts: Parts) -> None:
+    if session.wants(*(case.name for case in WARM)):
+        _warm(session, parts)
+    if session.wants(*(case.name for case in COLD)):
+        _cold(session, parts)
+    for case, kind in zip(LOAD, STORES, strict=True):
+        if session.wants(case.name):
+            _load(session, parts, case.name, kind)
+
+
+def _parts(session: Session, stack: ExitStack) -> Parts:
+    session.note("starting MinIO, gateway and node")
+    folder = session.work / "main"
+    folder.mkdir()
+    minio = stack.enter_context(MinioServer(folder / "minio"))
+    pool = stack.enter_context(Pool(folder, minio))
+    member = stack.enter_context(pool.member("one"))
+    pool.start_node(NODE, member)
+    # The first build starts the node's BuildKit and the member's helper.
+    member.build(small_project(folder / "first"))
+    member.wait_helper()
+    address = pool.buildkit(NODE)
+    buildx = Buildx(folder / "buildx")
+    buildx.create(BUILDER, address)
+    return Parts(pool, member, buildx, address)
+
+
+def _warm(session: Session, parts: Parts) -> None:
+    context = small_project(session.work / "warm")
+    parts.member.build(context)
+    parts.member.wait_published()
+    home = session.work
+
+    def rested(seconds: float) -> float:
+        parts.pool.wait_quiet()
+        return seconds
+
+    def ours(_: int) -> float:
+        return rested(parts.member.build(context).require_cached())
+
+    def cold_cli(_: int) -> float:
+        return rested(parts.member.build(context, helper=False).require_cached())
+
+    def buildx(_: int) -> float:
+        return rested(parts.buildx.build(BUILDER, context).require_cached())
+
+    def plain_buildctl(_: int) -> float:
+        return rested(buildctl(home, parts.address, context).require_cached())
+
+    found = session.interleave(
+        "warm-noop",
+        {"ours": ours, "cold-cli": cold_cli, "buildx": buildx, "buildctl": plain_buildctl},
+        runs=15,
+        warmups=2,
+    )
+    session.report("warm-noop", found["ours"], found["buildx"])
+    session.report("warm-noop-buildctl", found["ours"], found["buildctl"])
+    session.report("warm-noop-cold-cli", found["cold-cli"], found["buildx"])
+    session.report("warm-noop-cold-cli-buildctl", found["cold-cli"], found["buildctl"])
+
+
+def _cold(session: Session, parts: Parts) -> None:
+    context = small_project(session.work / "cold")
+
+    def salt() -> None:
+        # The first step copies it, so that no step is cached, for nobody.
+        (context / "salt").write_text(secrets.token_hex(16))
+
+    def rested(seconds: float) -> float:
+        # Our cache is published after the user has the result. The next one must not pay for it.
+        parts.member.wait_published()
+        parts.pool.wait_quiet()
+        return seconds
+
+    def ours(_: int) -> float:
+        salt()
+        return rested(parts.member.build(context).require_executed())
+
+    def buildx(_: int) -> float:
+        salt()
+        return rested(parts.buildx.build(BUILDER, context).require_executed())
+
+    def plain_buildctl(_: int) -> float:
+        salt()
+        return rested(buildctl(session.work, parts.address, context).require_executed())
+
+    found = session.interleave(
+        "cold-small", {"ours": ours, "buildx": buildx, "buildctl": plain_buildctl}, runs=7
+    )
+    session.report("cold-small", found["ours"], found["buildx"])
+    session.report("cold-small-buildctl", found["ours"], found["buildctl"])
+
+
+def _load(session: Session, parts: Parts, case: str, kind: StoreKind) -> None:
+    session.note(f"starting a docker engine with the {kind} store")
+    context = session.work / "load"
+    if not context.exists():
+        data_project(context)
+    with DockerEngine(kind) as engine:
+
+        def rested(seconds: float) -> float:
+            parts.member.wait_published()
+            parts.pool.wait_quiet()
+            return seconds
+
+        def ours(_: int) -> float:
+            done = parts.member.build(
+                context, "--load", "-t", "bench:ours", docker_host=engine.host
+            )
+            return rested(done.seconds)
+
+        def buildx(_: int) -> float:
+            done = parts.buildx.build(
+                BUILDER, context, "--load", "-t", "bench:buildx", docker_host=engine.host
+            )
+            return rested(done.seconds)
+
+        # The warm-up brings the image into the engine; from then on it does not change.
+        found = session.interleave(case, {"ours": ours, "buildx": buildx}, runs=7)
+        for image in ("bench:ours", "bench:buildx"):
+            # What was loaded is a whole image: reading all its layers works.
+            done = engine.docker("save", image)
+            if done.returncode != 0 or len(done.stdout) < IMAGE_BYTES:
+                raise BenchmarkError(f"{image} is damaged: {done.stderr.decode(errors='replace')}")
+    session.report(case, found["ours"], found["buildx"])
+
+
+BENCHMARK = Benchmark(
+    "main",
+    "the main job on one node, and on a second, empty one",
+    (*WARM, *COLD, *LOAD, *POOL_HOP_CASES),
+    run,
+)
