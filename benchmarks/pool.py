@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 BIN = Path(sys.executable).parent
 WAIT_SECONDS = 60.0
+SETTLED = frozenset(("published", "unchanged", "skipped"))
 
 
 class Pool:
@@ -185,12 +186,10 @@ class Member:
         while True:
             latest = self._json("builds", "-n", "5", "--format", "json")
             states = {build["cache_state"] for build in latest}
-            if "failed" in states:
-                raise BenchmarkError("the cache of a build could not be published")
-            if "pending" not in states:
+            if states <= SETTLED:
                 return
             if time.monotonic() > deadline:
-                raise BenchmarkError("the cache was not published in time")
+                raise BenchmarkError(f"the cache was not published in time: {sorted(states)}")
             time.sleep(0.1)
 
     def ready_nodes(self) -> list[str]:

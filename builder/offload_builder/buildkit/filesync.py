@@ -19,7 +19,7 @@ from offload_builder.buildkit.h2.messages import (
 )
 from offload_core.aio import finish
 from offload_core.errors import ContextChangedError, InternalError, find_offload_error
-from offload_core.filemode import MODE_SOCKET, is_regular
+from offload_core.filemode import MODE_SOCKET, MODE_SYMLINK, is_regular
 from offload_proto.buildkit.fsutil_pb2 import Packet, Stat
 
 if TYPE_CHECKING:
@@ -200,10 +200,14 @@ class _Sender:
 
 def stat_packet(entry: ContextEntry) -> bytes:
     """Return the STAT packet of an entry. Owner and group are always root, as in docker build."""
+    size = entry.size_bytes
+    if entry.mode & MODE_SYMLINK:
+        # What lstat says of a link; with another size the daemon would make the link anew.
+        size = len(entry.link_name.encode())
     stat = Stat(
         path=entry.path,
         mode=entry.mode & ~MODE_SOCKET,
-        size=entry.size_bytes,
+        size=size,
         modTime=entry.modified_at_unix_ns,
         linkname=entry.link_name,
         devmajor=entry.device_major,

@@ -222,6 +222,9 @@ class BuildJob:
             frontend_attributes=frontend_attributes(self._start.spec),
             exporters=plan,
             cache_imports=imports,
+            # The gateway keeps the history; BuildKit's own record would cost some 10 ms of
+            # synchronous writes at the end of each build.
+            internal=True,
         )
         status = asyncio.ensure_future(self._follow(spec.ref))
         try:

@@ -16,6 +16,8 @@ _ESCAPE = re.compile(
 )
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ufeff]")
 _TAB_WIDTH = 8
+# Zero-width space, non-joiner, joiner. Terminals do not agree about other format characters.
+_JOINERS = "\u200b\u200c\u200d"
 
 
 @functools.lru_cache(maxsize=4096)
@@ -25,7 +27,7 @@ def _character_width(character: str) -> int:
     if character == "\ufe0f":
         # Asks for the emoji form of the character before it, which some terminals draw wide.
         return 1
-    if unicodedata.category(character) in ("Mn", "Me", "Cf"):
+    if unicodedata.category(character) in ("Mn", "Me") or character in _JOINERS:
         return 0
     if unicodedata.east_asian_width(character) in ("W", "F"):
         return 2

@@ -248,9 +248,11 @@ class BuildView:
             self._saw(moment)
 
     def _logged(self, step: Step, count: int, size: int) -> None:
+        if not count:
+            return
         step.log_bytes += size
         self.pending_log_bytes += size
-        if step.hidden and count:
+        if step.hidden:
             step.hidden = False
             self._show(step)
         self._tell(step, count)

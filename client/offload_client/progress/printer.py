@@ -134,6 +134,9 @@ class PlainPrinter:
 
     def _print_completed(self) -> None:
         current = self._current
+        if current is not None and current.shown and current.step.digest in self._waiting:
+            # The line that stands half on the screen may be whole now.
+            self._print(current)
         done = [lane for lane in self._waiting.values() if lane.step.completed]
         done.sort(key=lambda lane: (lane is not current, lane.step.completed_ns or 0))
         for lane in done:

@@ -127,6 +127,10 @@ def test_a_repeated_message_is_no_news() -> None:
     assert view.take_news() == {}
 
 
+def test_empty_output_is_no_news() -> None:
+    assert view_of(scribe.log("a", b"")).take_news() == {}
+
+
 def test_recorded_build_is_complete_at_its_end() -> None:
     view = view_of(*batches("parallel"))
     assert view.counts() == (13, 13)
