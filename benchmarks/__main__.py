@@ -19,6 +19,8 @@ from benchmarks.suite import find_benchmarks
 if TYPE_CHECKING:
     from benchmarks.model import Benchmark
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
@@ -32,7 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("ERROR: BuildKit needs root; run this with sudo", file=sys.stderr)
         return 1
     # SIGTERM unwinds as Ctrl-C does, so that every daemon is stopped.
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in STOP_SIGNALS:
+        signal.signal(number, _interrupt)
     try:
         return _run(benchmarks[options.name], options)
     except BenchmarkError as error:
@@ -72,6 +75,8 @@ def _describe(benchmark: Benchmark) -> None:
 
 
 def _run(benchmark: Benchmark, options: argparse.Namespace) -> int:
+    if options.json is not None and not options.json.parent.is_dir():
+        raise BenchmarkError(f"there is no directory {options.json.parent} for the figures")
     before = machine()
     # Short: sockets lie below, and a socket's path may have 107 bytes.
     with tempfile.TemporaryDirectory(prefix="ob", dir="/tmp") as work:
@@ -86,6 +91,9 @@ def _run(benchmark: Benchmark, options: argparse.Namespace) -> int:
 
 
 def _interrupt(_number: int, _frame: object) -> None:
+    # An impatient second one would leave daemons behind; each of them is given bounded time.
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

@@ -91,8 +91,8 @@ class Pool:
             | {f"OFFLOAD_NODE_{key.upper()}": value for key, value in settings.items()},
             ready=lambda: viewer.ready_nodes() == [name],
         )
-        node.__enter__()
         self._nodes[name] = node
+        node.__enter__()
 
     def stop_node(self, name: str, viewer: Member) -> None:
         """Stop a node, and return when the gateway has noticed."""

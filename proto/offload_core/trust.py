@@ -95,7 +95,7 @@ def _peer_chain(host: str, port: int) -> list[bytes]:
         # Public from Python 3.13 on; before that only the inner object has it.
         holder: Any = connection
         if not hasattr(holder, "get_unverified_chain"):
-            holder = holder._sslobj  # noqa: SLF001
+            holder = holder._sslobj
         return [_der(item) for item in holder.get_unverified_chain()]
 
 

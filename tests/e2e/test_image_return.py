@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from tests.fixtures.pool import Member, Pool
 
-STEPS = "RUN head -c 3000000 /dev/urandom > /big\nCOPY note /note\nCMD [\"cat\", \"/note\"]\n"
+STEPS = 'RUN head -c 3000000 /dev/urandom > /big\nCOPY note /note\nCMD ["cat", "/note"]\n'
 
 
 @pytest.fixture(scope="module", params=["graphdriver", "containerd"])

@@ -30,7 +30,6 @@ from offload_builder.buildkit.providers import (
 )
 from offload_builder.buildkit.session import BkSession
 from offload_builder.buildkit.solve import Attributed, SolveResult, SolveSpec, new_ref
-from offload_builder.buildkit.status import StepCounter
 
 __all__ = [
     "Attributed",
@@ -52,7 +51,6 @@ __all__ = [
     "SolveFailure",
     "SolveResult",
     "SolveSpec",
-    "StepCounter",
     "find_buildkitd",
     "find_runc",
     "new_ref",

@@ -1,4 +1,4 @@
-"""Translates BuildKit's progress into ours, and counts steps."""
+"""Translates BuildKit's progress into ours."""
 
 from __future__ import annotations
 
@@ -79,53 +79,3 @@ def _add_warning(batch: events.ProgressBatch, warning: control.VertexWarning) ->
             end_line=place.end.line,
             end_character=place.end.character,
         )
-
-
-class StepCounter:
-    """Counts the steps of one build by digest, however often each is reported."""
-
-    def __init__(self) -> None:
-        self._started: set[str] = set()
-        self._completed: set[str] = set()
-        self._cached: set[str] = set()
-        self._failed: set[str] = set()
-        self._seen: set[str] = set()
-
-    def add(self, batch: events.ProgressBatch) -> None:
-        """Take news."""
-        for vertex in batch.vertices:
-            digest = vertex.digest
-            self._seen.add(digest)
-            if vertex.HasField("started_at"):
-                self._started.add(digest)
-            if vertex.HasField("completed_at"):
-                self._completed.add(digest)
-            if vertex.cached:
-                self._cached.add(digest)
-            if vertex.error:
-                self._failed.add(digest)
-
-    @property
-    def total(self) -> int:
-        """Steps known so far."""
-        return len(self._seen)
-
-    @property
-    def started(self) -> int:
-        """Steps that have begun."""
-        return len(self._started)
-
-    @property
-    def completed(self) -> int:
-        """Steps that have ended at least once."""
-        return len(self._completed)
-
-    @property
-    def cached(self) -> int:
-        """Steps whose result came from a cache."""
-        return len(self._cached)
-
-    @property
-    def failed(self) -> int:
-        """Steps that failed or were cancelled."""
-        return len(self._failed)

@@ -34,12 +34,34 @@ class Sink:
         self._stream = stream
         self.broken = False
         self.descriptor = _descriptor(stream)
+        self._owned = False
         self._text = not isinstance(stream, _binary_types()) and _is_text(stream)
 
     @property
     def is_terminal(self) -> bool:
         """Somebody may be looking at it."""
         return self.descriptor is not None and os.isatty(self.descriptor)
+
+    def open(self) -> None:
+        """Take a descriptor of our own, until `close`.
+
+        A thread may still hang in a write when the caller closes its stream and the number is
+        given to another file, for example the terminal of another command.
+        """
+        if self.descriptor is not None and not self._owned:
+            try:
+                self.descriptor = os.dup(self.descriptor)
+            except OSError:
+                self.broken = True
+            else:
+                self._owned = True
+
+    def close(self) -> None:
+        """Give up the descriptor; later output is dropped."""
+        self.broken = True
+        if self._owned and self.descriptor is not None:
+            os.close(self.descriptor)
+        self.descriptor, self._owned = None, False
 
     def write(self, data: bytes) -> None:
         """Write all of it; blocks as long as the reader does."""
@@ -62,10 +84,9 @@ class Sink:
             cast("IO[bytes]", self._stream).write(data)
         self._stream.flush()
 
-    @staticmethod
-    def _write_descriptor(descriptor: int, data: bytes) -> None:
+    def _write_descriptor(self, descriptor: int, data: bytes) -> None:
         view = memoryview(data)
-        while view:
+        while view and not self.broken:
             try:
                 view = view[os.write(descriptor, view) :]
             except BlockingIOError:
@@ -157,7 +178,7 @@ class Pump:
         thread = self._started()
         thread.join(timeout_seconds)
         if thread.is_alive():
-            # It is a daemon thread and waits for the reader; nothing more is given to it.
+            # It is a daemon thread that waits for the reader; what it holds is dropped.
             self._sink.broken = True
         elif self._failure is not None:
             failure, self._failure = self._failure, None
@@ -173,6 +194,7 @@ class Pump:
                         target=self._run, name="offload-progress", daemon=True
                     )
                     self._thread = thread
+                    self._sink.open()
                     thread.start()
         return thread
 
@@ -186,6 +208,7 @@ class Pump:
         self._closing.wait()
         if self._last is not None:
             self._write(self._last)
+        self._sink.close()
 
     def _write(self, render: Callable[[], bytes]) -> bool:
         try:

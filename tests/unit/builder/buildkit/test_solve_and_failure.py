@@ -7,7 +7,7 @@ import pytest
 from google.protobuf.any_pb2 import Any
 from google.rpc.status_pb2 import Status
 
-from offload_builder.buildkit import Attributed, SolveFailure, SolveSpec, StepCounter
+from offload_builder.buildkit import Attributed, SolveFailure, SolveSpec
 from offload_builder.buildkit.failure import failure_from_status
 from offload_builder.buildkit.filesync import header_values, stat_packet
 from offload_builder.buildkit.h2.messages import GrpcError
@@ -151,12 +151,6 @@ def test_progress_is_translated_and_counted():
     assert not batch.statuses[0].HasField("started_at")
     assert (batch.logs[0].stream, batch.logs[0].data) == (2, b"\xff")
     assert (batch.warnings[0].source_data, batch.warnings[0].ranges[0].start_line) == (b"FROM", 7)
-
-    counter = StepCounter()
-    counter.add(batch)
-    counter.add(batch)
-    assert (counter.total, counter.started, counter.completed) == (2, 1, 1)
-    assert (counter.cached, counter.failed) == (1, 1)
 
 
 def test_escaped_headers_are_read():
