@@ -12,11 +12,11 @@ import pytest
 
 from offload_cache.diskstore import DiskStore
 from offload_cache.keys import blob_key
-from offload_cache.memorystore import MemoryObjectStore
 from offload_cache.nodestore import NodeStore
 from offload_cache.registry import Grant, Registry, RegistryServer
 from offload_core.digest import sha256_digest
 from offload_core.errors import NotFoundError, QuotaExceededError
+from tests.fixtures.memorystore import MemoryObjectStore
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from offload_cache.directorystore import DirectoryObjectStore
 from offload_cache.health import StoreHealth
-from offload_cache.memorystore import MemoryObjectStore
 from offload_cache.s3store import S3Config, S3Store
 from offload_cache.statistics import CacheStatistics
 from offload_core.errors import CacheUnavailableError, NotFoundError, QuotaExceededError
+from tests.fixtures.directorystore import DirectoryObjectStore
+from tests.fixtures.memorystore import MemoryObjectStore
 from tests.fixtures.minio import MinioServer
 
 if TYPE_CHECKING:

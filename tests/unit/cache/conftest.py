@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from offload_cache.directorystore import DirectoryObjectStore
 from offload_cache.health import StoreHealth
 from offload_cache.nodestore import NodeStore
+from tests.fixtures.directorystore import DirectoryObjectStore
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from offload_cache.keys import blob_key
-from offload_cache.memorystore import MemoryObjectStore
 from offload_cache.nodestore import NodeStore
 from offload_core.digest import sha256_digest
 from offload_core.errors import DigestMismatchError, NotFoundError, UsageError
+from tests.fixtures.memorystore import MemoryObjectStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -4,10 +4,10 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from offload_cache.keys import blob_key
-from offload_cache.memorystore import MemoryObjectStore
 from offload_cache.nodestore import NodeStore
 from offload_cache.uploadtable import UploadItem
 from offload_core.digest import sha256_digest
+from tests.fixtures.memorystore import MemoryObjectStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable
