@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH):/usr/sbin:/sbin
 
-.PHONY: help setup tools demo test test-unit test-integration check fmt lint types imports sizes \
+.PHONY: help setup tools demo test test-unit test-integration faults check fmt lint types imports sizes \
 	proto proto-check docs docs-check bench clean
 
 help: ## list the targets
@@ -26,6 +26,9 @@ test-unit: tools ## tests that need neither network nor root
 
 test-integration: tools ## tests on real BuildKit, MinIO, engines and registries
 	$(VENV)/pytest tests/integration tests/e2e
+
+faults: tools ## the fault list as a report: bad input and faults, each on real parts
+	$(VENV)/pytest tests/e2e/test_faults.py -v -p no:randomly --no-header
 
 check: lint types imports sizes proto-check docs-check ## everything that a change must pass before its tests
 

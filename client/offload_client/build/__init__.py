@@ -1,0 +1,1 @@
+"""One build, seen from the client: options, context, transfer, results."""

@@ -1,0 +1,241 @@
+"""`offload-build`: from the command line to the exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from typing import TYPE_CHECKING
+
+from offload_client.build.admission import admit, leave
+from offload_client.build.contextfiles import ContextFiles, find_context, index_path
+from offload_client.build.noderun import NodeRun
+from offload_client.build.queuestep import QueueStep
+from offload_client.build.results import Results
+from offload_client.build.spec import build_spec, effective_outputs
+from offload_client.build.vcs import branch_and_revision
+from offload_client.bytepipe import in_thread
+from offload_client.eventlog import show_events
+from offload_client.progress.display import make_display
+from offload_client.reference import familiar_reference
+from offload_client.settings import resolve_settings
+from offload_core.errors import (
+    BuildCanceledError,
+    BuildFailedError,
+    ContextChangedError,
+    ContextError,
+    GatewayUnreachableError,
+    NodeLostError,
+    OffloadError,
+    QuotaExceededError,
+    RegistryAuthError,
+    find_offload_error,
+)
+from offload_core.tls import GATEWAY_NAME
+from offload_proto.v1.builds_service_pb2 import CreateRequest
+from offload_proto.v1.node_service_pb2 import Failure, Start
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from offload_client.build.options import BuildOptions, OutputOption
+    from offload_client.connections import Connections
+    from offload_client.identity import StoredIdentity
+    from offload_client.invocation import Invocation
+    from offload_client.progress.display import Display
+    from offload_client.settings import Settings
+    from offload_proto.v1.builds_service_pb2 import Assigned
+    from offload_proto.v1.node_service_pb2 import Result
+
+NO_OUTPUT = (
+    "No output specified. Build result will only remain in the build cache. "
+    "To push result image into registry use --push or to load image into docker use --load"
+)
+
+_FAILURES: dict[int, type[OffloadError]] = {
+    Failure.KIND_BUILD: BuildFailedError,
+    Failure.KIND_CANCELED: BuildCanceledError,
+    Failure.KIND_CONTEXT: ContextError,
+    Failure.KIND_NODE: NodeLostError,
+    Failure.KIND_REGISTRY_AUTH: RegistryAuthError,
+    Failure.KIND_CONTEXT_CHANGED: ContextChangedError,
+    Failure.KIND_LIMIT: QuotaExceededError,
+}
+
+
+async def run_build(
+    invocation: Invocation, options: BuildOptions, connections: Connections
+) -> None:
+    """Build, and deliver what was asked for.
+
+    Cancelling this cancels the build at the node.
+
+    Raises:
+        OffloadError: with docker's or our documented exit code.
+        BrokenPipeError: nobody reads the results any more.
+    """
+    files = find_context(invocation, options)
+    settings = resolve_settings(
+        invocation, gateway=options.gateway, project=options.project, directory=files.root
+    )
+    outputs = effective_outputs(options)
+    result: Result | None = None
+    with make_display(options.progress, invocation.stderr, invocation.environment) as display:
+        show_events(display.notice, everything=bool(invocation.environment.get("OFFLOAD_DEBUG")))
+        build = _Build(invocation, options, outputs, files, display, connections, settings)
+        build.results.prepare()
+        try:
+            identity = await connections.identity(invocation, settings.gateway)
+            assigned = await build.admit(identity)
+            result = await build.at_node(identity, assigned)
+        finally:
+            # Whatever went wrong is told by the caller, below the steps.
+            if result is None:
+                await _finish(display, None)
+        failure = result.failure if result.HasField("failure") else None
+        await _finish(display, failure)
+    if failure is not None:
+        raise _error_of(failure)
+    if not outputs and options.progress != "quiet":
+        invocation.err(f"WARNING: {NO_OUTPUT}")
+    build.results.write_files(result, assigned.build_id, assigned.node_id)
+    if options.quiet:
+        invocation.out(build.results.image_id(result))
+
+
+async def _finish(display: Display, failure: Failure | None) -> None:
+    """Wait for the reader of the progress, who may be slow, without holding up other builds."""
+    await in_thread(lambda: display.finish(failure), name="display-finish")
+
+
+class _Build:
+    """One build from admission to its results."""
+
+    def __init__(
+        self,
+        invocation: Invocation,
+        options: BuildOptions,
+        outputs: Sequence[OutputOption],
+        files: ContextFiles,
+        display: Display,
+        connections: Connections,
+        settings: Settings,
+    ) -> None:
+        self._invocation = invocation
+        self._options = options
+        self._outputs = outputs
+        self._files = files
+        self._display = display
+        self._connections = connections
+        self._settings = settings
+        self.results = Results(invocation, options, outputs, display)
+
+    async def admit(self, identity: StoredIdentity) -> Assigned:
+        """Wait for a node.
+
+        Raises:
+            GatewayUnreachableError: no answer, also over a fresh connection.
+            OffloadError: the gateway refuses.
+        """
+        options, files, gateway = self._options, self._files, self._settings.gateway
+        branch, revision = branch_and_revision(files.root)
+        name = familiar_reference(options.tags[0]) if options.tags else files.root.resolve().name
+        request = CreateRequest(
+            request_id=secrets.token_hex(16),
+            project_id=self._settings.project,
+            platforms=options.platforms,
+            name=_sendable(name),
+            dockerfile_path=_sendable(options.file or files.dockerfile_name),
+            target=options.target,
+            vcs_branch=branch,
+            vcs_revision=revision,
+        )
+        channel = await self._connections.gateway(gateway, identity)
+        with QueueStep(self._display) as step:
+            try:
+                return await admit(channel, gateway, request, step.queued)
+            except GatewayUnreachableError:
+                if not self._connections.persistent:
+                    raise
+            # The same request: should the first one have arrived, it is the same build.
+            self._connections.drop(gateway, GATEWAY_NAME, identity)
+            channel = await self._connections.gateway(gateway, identity)
+            return await admit(channel, gateway, request, step.queued)
+
+    async def at_node(self, identity: StoredIdentity, assigned: Assigned) -> Result:
+        """Run the build at the first endpoint of its node that answers.
+
+        Raises:
+            NodeLostError: no endpoint answers, or the node was lost on the way.
+        """
+        run: NodeRun | None = None
+        try:
+            try:
+                run = await self._open(identity, assigned)
+                return await self._drive(run, assigned)
+            except NodeLostError as error:
+                # A kept connection may turn out dead; a node never takes a ticket twice.
+                if run is None or run.heard or not self._connections.persistent:
+                    raise
+                for endpoint in assigned.endpoints:
+                    self._connections.drop(endpoint, assigned.server_name, identity)
+                run = await self._open(identity, assigned)
+                try:
+                    return await self._drive(run, assigned)
+                except OffloadError as second:
+                    raise (second if run.heard else error) from None
+        finally:
+            if run is None or not run.heard:
+                # The slot at the node is kept for us; nobody else could use it for a while.
+                gateway = await self._connections.gateway(self._settings.gateway, identity)
+                await leave(gateway, assigned.build_id)
+
+    async def _open(self, identity: StoredIdentity, assigned: Assigned) -> NodeRun:
+        channel = await self._connections.connect(
+            assigned.endpoints, assigned.server_name, identity
+        )
+        if channel is None:
+            raise NodeLostError(
+                f"node {assigned.node_id} does not answer at {', '.join(assigned.endpoints)}"
+            )
+        environment = self._invocation.environment
+        return NodeRun(
+            channel,
+            assigned.build_id,
+            self._files,
+            self._display,
+            environment=environment,
+            index_path=index_path(self._invocation),
+            results=self.results,
+        )
+
+    async def _drive(self, run: NodeRun, assigned: Assigned) -> Result:
+        start = Start(
+            ticket=assigned.ticket,
+            spec=build_spec(self._options, self._outputs, self._files.dockerfile_name),
+            inline_files=self._files.inline,
+        )
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                stream = tasks.create_task(run.run(start))
+                await asyncio.wait((run.result, stream), return_when=asyncio.FIRST_COMPLETED)
+                if not run.result.done():
+                    await stream
+                result = run.result.result()
+                if result.HasField("success"):
+                    await self.results.deliver(result, run.source)
+                await run.finish()
+        except BaseExceptionGroup as group:
+            raise (find_offload_error(group) or group) from None
+        return result
+
+
+def _sendable(text: str) -> str:
+    """Return a title for the history; names of files need not be UTF-8."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _error_of(failure: Failure) -> OffloadError:
+    cls = _FAILURES.get(failure.kind, BuildFailedError)
+    error = cls(failure.message)
+    error.shown = True
+    return error

@@ -1,0 +1,76 @@
+"""From the command line to the request that a node understands."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from offload_core.errors import UsageError
+from offload_proto.v1.build_spec_pb2 import BuildSpec, Output
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from offload_client.build.options import BuildOptions, OutputOption
+
+_TYPES = {
+    "local": Output.TYPE_LOCAL,
+    "tar": Output.TYPE_TAR,
+    "oci": Output.TYPE_OCI,
+    "docker": Output.TYPE_DOCKER,
+    "image": Output.TYPE_IMAGE,
+    "registry": Output.TYPE_REGISTRY,
+    "cacheonly": Output.TYPE_CACHE_ONLY,
+}
+
+
+def effective_outputs(options: BuildOptions) -> list[OutputOption]:
+    """Return the outputs of a build, with the image that is implied.
+
+    A build with a tag, --iidfile, --metadata-file or --quiet and no output keeps its image in the
+    pool's registry; so a later `--load` or `--push` transfers layers and nothing else.
+    """
+    from offload_client.build.options import OutputOption
+
+    outputs = list(options.outputs)
+    wants_image = options.tags or options.iidfile or options.metadata_file or options.quiet
+    if not outputs and wants_image:
+        outputs.append(OutputOption("image"))
+    check_outputs(options, outputs)
+    return outputs
+
+
+def check_outputs(options: BuildOptions, outputs: Sequence[OutputOption]) -> None:
+    """Refuse combinations that cannot work.
+
+    Raises:
+        UsageError: with what to change.
+    """
+    pushes = [output for output in outputs if output.type == "registry"]
+    if pushes and not options.tags and not any("name" in item.attributes for item in pushes):
+        raise UsageError("tag is needed when pushing to registry")
+    if sum(output.dest == "-" for output in outputs) > 1:
+        raise UsageError("only one output can go to standard output")
+    if len(options.platforms) > 1 and any(output.type == "docker" for output in outputs):
+        raise UsageError(
+            "docker exporter does not currently support exporting manifest lists; use type=oci"
+        )
+
+
+def build_spec(
+    options: BuildOptions, outputs: Sequence[OutputOption], dockerfile_name: str
+) -> BuildSpec:
+    """Return the request for the node."""
+    return BuildSpec(
+        tags=options.tags,
+        dockerfile_path=dockerfile_name,
+        target=options.target,
+        build_args=dict(options.build_args),
+        labels=dict(options.labels),
+        platforms=options.platforms,
+        no_cache=options.no_cache,
+        pull=options.pull,
+        outputs=[
+            Output(type=_TYPES[output.type], attributes=dict(output.attributes))
+            for output in outputs
+        ],
+    )

@@ -1,0 +1,62 @@
+"""Branch and revision of a build context, read from `.git` without starting git.
+
+Source: gitrepository-layout(5): HEAD is a symbolic ref or a revision, `.git` may be a file that
+points elsewhere (worktrees), refs are loose files or lines of packed-refs.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MAX_BYTES = 16 << 20
+_REVISION = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
+
+
+def branch_and_revision(directory: Path) -> tuple[str, str]:
+    """Return branch and commit; empty texts for what is not known. Never fails."""
+    try:
+        folder = directory.resolve()
+        for parent in (folder, *folder.parents):
+            git = parent / ".git"
+            if git.exists():
+                branch, revision = _read(git)
+                # Only what is one travels: a crafted repository could point at any other file.
+                return branch, revision if _REVISION.fullmatch(revision) else ""
+    except (OSError, RuntimeError, ValueError):
+        # ValueError: no UTF-8. RuntimeError: links in a circle.
+        pass
+    return "", ""
+
+
+def _read(git: Path) -> tuple[str, str]:
+    if git.is_file():
+        git = (git.parent / _text(git).partition("gitdir:")[2].strip()).resolve()
+    head = _text(git / "HEAD")
+    if not head.startswith("ref:"):
+        return "", head
+    name = head.removeprefix("ref:").strip()
+    if not name.startswith("refs/") or ".." in name:
+        return "", ""
+    branch = name.removeprefix("refs/heads/")
+    common = git
+    if (git / "commondir").is_file():
+        common = (git / _text(git / "commondir")).resolve()
+    for base in (git, common):
+        if (base / name).is_file():
+            return branch, _text(base / name)
+    packed = common / "packed-refs"
+    if packed.is_file():
+        for line in _text(packed).splitlines():
+            revision, _, ref = line.partition(" ")
+            if ref == name:
+                return branch, revision
+    return branch, ""
+
+
+def _text(path: Path) -> str:
+    with path.open("rb") as file:
+        return file.read(MAX_BYTES).decode().strip()
