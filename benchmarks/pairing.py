@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 def turn_order(names: Sequence[str], number: int) -> list[str]:
     """Return in which order a round runs.
 
-    Each round begins with another one, and every second round runs backwards: nobody is always
-    first, and nobody always comes after the same other one.
+    Two rounds each, forwards and backwards, then the next one begins: everybody is first equally
+    often, and nobody always comes after the same other one.
     """
-    shift = number % len(names)
+    shift = number // 2 % len(names)
     order = [*names[shift:], *names[:shift]]
     return order[::-1] if number % 2 else order
 

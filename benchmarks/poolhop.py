@@ -3,7 +3,8 @@
 Ours: a node with an empty data directory joins the pool; the node that had built is gone. Peer: a
 buildkitd with an empty directory and `--cache-from type=s3`, on the same MinIO, in which
 `--cache-to type=s3,mode=max` of an earlier build has left its cache. Both start their daemons
-before the clock does, except that our node starts its BuildKit during the build, as it always does.
+before the clock does, except that our node starts its BuildKit during the build, as it always does
+at the first build of a project; in `pool-hop-running` an unrelated build has done so before.
 
 `pool-hop` begins with a cache and nothing else, and ends with an image that can be pulled from a
 registry: ours from the pool's, the peer's from a docker registry that has not seen the image.
@@ -32,13 +33,20 @@ if TYPE_CHECKING:
 
     from benchmarks.session import Session
 
-RUNS = 5
+RUNS = 6
 PEER = "buildx type=s3"
 BUCKET = "peer"
+OTHER = "Other.Dockerfile"
+"""Another name than that of the measured project: the cache keeps builds apart by it."""
 
 CASES = (
     Case("pool-hop", "image to the pool's registry", f"{PEER}, image to a registry", goal=0.5),
     Case("pool-hop-buildctl", "image to the pool's registry", "buildctl type=s3, to a registry"),
+    Case(
+        "pool-hop-running",
+        "the same, BuildKit of the node already runs",
+        f"{PEER}, image to a registry",
+    ),
     Case(
         "pool-hop-again",
         "image to the pool's registry",
@@ -60,6 +68,7 @@ class Stage:
     buildx: Buildx
     registry: str
     context: Path
+    other: Path
     count: int = field(default=0)
 
     def number(self) -> int:
@@ -107,9 +116,19 @@ class Stage:
             self.pool.stop_node(name, self.member)
             shutil.rmtree(self.work / name, ignore_errors=True)
 
-    def ours(self, *arguments: str) -> float:
-        """Build on an empty node; return the seconds."""
+    def ours(self, *arguments: str, running: bool = False) -> float:
+        """Build on an empty node; return the seconds.
+
+        Args:
+            arguments: of offload-build.
+            running: wake the node's BuildKit first, by a build that has nothing in common.
+        """
+        self.member.wait_helper()
         with self.empty_node():
+            if running:
+                self.member.build(self.other, "-f", str(self.other / OTHER))
+                self.member.wait_published()
+                self.pool.wait_quiet()
             return self.member.build(self.context, *arguments).require_cached()
 
     def peer(self, *arguments: str) -> float:
@@ -143,15 +162,17 @@ def pool_hop(session: Session) -> None:
         def to_pool(_: int) -> float:
             return stage.ours("-t", "team/image")
 
-        if session.wants("pool-hop", "pool-hop-buildctl"):
+        if session.wants("pool-hop", "pool-hop-buildctl", "pool-hop-running"):
             contestants: dict[str, Callable[[int], float]] = {
                 "ours": to_pool,
+                "running": lambda _: stage.ours("-t", "team/image", running=True),
                 "buildx": lambda _: stage.peer("-o", pushed(new())),
                 "buildctl": lambda _: stage.peer_buildctl("--output", pushed(new())),
             }
             found = session.interleave("pool-hop", contestants, runs=RUNS)
             session.report("pool-hop", found["ours"], found["buildx"])
             session.report("pool-hop-buildctl", found["ours"], found["buildctl"])
+            session.report("pool-hop-running", found["running"], found["buildx"])
         # The warm-up pushes it for the first time.
         known = new()
         archive = stage.work / "image.tar"
@@ -190,11 +211,14 @@ def _stage(session: Session, stack: ExitStack) -> Stage:
         Buildx(work / "buildx"),
         address,
         data_project(session.work / "hop-project"),
+        work / "other",
     )
+    stage.other.mkdir()
+    (stage.other / OTHER).write_text("FROM scratch\nCOPY file /\n")
+    (stage.other / "file").write_text("nothing in common")
     session.note("building once on a first node of each side, with all caches written")
     with stage.empty_node():
         member.build(stage.context).require_executed()
-        member.wait_helper()
     with stage.empty_buildkitd() as first:
         stage.buildx.create("first", first.address)
         stage.buildx.build(

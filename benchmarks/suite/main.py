@@ -100,6 +100,7 @@ def _warm(session: Session, parts: Parts) -> None:
         return seconds
 
     def ours(_: int) -> float:
+        parts.member.wait_helper()
         return rested(parts.member.build(context).require_cached())
 
     def cold_cli(_: int) -> float:
@@ -114,7 +115,7 @@ def _warm(session: Session, parts: Parts) -> None:
     found = session.interleave(
         "warm-noop",
         {"ours": ours, "cold-cli": cold_cli, "buildx": buildx, "buildctl": plain_buildctl},
-        runs=15,
+        runs=16,
         warmups=2,
     )
     session.report("warm-noop", found["ours"], found["buildx"])
@@ -137,6 +138,7 @@ def _cold(session: Session, parts: Parts) -> None:
         return seconds
 
     def ours(_: int) -> float:
+        parts.member.wait_helper()
         salt()
         return rested(parts.member.build(context).require_executed())
 
@@ -149,7 +151,7 @@ def _cold(session: Session, parts: Parts) -> None:
         return rested(buildctl(session.work, parts.address, context).require_executed())
 
     found = session.interleave(
-        "cold-small", {"ours": ours, "buildx": buildx, "buildctl": plain_buildctl}, runs=7
+        "cold-small", {"ours": ours, "buildx": buildx, "buildctl": plain_buildctl}, runs=8
     )
     session.report("cold-small", found["ours"], found["buildx"])
     session.report("cold-small-buildctl", found["ours"], found["buildctl"])
@@ -168,6 +170,7 @@ def _load(session: Session, parts: Parts, case: str, kind: StoreKind) -> None:
             return seconds
 
         def ours(_: int) -> float:
+            parts.member.wait_helper()
             done = parts.member.build(
                 context, "--load", "-t", "bench:ours", docker_host=engine.host
             )
@@ -180,7 +183,7 @@ def _load(session: Session, parts: Parts, case: str, kind: StoreKind) -> None:
             return rested(done.seconds)
 
         # The warm-up brings the image into the engine; from then on it does not change.
-        found = session.interleave(case, {"ours": ours, "buildx": buildx}, runs=7)
+        found = session.interleave(case, {"ours": ours, "buildx": buildx}, runs=8)
         for image in ("bench:ours", "bench:buildx"):
             # What was loaded is a whole image: reading all its layers works.
             done = engine.docker("save", image)

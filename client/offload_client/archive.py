@@ -17,16 +17,15 @@ import tarfile
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, cast
 
-import structlog
-
 from offload_client.bytepipe import BytePipe, stream_through
+from offload_client.eventlog import get_logger
 from offload_core.errors import ConfigError, InternalError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-_log = structlog.get_logger(__name__)
+_log = get_logger()
 
 _COPY_BYTES = 1 << 20
 _KEPT_BITS = 0o1777

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import queue
 import threading
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -122,7 +123,9 @@ def in_thread(function: Callable[[], T], *, name: str) -> asyncio.Future[T]:
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(resolve, result, error)
 
-    threading.Thread(target=run, name=name, daemon=True).start()
+    # Its events belong to the command that started it.
+    context = contextvars.copy_context()
+    threading.Thread(target=context.run, args=(run,), name=name, daemon=True).start()
     return future
 
 

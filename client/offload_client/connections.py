@@ -6,6 +6,10 @@ helper keeps them, so that the next build pays no TLS handshake.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from offload_client.identity import (
@@ -16,10 +20,13 @@ from offload_client.identity import (
     needs_renewal,
     save_identity,
 )
+from offload_core.aio import TaskSet
+from offload_core.errors import ConfigError
 from offload_core.tls import GATEWAY_NAME, open_channel
 from offload_core.versions import call_metadata
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from types import TracebackType
 
     from grpc import aio
@@ -28,13 +35,34 @@ if TYPE_CHECKING:
 
 MAX_CHANNELS = 32
 RENEW_SECONDS = 5.0
+CONNECT_SECONDS = 10.0
+STAGGER_SECONDS = 0.4
+"""How long an address may be silent before the next one is tried as well."""
+AGAIN_SECONDS = 0.5
+SILENCE_SECONDS = 60.0
+RETIRE_SECONDS = 6 * 3600.0
+"""Longer than any build that another command may still run over the channel."""
+
+
+@dataclass
+class _Kept:
+    channel: aio.Channel
+    used_at: float
 
 
 class Connections:
     """Channels by address, server name and identity."""
 
-    def __init__(self) -> None:
-        self._channels: dict[tuple[str, str, str], aio.Channel] = {}
+    def __init__(self, *, persistent: bool = False) -> None:
+        """Start without any.
+
+        Args:
+            persistent: they outlive a command, so one may be found dead at its next use.
+        """
+        self.persistent = persistent
+        self._channels: dict[tuple[str, str, str], _Kept] = {}
+        self._retired: set[aio.Channel] = set()
+        self._closing = TaskSet()
         self._token_logins: dict[tuple[str, str], StoredIdentity] = {}
 
     async def __aenter__(self) -> Self:
@@ -46,9 +74,12 @@ class Connections:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        while self._channels:
-            _, channel = self._channels.popitem()
+        await self._closing.close()
+        for channel in self._retired:
             await channel.close()
+        while self._channels:
+            _, kept = self._channels.popitem()
+            await kept.channel.close()
 
     async def identity(self, invocation: Invocation, gateway: str) -> StoredIdentity:
         """Return who the command acts as at a gateway.
@@ -85,7 +116,9 @@ class Connections:
             # The old certificate still works; the next call says what is wrong, if anything is.
             return identity
         fresh = from_certificate(reply.certificate)
-        save_identity(invocation, gateway, fresh)
+        # Where it cannot be kept, the next command renews again.
+        with contextlib.suppress(ConfigError):
+            save_identity(invocation, gateway, fresh)
         return fresh
 
     async def gateway(self, address: str, identity: StoredIdentity) -> aio.Channel:
@@ -96,20 +129,110 @@ class Connections:
         self, address: str, server_name: str, identity: StoredIdentity
     ) -> aio.Channel:
         """Return a channel to a gateway or node, opened now or kept from before."""
+        import grpc
+
         key = (address, server_name, identity.cache_key())
-        channel = self._channels.pop(key, None)
-        if channel is None:
+        kept = self._channels.pop(key, None)
+        if kept is not None:
+            state = kept.channel.get_state()
+            failed = state in (
+                grpc.ChannelConnectivity.TRANSIENT_FAILURE,
+                grpc.ChannelConnectivity.SHUTDOWN,
+            )
+            # After a long silence, or when the machine has slept, something on the way may have
+            # forgotten the connection without telling; a handshake is cheaper than to find out.
+            if failed or _now() - kept.used_at > SILENCE_SECONDS:
+                self._retire(kept.channel)
+                kept = None
+        if kept is None:
             channel = open_channel(
                 address, server_name, ca_pem=identity.keys.ca_pem, keys=identity.keys
             )
-        self._channels[key] = channel
+            kept = _Kept(channel, 0.0)
+        kept.used_at = _now()
+        self._channels[key] = kept
         while len(self._channels) > MAX_CHANNELS:
             oldest = next(iter(self._channels))
-            await self._channels.pop(oldest).close()
-        return channel
+            self._retire(self._channels.pop(oldest).channel)
+        return kept.channel
 
-    async def drop(self, address: str, server_name: str, identity: StoredIdentity) -> None:
-        """Close a channel that no longer works."""
-        channel = self._channels.pop((address, server_name, identity.cache_key()), None)
-        if channel is not None:
-            await channel.close()
+    async def connect(
+        self, addresses: Sequence[str], server_name: str, identity: StoredIdentity
+    ) -> aio.Channel | None:
+        """Return a channel to the first address that answers, None when none does in 10 seconds.
+
+        They are tried in order; the next one as soon as one has failed or is slow, as RFC 8305
+        does it for the addresses of a name.
+        """
+        deadline = _now() + CONNECT_SECONDS
+        while True:
+            channel = await self._race(addresses, server_name, identity, deadline)
+            if channel is not None or _now() + AGAIN_SECONDS >= deadline:
+                return channel
+            # Everything refused at once: whoever restarts may be back in a moment.
+            deadline = min(deadline, _now() + AGAIN_SECONDS + STAGGER_SECONDS)
+            await asyncio.sleep(AGAIN_SECONDS)
+
+    async def _race(
+        self, addresses: Sequence[str], server_name: str, identity: StoredIdentity, deadline: float
+    ) -> aio.Channel | None:
+        waiting = list(addresses)
+        attempts: dict[asyncio.Task[bool], tuple[str, aio.Channel]] = {}
+        winner: aio.Channel | None = None
+        try:
+            while winner is None and (waiting or attempts) and _now() < deadline:
+                if waiting:
+                    address = waiting.pop(0)
+                    channel = await self.channel(address, server_name, identity)
+                    task = asyncio.ensure_future(_is_ready(channel))
+                    attempts[task] = address, channel
+                patience = STAGGER_SECONDS if waiting else deadline - _now()
+                done, _ = await asyncio.wait(
+                    attempts, timeout=patience, return_when=asyncio.FIRST_COMPLETED
+                )
+                for task in done:
+                    address, channel = attempts.pop(task)
+                    if task.result():
+                        winner = winner or channel
+                    else:
+                        self.drop(address, server_name, identity)
+        finally:
+            for task, (address, _) in attempts.items():
+                task.cancel()
+                self.drop(address, server_name, identity)
+        return winner
+
+    def drop(self, address: str, server_name: str, identity: StoredIdentity) -> None:
+        """Forget a channel that does not work; calls of other commands on it may end first."""
+        kept = self._channels.pop((address, server_name, identity.cache_key()), None)
+        if kept is not None:
+            self._retire(kept.channel)
+
+    def _retire(self, channel: aio.Channel) -> None:
+        self._retired.add(channel)
+
+        async def close() -> None:
+            await channel.close(RETIRE_SECONDS)
+            self._retired.discard(channel)
+
+        self._closing.start(close(), name="close-channel")
+
+
+async def _is_ready(channel: aio.Channel) -> bool:
+    import grpc
+
+    state = channel.get_state(try_to_connect=True)
+    while state is not grpc.ChannelConnectivity.READY:
+        if state in (
+            grpc.ChannelConnectivity.TRANSIENT_FAILURE,
+            grpc.ChannelConnectivity.SHUTDOWN,
+        ):
+            return False
+        await channel.wait_for_state_change(state)
+        state = channel.get_state(try_to_connect=True)
+    return True
+
+
+def _now() -> float:
+    """Return seconds of a clock that also counts while the machine sleeps."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))

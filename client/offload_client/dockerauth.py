@@ -15,15 +15,14 @@ import shutil
 import subprocess
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import structlog
-
 from offload_client.dockerconfig import read_docker_config
+from offload_client.eventlog import get_logger
 from offload_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_log = structlog.get_logger(__name__)
+_log = get_logger()
 
 _HUB_KEY = "https://index.docker.io/v1/"
 _HUB_HOSTS = frozenset({"docker.io", "index.docker.io", "registry-1.docker.io"})

@@ -6,13 +6,14 @@ OFFLOAD_TOKEN instead; then nothing is written at all.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from offload_core.errors import AuthenticationError, GatewayUnreachableError
+from offload_core.errors import AuthenticationError, ConfigError, GatewayUnreachableError
 from offload_core.status import error_from_rpc
 from offload_core.tls import ENROLL_NAME, KeyPair, open_channel
 from offload_core.trust import fetch_pinned_ca
@@ -75,9 +76,12 @@ def from_certificate(certificate: ClientCertificate) -> StoredIdentity:
 
 
 def save_identity(invocation: Invocation, gateway: str, identity: StoredIdentity) -> None:
-    """Write an identity to the configuration directory, readable by the user only."""
+    """Write an identity to the configuration directory, readable by the user only.
+
+    Raises:
+        ConfigError: it cannot be written there.
+    """
     folder = _folder(invocation, gateway)
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     # One file, replaced at once: a certificate never stands beside the key of another.
     text = b"\n".join(
         (
@@ -90,12 +94,16 @@ def save_identity(invocation: Invocation, gateway: str, identity: StoredIdentity
         )
     )
     scratch = folder / f"identity.{os.getpid()}.new"
-    file = os.open(scratch, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
     try:
-        os.write(file, text)
-    finally:
-        os.close(file)
-    scratch.replace(folder / "identity")
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        file = os.open(scratch, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with open(file, "wb") as stream:  # noqa: PTH123 - the mode counts from the first moment
+            stream.write(text)
+        scratch.replace(folder / "identity")
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
+        raise ConfigError(f"cannot store the login in {folder}: {error.strerror}") from error
 
 
 def load_identity(invocation: Invocation, gateway: str) -> StoredIdentity:
@@ -121,11 +129,19 @@ def load_identity(invocation: Invocation, gateway: str) -> StoredIdentity:
 
 
 def forget_identity(invocation: Invocation, gateway: str) -> bool:
-    """Delete the identity for a gateway; return whether there was one."""
+    """Delete the identity for a gateway; return whether there was one.
+
+    Raises:
+        ConfigError: it cannot be deleted.
+    """
     path = _folder(invocation, gateway) / "identity"
-    existed = path.exists()
-    path.unlink(missing_ok=True)
-    return existed
+    try:
+        path.unlink()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise ConfigError(f"cannot delete {path}: {error.strerror}") from error
+    return True
 
 
 def needs_renewal(identity: StoredIdentity) -> bool:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import io
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
+
+from offload_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,16 +31,26 @@ class Invocation:
     stderr: TextIO
     resident: bool = False
     """The command runs in the resident helper, not in a process of its own."""
-    _home: Path | None = field(default=None, repr=False)
 
     @classmethod
     def of_process(cls, arguments: Sequence[str]) -> Invocation:
         """Return the invocation of this process."""
-        return cls(arguments, Path.cwd(), dict(os.environ), 0, text_stream(1), text_stream(2))
+        try:
+            cwd = Path.cwd()
+        except FileNotFoundError:
+            # Deleted under us; only what needs the directory fails, and says so.
+            cwd = Path(os.environ.get("PWD") or "/")
+        return cls(arguments, cwd, dict(os.environ), 0, text_stream(1), text_stream(2))
 
     def path(self, text: str) -> Path:
-        """Return a path of the command line, relative to where the command was started."""
-        return self.cwd / Path(text).expanduser() if text.startswith("~") else self.cwd / text
+        """Return a path of the command line, relative to where the command was started.
+
+        A leading "~/" is the home directory of the invocation, as it is where a shell does not
+        see it, for example in `dest=~/out`.
+        """
+        if text == "~" or text.startswith("~/"):
+            return self.home() / text[2:]
+        return self.cwd / text
 
     def home(self) -> Path:
         """Return the user's home directory."""
@@ -57,17 +69,45 @@ class Invocation:
         return (Path(base) if base else self.home() / ".cache") / "offload"
 
     def out(self, text: str) -> None:
-        """Print a line of results."""
-        print(text, file=self.stdout, flush=True)
+        """Print a line of results.
+
+        Raises:
+            BrokenPipeError: nobody reads them any more.
+            ConfigError: they cannot be written, for example because the disk is full.
+        """
+        try:
+            print(text, file=self.stdout, flush=True)
+        except OSError as error:
+            _give_up(self.stdout)
+            if isinstance(error, BrokenPipeError):
+                raise
+            raise ConfigError(f"cannot write to standard output: {error.strerror}") from error
 
     def err(self, text: str) -> None:
-        """Print a line that is not a result."""
-        print(text, file=self.stderr, flush=True)
+        """Print a line that is not a result; one that nobody reads is no error."""
+        try:
+            print(text, file=self.stderr, flush=True)
+        except OSError:
+            _give_up(self.stderr)
 
 
 def text_stream(file: int) -> TextIO:
     """Return a UTF-8 text stream over a descriptor, which stays open when the stream is closed."""
-    raw = io.FileIO(file, "w", closefd=False)
+    try:
+        raw = io.FileIO(file, "w", closefd=False)
+    except OSError:
+        # Closed by whoever started us.
+        raw = io.FileIO(os.devnull, "w")
     return io.TextIOWrapper(
         io.BufferedWriter(raw), encoding="utf-8", errors="replace", write_through=False
     )
+
+
+def _give_up(stream: TextIO) -> None:
+    """Let what could not be written go nowhere, so that closing the stream does not fail again."""
+    null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.dup2(null, stream.fileno(), inheritable=False)
+    finally:
+        os.close(null)
+    stream.flush()

@@ -6,6 +6,8 @@ user file is `config.toml` in the configuration directory, written by `offload l
 
 from __future__ import annotations
 
+import contextlib
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +62,7 @@ def resolve_settings(
     if gateway is None or project is None:
         nearest = _find_project_file(directory or invocation.cwd)
         for file in (nearest, invocation.config_dir() / USER_FILE):
-            values = _read(file) if file is not None and file.is_file() else {}
+            values = _read(file) if file is not None and _is_file(file) else {}
             gateway = gateway or values.get("gateway")
             project = project or values.get("project")
     if gateway is None:
@@ -72,26 +74,43 @@ def resolve_settings(
 
 
 def remember_gateway(invocation: Invocation, gateway: str) -> Path:
-    """Write the gateway into the user file, keeping its other keys; return the file."""
+    """Write the gateway into the user file, keeping its other keys; return the file.
+
+    Raises:
+        ConfigError: the file cannot be written, or is wrong as it is.
+    """
     folder = invocation.config_dir()
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = folder / USER_FILE
-    values = _read(path) if path.is_file() else {}
+    values = _read(path) if _is_file(path) else {}
     values["gateway"] = f"https://{gateway}"
     lines = [f"{key} = {_quoted(value)}" for key, value in sorted(values.items())]
-    scratch = path.with_suffix(".new")
-    scratch.write_text("\n".join(lines) + "\n")
-    scratch.replace(path)
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.new")
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        scratch.write_text("\n".join(lines) + "\n")
+        scratch.replace(path)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
     return path
 
 
 def _find_project_file(directory: Path) -> Path | None:
-    for folder in (directory, *directory.parents):
-        if (folder / PROJECT_FILE).is_file():
-            return folder / PROJECT_FILE
-        if (folder / ".git").exists():
-            return None
+    # Without links and "..", so that the parents are those that the files really have.
+    with contextlib.suppress(OSError, RuntimeError):
+        directory = directory.resolve()
+        for folder in (directory, *directory.parents):
+            if (folder / PROJECT_FILE).is_file():
+                return folder / PROJECT_FILE
+            if (folder / ".git").exists():
+                return None
     return None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _read(path: Path) -> dict[str, str]:

@@ -3,6 +3,7 @@
     OffloadError
     ├── BuildFailedError          a step, the Dockerfile or an export failed          exit 1
     ├── UsageError                the command line cannot be understood               exit 125
+    │   └── InvalidValueError     a flag or argument has a wrong value                exit 1
     ├── ConfigError               a configuration file or variable is wrong           exit 3
     │   └── ContextError          the build context cannot be read                    exit 1
     ├── AuthenticationError       who are you                                         exit 4
@@ -77,6 +78,13 @@ class UsageError(OffloadError):
     status_code = 3
     reason = "USAGE"
     exit_code = 125
+
+
+class InvalidValueError(UsageError):
+    """The command line is well-formed, but a flag or argument has a value that cannot be used."""
+
+    reason = "VALUE_INVALID"
+    exit_code = 1
 
 
 class ConfigError(OffloadError):

@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from offload_core.redaction import redact_values
+
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
-
-_SECRET_KEY = re.compile(
-    r"(password|secret|token|authorization|private_key|credential)", re.IGNORECASE
-)
-_SECRET_VALUE = re.compile(r"\bofl_[a-z0-9]+_[A-Za-z0-9_-]{16,}|(?<=Bearer )\S+|(?<=Basic )\S+")
-MASK = "***"
 
 
 def redact(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """Mask secrets by the name of their key and by their form; a structlog processor."""
-    for key, value in event.items():
-        if _SECRET_KEY.search(key) and not key.endswith("_id"):
-            event[key] = MASK
-        elif isinstance(value, str):
-            event[key] = _SECRET_VALUE.sub(MASK, value)
+    redact_values(event)
     return event
 
 

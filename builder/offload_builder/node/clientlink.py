@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
+from offload_builder.node.entries import check_entry
+from offload_builder.node.outbox import Outbox
 from offload_core.errors import ContextChangedError, ContextError, OffloadError, UsageError
 from offload_proto.v1.node_service_pb2 import (
     ContextEntries,
@@ -16,7 +18,7 @@ from offload_proto.v1.node_service_pb2 import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from offload_proto.v1.node_service_pb2 import (
         BlobFailure,
@@ -25,26 +27,46 @@ if TYPE_CHECKING:
         CredentialsReply,
     )
 
-OUTBOX_MESSAGES = 64
 CREDENTIALS_SECONDS = 60.0
 """Longer than any credential helper needs; BuildKit's own session auth gives up after 60 s."""
 MAX_ENTRIES = 2_000_000
+MAX_LISTING_BYTES = 512 << 20
+"""Size of all entries of one listing on the wire; 2,000,000 entries of 250 bytes."""
+BLOBS_PER_MESSAGE = 10_000
+SILENCE_SECONDS = 1800.0
+"""A client that has to answer and says nothing for so long is given up. Listing and hashing a
+large context takes minutes, in which it says nothing; a client that died is noticed in 30 s by
+the keepalive of its connection."""
+_WATCH_SECONDS = 30.0
 
 
 class ClientLink:
     """What the node asks of the client while a build runs.
 
-    `outbox` is drained by the gRPC handler; it is bounded, so a client that does not read holds
-    up its own build only.
+    `outbox` is drained by the gRPC handler. `lose` ends everything that waits and must be called
+    at the end in any case.
     """
 
-    def __init__(self) -> None:
-        self.outbox: asyncio.Queue[RunResponse | None] = asyncio.Queue(OUTBOX_MESSAGES)
+    def __init__(self, *, silence_seconds: float = SILENCE_SECONDS) -> None:
+        self.outbox = Outbox()
+        self._silence_seconds = silence_seconds
+        self._heard_at = 0.0
+        self._watching: asyncio.TimerHandle | None = None
         self._next_id = 0
-        self._contexts: dict[int, tuple[list[ContextEntry], asyncio.Future[None]]] = {}
+        self._contexts: dict[int, _Listing] = {}
         self._credentials: dict[int, asyncio.Future[tuple[str, str]]] = {}
         self._arrivals: dict[bytes, asyncio.Future[None]] = {}
+        self._sizes: dict[bytes, int] = {}
         self._lost: OffloadError | None = None
+
+    @property
+    def lost(self) -> bool:
+        """Whether the client can no longer be asked."""
+        return self._lost is not None
+
+    def heard(self) -> None:
+        """Note a sign of life of the client."""
+        self._heard_at = asyncio.get_running_loop().time()
 
     # Requests.
 
@@ -54,12 +76,11 @@ class ClientLink:
         """Return the entries of a local source.
 
         Raises:
-            ContextError: the client cannot read it.
+            ContextError: the client cannot read it, or does not answer.
         """
         request_id = self._new_id()
-        done = self._future()
-        entries: list[ContextEntry] = []
-        self._contexts[request_id] = (entries, done)
+        listing = self._contexts[request_id] = _Listing(self._future())
+        self._watch()
         try:
             await self.outbox.put(
                 RunResponse(
@@ -72,19 +93,30 @@ class ClientLink:
                     )
                 )
             )
-            await done
+            await listing.done
         finally:
             del self._contexts[request_id]
-        return entries
+        return listing.entries
 
-    async def request_blobs(self, digests: Sequence[bytes]) -> None:
-        """Ask for blobs that nobody has asked for yet; `arrival` tells when one is there."""
-        wanted = [digest for digest in dict.fromkeys(digests) if digest not in self._arrivals]
+    async def request_blobs(self, sizes: Mapping[bytes, int]) -> None:
+        """Ask for blobs that nobody has asked for yet; `arrival` tells when one is there.
+
+        Args:
+            sizes: the bytes of each blob, by its digest.
+
+        Raises:
+            OffloadError: the client is gone.
+        """
+        wanted = [digest for digest in sizes if digest not in self._arrivals]
+        if wanted and self._lost is not None:
+            raise self._lost
         for digest in wanted:
             self._arrivals[digest] = self._future()
-        for start in range(0, len(wanted), 10_000):
+            self._sizes[digest] = sizes[digest]
+        self._watch()
+        for start in range(0, len(wanted), BLOBS_PER_MESSAGE):
             await self.outbox.put(
-                RunResponse(need_blobs=NeedBlobs(sha256=wanted[start : start + 10_000]))
+                RunResponse(need_blobs=NeedBlobs(sha256=wanted[start : start + BLOBS_PER_MESSAGE]))
             )
 
     async def arrival(self, digest: bytes) -> None:
@@ -102,6 +134,10 @@ class ClientLink:
         """Return whether a blob was asked for and is not yet there."""
         future = self._arrivals.get(digest)
         return future is not None and not future.done()
+
+    def size(self, digest: bytes) -> int:
+        """Return the bytes of a blob that was asked for, as the client has listed it."""
+        return self._sizes.get(digest, 0)
 
     async def request_credentials(self, host: str) -> tuple[str, str]:
         """Return user and secret for a registry; two empty strings when the client has none."""
@@ -133,24 +169,31 @@ class ClientLink:
         Raises:
             UsageError: unasked, too many, or a path that leaves the context.
         """
-        pending = self._contexts.get(message.request_id)
-        if pending is None:
+        listing = self._contexts.get(message.request_id)
+        if listing is None:
+            if 0 < message.request_id <= self._next_id:
+                return  # BuildKit has given up this request meanwhile.
             raise UsageError("the client sent a build context that was not asked for")
-        entries, done = pending
+        if listing.done.done():
+            raise UsageError("the client sent more of a build context that it had ended")
         for entry in message.entries:
-            check_path(entry.path)
-        entries.extend(message.entries)
-        if len(entries) > MAX_ENTRIES:
-            raise UsageError(f"the build context has more than {MAX_ENTRIES} files")
-        if message.last and not done.done():
-            done.set_result(None)
+            check_entry(entry)
+        listing.entries.extend(message.entries)
+        listing.bytes += message.ByteSize()
+        if len(listing.entries) > MAX_ENTRIES or listing.bytes > MAX_LISTING_BYTES:
+            raise UsageError(
+                f"the build context is too large: at most {MAX_ENTRIES} files and directories "
+                f"are taken; exclude what is not needed in .dockerignore"
+            )
+        if message.last:
+            listing.done.set_result(None)
 
     def context_failure(self, message: ContextFailure) -> None:
         """Take the news that a local source cannot be read."""
-        pending = self._contexts.get(message.request_id)
-        if pending is not None and not pending[1].done():
+        listing = self._contexts.get(message.request_id)
+        if listing is not None and not listing.done.done():
             cls = ContextChangedError if message.changed else ContextError
-            pending[1].set_exception(cls(message.message))
+            listing.done.set_exception(cls(message.message))
 
     def credentials_reply(self, message: CredentialsReply) -> None:
         """Take a login."""
@@ -178,10 +221,16 @@ class ClientLink:
                 future.set_exception(error)
 
     def lose(self, error: OffloadError) -> None:
-        """End everything that waits for the client."""
-        self._lost = error
+        """End everything that waits for the client, now and later; the first error holds."""
+        self._lost = self._lost or error
+        if self._watching is not None:
+            self._watching.cancel()
+            self._watching = None
+        self._fail_all(self._lost)
+
+    def _fail_all(self, error: OffloadError) -> None:
         futures: list[asyncio.Future[Any]] = [
-            *(done for _, done in self._contexts.values()),
+            *(listing.done for listing in self._contexts.values()),
             *self._credentials.values(),
             *self._arrivals.values(),
         ]
@@ -190,6 +239,32 @@ class ClientLink:
                 future.set_exception(error)
                 # Nobody may be waiting any more; an unseen exception would only make noise.
                 future.exception()
+
+    def _watch(self) -> None:
+        """See to it that a client that must answer does so, sooner or later."""
+        self.heard()
+        if self._watching is None and self._lost is None:
+            pause = min(_WATCH_SECONDS, self._silence_seconds)
+            self._watching = asyncio.get_running_loop().call_later(pause, self._check_silence)
+
+    def _check_silence(self) -> None:
+        self._watching = None
+        waiting = any(not listing.done.done() for listing in self._contexts.values()) or any(
+            not future.done() for future in self._arrivals.values()
+        )
+        if not waiting:
+            return
+        silent = asyncio.get_running_loop().time() - self._heard_at
+        if silent < self._silence_seconds:
+            pause = min(_WATCH_SECONDS, self._silence_seconds)
+            self._watching = asyncio.get_running_loop().call_later(pause, self._check_silence)
+            return
+        self._fail_all(
+            ContextError(
+                f"the client has not sent the build context that was asked for; "
+                f"it was silent for {silent:.0f} seconds"
+            )
+        )
 
     def _new_id(self) -> int:
         if self._lost is not None:
@@ -209,11 +284,11 @@ class ClientLink:
         return asyncio.get_running_loop().create_future()
 
 
-def check_path(path: str) -> None:
-    """Refuse a path that is not relative, clean and below its root.
 
-    Raises:
-        UsageError: with the path.
-    """
-    if not path or path.startswith("/") or any(part in ("", ".", "..") for part in path.split("/")):
-        raise UsageError(f"the client sent a build context with the bad path {path[:200]!r}")
+class _Listing:
+    """The answer to one context request while it arrives."""
+
+    def __init__(self, done: asyncio.Future[None]) -> None:
+        self.done = done
+        self.entries: list[ContextEntry] = []
+        self.bytes = 0

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import hashlib
 import os
 import secrets
@@ -16,7 +15,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from offload_core.errors import ContextChangedError, NotFoundError, QuotaExceededError
+from offload_builder.node.faults import storage_error
+from offload_core.errors import ContextChangedError, NotFoundError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -27,6 +27,8 @@ T = TypeVar("T")
 
 TOUCH_SECONDS = 3600.0
 """How stale a file's access mark may be; a write per use would cost more than it tells."""
+TRIM_SHARE = 0.1
+"""The bound is enforced each time that so much of it was added."""
 
 
 class ContextStore:
@@ -41,10 +43,20 @@ class ContextStore:
         self._keep_bytes = keep_bytes
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="context-store")
         self._leased: dict[bytes, int] = {}
+        self._added_bytes = 0
 
     async def __aenter__(self) -> Self:
-        self._root.mkdir(parents=True, exist_ok=True)
-        await self.run(self._remove_partial_sync)
+        """Open the store.
+
+        Raises:
+            QuotaExceededError: the disk is full.
+            NodeLostError: the directory cannot be used.
+        """
+        try:
+            await self.run(self._open_sync)
+        except OSError as error:
+            self._executor.shutdown(wait=False)
+            raise storage_error("store build contexts", error) from error
         return self
 
     async def __aexit__(
@@ -60,6 +72,13 @@ class ContextStore:
         return await asyncio.get_running_loop().run_in_executor(
             self._executor, function, *arguments
         )
+
+    def close_later(self, blob: PartialBlob) -> None:
+        """Close a blob behind the work on it that is under way in the store's thread."""
+        try:
+            self._executor.submit(blob.close)
+        except RuntimeError:  # the store is closed, and with it its thread
+            blob.close()
 
     def path(self, sha256: bytes) -> str:
         """Return where a blob is or would be."""
@@ -107,6 +126,15 @@ class ContextStore:
                 file.write(data)
                 file.commit()
 
+    @property
+    def trim_due(self) -> bool:
+        """Whether enough was added since the last `trim` to make it worth its time."""
+        return self._added_bytes > TRIM_SHARE * self._keep_bytes
+
+    def added(self, size_bytes: int) -> None:
+        """Count what was stored; called by `PartialBlob`."""
+        self._added_bytes += size_bytes
+
     def begin_sync(self, digest: bytes) -> PartialBlob:
         """Open a blob that arrives in pieces; the caller closes it."""
         return PartialBlob(self, digest)
@@ -122,7 +150,8 @@ class ContextStore:
         except FileNotFoundError:
             raise NotFoundError(f"context file {digest.hex()} is not on this node") from None
 
-    def _remove_partial_sync(self) -> None:
+    def _open_sync(self) -> None:
+        self._root.mkdir(parents=True, exist_ok=True)
         for entry in os.scandir(self._root):
             if entry.name.startswith("new-"):
                 os.unlink(entry.path)  # noqa: PTH108 - hot
@@ -133,21 +162,23 @@ class ContextStore:
         Returns:
             Bytes that were freed.
         """
+        self._added_bytes = 0
         found = []
         total = 0
         for folder in os.scandir(self._root):
             if not folder.is_dir():
                 continue
             for entry in os.scandir(folder.path):
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(FileNotFoundError, ValueError):
+                    digest = bytes.fromhex(entry.name)
                     status = entry.stat()
-                    found.append((status.st_mtime, status.st_size, entry.path, entry.name))
+                    found.append((status.st_mtime, status.st_size, entry.path, digest))
                     total += status.st_size
         freed = 0
-        for _, size, path, name in sorted(found):
+        for _, size, path, digest in sorted(found):
             if total - freed <= self._keep_bytes:
                 break
-            if bytes.fromhex(name) in self._leased:
+            if digest in self._leased:
                 continue
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)  # noqa: PTH108 - hot
@@ -168,6 +199,7 @@ class PartialBlob:
         self._hash = hashlib.sha256()
         self._path = f"{store._root}/new-{secrets.token_hex(8)}"
         self._file = -1
+        self._size_bytes = 0
 
     def __enter__(self) -> Self:
         return self
@@ -185,6 +217,7 @@ class PartialBlob:
 
         Raises:
             QuotaExceededError: the disk is full.
+            NodeLostError: it does not work.
         """
         try:
             if self._file < 0:
@@ -194,26 +227,30 @@ class PartialBlob:
             while view:
                 view = view[os.write(self._file, view) :]
         except OSError as error:
-            raise _disk_error(error) from error
+            raise storage_error("store the build context", error) from error
         self._hash.update(data)
+        self._size_bytes += len(data)
 
     def commit(self) -> None:
         """Verify and publish.
 
         Raises:
             ContextChangedError: the bytes do not hash to the digest.
+            QuotaExceededError: the disk is full.
         """
         if self._hash.digest() != self._digest:
             raise _mismatch(self._digest)
         self.write(b"")
         target = self._store.path(self._digest)
         try:
-            os.rename(self._path, target)  # noqa: PTH104 - hot
-        except FileNotFoundError:
-            os.makedirs(os.path.dirname(target), exist_ok=True)  # noqa: PTH103, PTH120 - hot
-            os.rename(self._path, target)  # noqa: PTH104 - hot
+            try:
+                os.rename(self._path, target)  # noqa: PTH104 - hot
+            except FileNotFoundError:
+                os.makedirs(os.path.dirname(target), exist_ok=True)  # noqa: PTH103, PTH120 - hot
+                os.rename(self._path, target)  # noqa: PTH104 - hot
         except OSError as error:
-            raise _disk_error(error) from error
+            raise storage_error("store the build context", error) from error
+        self._store.added(self._size_bytes)
 
     def close(self) -> None:
         """Release the file; what was not committed is deleted."""
@@ -229,12 +266,3 @@ def _mismatch(digest: bytes) -> ContextChangedError:
         f"a file of the build context changed while it was sent (expected sha256 "
         f"{digest.hex()[:12]}...); build again"
     )
-
-
-def _disk_error(error: OSError) -> Exception:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return QuotaExceededError(
-            "the disk of the node is full, so the build context cannot be stored; "
-            "ask your administrator to free space or build on another node"
-        )
-    return error

@@ -38,6 +38,8 @@ class ImageFiles:
             manifest: dict[str, Any] = json.loads(body)
         except ValueError as error:
             raise InternalError(f"the manifest {digest} is not JSON") from error
+        if not isinstance(manifest, dict):
+            raise InternalError(f"the manifest {digest} is no JSON object")
         children = manifest.get("manifests")
         default = INDEX_TYPES[0] if children is not None else ""
         media_type = str(
@@ -45,11 +47,15 @@ class ImageFiles:
         )
         self._media_types[digest] = media_type
         self._sizes[digest] = len(body)
-        for child in children or ():
-            await self.admit(child["digest"])
-        for blob in (manifest.get("config"), *manifest.get("layers", ())):
-            if blob:
-                self._sizes[blob["digest"]] = int(blob["size"])
+        try:
+            blobs = [blob for blob in (manifest.get("config"), *manifest.get("layers", ())) if blob]
+            self._sizes |= {str(blob["digest"]): int(blob["size"]) for blob in blobs}
+            images = [str(child["digest"]) for child in children or ()]
+        except (KeyError, TypeError, ValueError) as error:
+            raise InternalError(f"the manifest {digest} names content in a wrong way") from error
+        for image in images:
+            if image not in self._media_types:
+                await self.admit(image)
         return media_type
 
     def size(self, digest: str) -> int:

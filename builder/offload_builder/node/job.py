@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from contextlib import AsyncExitStack, aclosing
 from typing import TYPE_CHECKING
 
@@ -12,9 +13,11 @@ from offload_builder.buildkit.failure import SolveFailure
 from offload_builder.buildkit.providers import SessionProviders
 from offload_builder.buildkit.session import BkSession
 from offload_builder.buildkit.solve import Attributed, SolveResult, SolveSpec
+from offload_builder.node.faults import storage_error
 from offload_builder.node.imagefiles import ImageFiles
 from offload_builder.node.localsource import BuildContext
 from offload_builder.node.outputs import Outputs
+from offload_builder.node.repeats import RepeatFilter
 from offload_builder.node.solveplan import (
     EXPORT_ATTRIBUTES,
     NameRewriter,
@@ -28,11 +31,14 @@ from offload_builder.node.steps import StepTally
 from offload_cache.registry.grants import EXPORT_TAG, IMAGE, IMPORT_TAG, Grant
 from offload_core.aio import finish
 from offload_core.errors import (
+    BuildCanceledError,
+    BuildFailedError,
     ContextChangedError,
     ContextError,
     NodeLostError,
     OffloadError,
     QuotaExceededError,
+    RegistryAuthError,
     find_offload_error,
 )
 from offload_proto.v1.build_spec_pb2 import ImageDescriptor
@@ -40,12 +46,13 @@ from offload_proto.v1.builds_service_pb2 import BuildStats, CacheState
 from offload_proto.v1.node_service_pb2 import Failure, Result, Success
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator
 
     from offload_builder.buildkit.client import BuildkitClient
     from offload_builder.node.clientlink import ClientLink
     from offload_builder.node.journal import Journal
     from offload_builder.node.project import ProjectRuntime
+    from offload_cache.offers import Offer
     from offload_cache.registry.grants import Registry
     from offload_proto.v1.builds_service_pb2 import Ticket
     from offload_proto.v1.events_pb2 import ProgressBatch
@@ -61,7 +68,12 @@ EXPORT_SECONDS = 1800.0
 
 
 class BuildJob:
-    """Runs one build. Use `run` once, then `release`; `publish` may go on in the background."""
+    """Runs one build. Use `run` once, `export_cache` after it if that is wanted, `close` at the end.
+
+    Attributes:
+        log_sent: the gateway has the log, or will not get it.
+        publishing: set while no cache export needs what the job holds.
+    """
 
     def __init__(
         self,
@@ -89,6 +101,8 @@ class BuildJob:
         self._registry_address = registry_address
         self._stack = AsyncExitStack()
         self._steps = StepTally()
+        self._repeats = RepeatFilter()
+        self._credentials = _Credentials(link)
         self._client: BuildkitClient
         self._session: BkSession
         self._source: BuildContext
@@ -101,26 +115,38 @@ class BuildJob:
         self.publishing = asyncio.Event()
         self.publishing.set()
         self._shared_key = ""
+        self.open_uploads = 0
+        """Upload streams of the client, bounded by the service."""
 
     async def run(self) -> Result:
         """Build; the result says also what went wrong.
 
         Cancelling this cancels the build in BuildKit.
         """
+        outcome: Success | Failure = Failure(kind=Failure.KIND_NODE, message="the node failed")
         try:
             outcome = await self._run()
+        except asyncio.CancelledError:
+            outcome = Failure(kind=Failure.KIND_CANCELED, message="the build was cancelled")
+            raise
         except OffloadError as error:
             outcome = _failure(error)
+        except (OSError, sqlite3.Error) as error:
+            log.error("build.storage.failed", build_id=self.build_id, exc_info=error)
+            outcome = _failure(storage_error("run the build", error))
         except BaseExceptionGroup as group:
             known = find_offload_error(group)
             if known is None:
                 raise
             outcome = _failure(known)
         finally:
+            if isinstance(outcome, Failure):
+                outcome.message = self._clean(outcome.message)
+            if self._outputs is not None:
+                self._outputs.settle(_error(outcome))
             self.stats.steps_total = self._steps.total
             self.stats.steps_cached = self._steps.cached
         if isinstance(outcome, Failure):
-            outcome.message = self._clean(outcome.message)
             return Result(failure=outcome, stats=self.stats)
         return Result(success=outcome, stats=self.stats)
 
@@ -145,7 +171,7 @@ class BuildJob:
                 self._shared_key,
                 SessionProviders(
                     source=self._source,
-                    credentials=_Credentials(self.link),
+                    credentials=self._credentials,
                     outputs=self._outputs,
                 ),
             )
@@ -177,7 +203,7 @@ class BuildJob:
         )
         self._stack.push_async_callback(self._registry.revoke, self._capability)
         self._rewrite = NameRewriter(self._registry_address, self._capability)
-        offering = asyncio.ensure_future(self._runtime.cache.offers.offer(scopes, key))
+        offering = asyncio.ensure_future(self._offer(scopes, key))
         try:
             self._client = await self._stack.enter_async_context(self._runtime.use())
             offer = await offering
@@ -186,34 +212,43 @@ class BuildJob:
         self._imports = offer is not None and not spec.no_cache
         self._has_entry = offer is not None and offer.entry.key == key
         base = shared_key_base(ticket.project_id, spec, native)
-        self._shared_key = self._stack.enter_context(self._runtime.shared_key(base))
+        self._shared_key = await self._stack.enter_async_context(self._runtime.shared_key(base))
         if problem := self._runtime.cache_problem():
             await self.link.notice(
                 f"the shared cache is not reachable ({problem}); the build goes on without it"
             )
+
+    async def _offer(self, scopes: tuple[str, ...], key: str) -> Offer | None:
+        """Return what can be imported; whatever goes wrong with the cache is a miss."""
+        try:
+            return await self._runtime.cache.offers.offer(scopes, key)
+        except (OffloadError, OSError, sqlite3.Error) as error:
+            log.warning("cache.offer.failed", build_id=self.build_id, reason=str(error))
+            return None
 
     async def _solve_and_repair(self, plan: list[Attributed]) -> SolveResult | SolveFailure:
         """Solve; when promised cache content cannot be read, repeat, at last without the cache."""
         reference = f"{self._registry_address}/{self._capability}/cache:{IMPORT_TAG}"
         imports = [Attributed("registry", {"ref": reference})] if self._imports else []
         attempts = [imports, imports, []] if imports else [[]]
-        outcome: SolveResult | SolveFailure | None = None
-        for number, attempt in enumerate(attempts):
-            outcome = await self._solve(plan, attempt)
+        number = 0
+        while True:
+            last = number + 1 == len(attempts)
+            self._steps.begin_attempt()
+            self._repeats.begin_attempt(last=last)
+            outcome = await self._solve(plan, attempts[number])
             if isinstance(outcome, SolveResult) or not outcome.is_cache_fault:
                 return outcome
-            if number + 1 == len(attempts) or (self._outputs and self._outputs.begun):
+            if last or (self._outputs and self._outputs.begun):
                 return outcome
             log.warning(
                 "cache.import.failed", build_id=self.build_id, reason=self._clean(outcome.message)
             )
-            if outcome.is_digest_mismatch:
-                await self._runtime.wipe_ingest()
-            again = "again" if number == 0 else "without the shared cache"
+            # The damaged content stays as long as other builds need BuildKit's downloads.
+            kept = outcome.is_digest_mismatch and not await self._runtime.wipe_ingest()
+            number = len(attempts) - 1 if kept else number + 1
+            again = "again" if number + 1 < len(attempts) else "without the shared cache"
             await self.link.notice(f"cached content could not be read; building {again}")
-        if outcome is None:  # pragma: no cover - attempts is never empty
-            raise NodeLostError("no attempt was made")
-        return outcome
 
     async def _solve(
         self, plan: list[Attributed], imports: list[Attributed]
@@ -241,9 +276,13 @@ class BuildJob:
         async with aclosing(self._client.status(ref)) as batches:
             async for batch in batches:
                 self._steps.add(batch)
+                self._repeats.apply(batch)
                 self._clean_batch(batch)
                 self.stats.warnings += len(batch.warnings)
-                self.journal.append(batch)
+                if not self.journal.append(batch) and self.journal.lost_batches == 1:
+                    await self.link.notice(
+                        "the disk of the node is full: the output shown here has gaps"
+                    )
 
     def _clean_batch(self, batch: ProgressBatch) -> None:
         for vertex in batch.vertices:
@@ -279,12 +318,15 @@ class BuildJob:
             self.cache_state = CacheState.CACHE_STATE_PENDING
         return self.cache_state == CacheState.CACHE_STATE_PENDING
 
-    async def publish(self) -> None:
-        """Export the cache of a build that worked, and wait until every other node can read it.
+    async def export_cache(self) -> list[int] | None:
+        """Export the cache of a build that worked into the node's registry.
 
         A second solve, for which everything is cached, so it only writes layers; the user does
         not wait for it. It has a session of its own: within one session BuildKit finds the steps
         by keys of that session, which are good for nothing in an exported cache.
+
+        Returns:
+            Publications to wait for with `confirm_published`; None when it did not work.
         """
         reference = f"{self._registry_address}/{self._capability}/cache:{EXPORT_TAG}"
         spec = SolveSpec(
@@ -299,34 +341,32 @@ class BuildJob:
                 BkSession(
                     self._client,
                     self._shared_key,
-                    SessionProviders(source=self._source, credentials=_Credentials(self.link)),
+                    SessionProviders(source=self._source, credentials=self._credentials),
                 ) as session,
             ):
                 outcome = await self._client.solve(spec, session)
-            if isinstance(outcome, SolveFailure):
-                log.warning(
-                    "cache.export.failed",
-                    build_id=self.build_id,
-                    reason=self._clean(outcome.message),
-                )
-                return
-            if await self._published():
-                self.cache_state = CacheState.CACHE_STATE_PUBLISHED
         except (OffloadError, TimeoutError) as error:
-            log.warning("cache.export.failed", build_id=self.build_id, reason=str(error))
-
-    async def _published(self) -> bool:
+            return self._not_exported(str(error) or type(error).__name__)
+        if isinstance(outcome, SolveFailure):
+            return self._not_exported(outcome.message)
         exports = self._registry.exports(self._capability)
-        uploads = self._runtime.uploads
         if not any(item.reference == EXPORT_TAG for item in exports):
-            return False
-        if uploads is None:
-            return True
-        numbers = [item.publication for item in exports if item.publication is not None]
-        done = [await uploads.wait_published(number, PUBLISH_SECONDS) for number in numbers]
-        return all(done)
+            return self._not_exported("BuildKit has written no manifest")
+        return [item.publication for item in exports if item.publication is not None]
 
-    def read_output(self, index: int) -> AsyncIterator[bytes]:
+    def _not_exported(self, reason: str) -> None:
+        log.warning("cache.export.failed", build_id=self.build_id, reason=self._clean(reason))
+
+    async def confirm_published(self, publications: list[int]) -> None:
+        """Wait until every other node can read what was exported; needs nothing that is held."""
+        uploads = self._runtime.uploads
+        if uploads is not None:
+            for number in publications:
+                if not await uploads.wait_published(number, PUBLISH_SECONDS):
+                    return
+        self.cache_state = CacheState.CACHE_STATE_PUBLISHED
+
+    def read_output(self, index: int) -> AsyncGenerator[bytes]:
         """Return the stream of an exporter."""
         if self._outputs is None:
             raise NodeLostError("the build has not begun")
@@ -340,14 +380,24 @@ class BuildJob:
 
 
 class _Credentials:
-    """Registry logins, asked of the client."""
+    """Registry logins, asked of the client once; nothing of them leaves this object's memory."""
 
     def __init__(self, link: ClientLink) -> None:
         self._link = link
+        self._known: dict[str, tuple[str, str]] = {}
 
     async def credentials(self, host: str) -> tuple[str, str]:
-        """Return user and secret for a registry."""
-        return await self._link.request_credentials(host)
+        """Return user and secret for a registry; two empty strings for none.
+
+        The cache is exported when the client may have left: then what it has said holds, and an
+        unknown registry is read without a login.
+        """
+        if host not in self._known:
+            try:
+                self._known[host] = await self._link.request_credentials(host)
+            except NodeLostError:
+                return "", ""
+        return self._known[host]
 
 
 def _failure(error: OffloadError) -> Failure:
@@ -357,9 +407,19 @@ def _failure(error: OffloadError) -> Failure:
     return Failure(kind=Failure.KIND_BUILD, message=error.message)
 
 
-_KINDS = (
+def _error(outcome: Success | Failure) -> OffloadError | None:
+    """Return the error that a client makes of a result; None of a good one."""
+    if isinstance(outcome, Success):
+        return None
+    classes = {kind: cls for cls, kind in _KINDS}
+    return classes.get(outcome.kind, BuildFailedError)(outcome.message)
+
+
+_KINDS: tuple[tuple[type[OffloadError], Failure.Kind.ValueType], ...] = (
     (ContextChangedError, Failure.KIND_CONTEXT_CHANGED),
     (ContextError, Failure.KIND_CONTEXT),
     (NodeLostError, Failure.KIND_NODE),
     (QuotaExceededError, Failure.KIND_LIMIT),
+    (BuildCanceledError, Failure.KIND_CANCELED),
+    (RegistryAuthError, Failure.KIND_REGISTRY_AUTH),
 )

@@ -11,6 +11,7 @@ import hashlib
 import os
 from typing import TYPE_CHECKING
 
+from offload_builder.node.entries import check_path
 from offload_core.filemode import is_regular
 from offload_proto.v1.node_service_pb2 import ContextEntry
 
@@ -84,19 +85,19 @@ class ContextTree:
 
     async def requested(self, indexes: Sequence[int]) -> None:
         """Ask the client, in one message, for the content that the node lacks."""
-        digests = [
-            digest
+        sizes = {
+            digest: self.entries[index].size_bytes
             for index in indexes
             if (digest := self.entries[index].sha256) and digest != EMPTY_SHA256
-        ]
-        missing = await self._store.run(self._store.missing_sync, digests)
+        }
+        missing = await self._store.run(self._store.missing_sync, list(sizes))
         if missing:
-            await self._link.request_blobs(missing)
+            await self._link.request_blobs({digest: sizes[digest] for digest in missing})
 
     async def read(self, index: int) -> AsyncIterator[bytes]:
         """Yield the bytes of file `index`, waiting for them to arrive from the client."""
         entry = self.entries[index]
-        if entry.sha256 == EMPTY_SHA256 or entry.size_bytes == 0:
+        if entry.sha256 in (b"", EMPTY_SHA256) or entry.size_bytes == 0:
             return
         await self._link.arrival(entry.sha256)
         file = self._store.open_sync(entry.sha256)
@@ -131,10 +132,17 @@ class BuildContext:
         shared_key: str,
         stats: BuildStats,
     ) -> None:
+        """Prepare the sources.
+
+        Raises:
+            UsageError: an inline file has a path that leaves its source.
+        """
         self._link = link
         self._store = store
         self._times = times
         self._inline = list(inline)
+        for file in self._inline:
+            check_path(file.path)
         self._shared_key = shared_key
         self._stats = stats
         self._trees: list[ContextTree] = []

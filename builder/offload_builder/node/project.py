@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -19,7 +19,7 @@ from offload_core.config import read_toml
 from offload_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Mapping
+    from collections.abc import AsyncIterator, Mapping
     from types import TracebackType
 
     from offload_builder.buildkit.client import BuildkitClient
@@ -42,23 +42,26 @@ class ProjectRuntime:
         cache: ProjectCache,
         node_store: NodeStore,
         config: NodeConfig,
+        registries: Mapping[str, RegistrySettings],
         folder: Path,
     ) -> None:
         self.project_id = project_id
         self.cache = cache
         self.native_platform = config.native_platforms()[0]
         self.context_store = ContextStore(folder / "context", keep_bytes=config.context_keep)
-        self.times = StickyTimes(folder / "times.db")
+        self.times: StickyTimes
+        self._times_path = folder / "times.db"
         self._node_store = node_store
         self._idle_seconds = config.buildkit_idle
         self._users = 0
         self._idle_since = time.monotonic()
         self._keys_in_use: set[str] = set()
+        self._wipe_due = False
         self._daemon = BuildkitDaemon(
             DaemonSettings(
                 root=folder / "buildkit",
                 binary=config.buildkitd,
-                registries=read_registries(config.registry_config),
+                registries=registries,
                 search=(tools_directory(),),
                 gc_max_used_bytes=config.buildkit_keep,
             )
@@ -66,9 +69,16 @@ class ProjectRuntime:
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
+        """Open what the project has on disk.
+
+        Raises:
+            QuotaExceededError: the disk is full.
+            NodeLostError: it cannot be opened.
+        """
         async with AsyncExitStack() as stack:
-            stack.callback(self.times.close)
             await stack.enter_async_context(self.context_store)
+            self.times = await self.context_store.run(StickyTimes, self._times_path)
+            stack.callback(self.times.close)
             await stack.enter_async_context(self._daemon)
             self._stack = stack.pop_all()
         return self
@@ -106,29 +116,51 @@ class ProjectRuntime:
         """
         self._users += 1
         try:
+            if self._wipe_due and self._users == 1:
+                await self._wipe()
             await self._daemon.ensure_running()
             yield self._daemon.client
         finally:
             self._users -= 1
             self._idle_since = time.monotonic()
 
-    @contextmanager
-    def shared_key(self, base: str) -> Iterator[str]:
+    @asynccontextmanager
+    async def shared_key(self, base: str) -> AsyncIterator[str]:
         """Return the key of BuildKit's copy of the local sources, for one build at a time.
 
         Parallel builds of one kind get a slot each, so they do not undo each other's copy.
+
+        Raises:
+            QuotaExceededError: the disk is full.
         """
         slot = 0
         while (key := f"{base}-{slot}") in self._keys_in_use:
             slot += 1
         self._keys_in_use.add(key)
         try:
-            yield f"{key}-{self.times.generation(key)}"
+            generation = self.times.known_generation(key)
+            if not generation:
+                generation = await self.context_store.run(self.times.generation, key)
+            yield f"{key}-{generation}"
         finally:
             self._keys_in_use.discard(key)
 
-    async def wipe_ingest(self) -> None:
-        """Remove half-fetched content that has turned out to be damaged."""
+    async def wipe_ingest(self) -> bool:
+        """Remove half-fetched content that has turned out to be damaged.
+
+        It must not be taken away from builds that fetch something now: then it is done before
+        the next build that has BuildKit to itself.
+
+        Returns:
+            Whether it is done.
+        """
+        self._wipe_due = True
+        if self._users == 1:
+            await self._wipe()
+        return not self._wipe_due
+
+    async def _wipe(self) -> None:
+        self._wipe_due = False
         removed = await self._daemon.wipe_ingest()
         log.warning("buildkit.ingest.wiped", project_id=self.project_id, files=removed)
 
@@ -139,13 +171,21 @@ class ProjectRuntime:
             await self._daemon.stop()
             await self.context_store.trim()
             log.info("buildkit.stopped", project_id=self.project_id, reason="idle")
+        elif self.context_store.trim_due:
+            freed = await self.context_store.trim()
+            log.info("context.trimmed", project_id=self.project_id, freed_bytes=freed)
 
 
 class ProjectPool:
-    """The projects of a node, opened at their first build."""
+    """The projects of a node, opened at their first build.
+
+    Raises:
+        ConfigError: the registry settings cannot be read.
+    """
 
     def __init__(self, config: NodeConfig, node_store: NodeStore) -> None:
         self._config = config
+        self._registries = read_registries(config.registry_config)
         self._node_store = node_store
         self._stack = AsyncExitStack()
         self._opening = asyncio.Lock()
@@ -167,6 +207,7 @@ class ProjectPool:
 
         Raises:
             UsageError: the name is no project name.
+            OffloadError: its data cannot be opened.
         """
         async with self._opening:
             runtime = self._runtimes.get(project_id)
@@ -174,7 +215,9 @@ class ProjectPool:
                 cache = await self._node_store.project(project_id)
                 folder = self._config.data / "projects" / project_id
                 runtime = await self._stack.enter_async_context(
-                    ProjectRuntime(project_id, cache, self._node_store, self._config, folder)
+                    ProjectRuntime(
+                        project_id, cache, self._node_store, self._config, self._registries, folder
+                    )
                 )
                 self._runtimes[project_id] = runtime
             return runtime
@@ -188,7 +231,10 @@ class ProjectPool:
         while True:
             await asyncio.sleep(REAP_SECONDS)
             for runtime in self.running():
-                await runtime.rest()
+                try:
+                    await runtime.rest()
+                except Exception as error:  # noqa: BLE001 - the other projects need their rest, too
+                    log.error("project.rest.failed", project_id=runtime.project_id, exc_info=error)
 
 
 def read_registries(path: Path | None) -> Mapping[str, RegistrySettings]:
@@ -200,7 +246,10 @@ def read_registries(path: Path | None) -> Mapping[str, RegistrySettings]:
     if path is None:
         return {}
     found: dict[str, RegistrySettings] = {}
-    for host, table in read_toml(path).get("registry", {}).items():
+    hosts = read_toml(path).get("registry", {})
+    if not isinstance(hosts, dict) or not all(isinstance(table, dict) for table in hosts.values()):
+        raise ConfigError(f'{path}: write one table per host, for example [registry."docker.io"]')
+    for host, table in hosts.items():
         unknown = set(table) - REGISTRY_KEYS
         if unknown:
             raise ConfigError(

@@ -65,9 +65,16 @@ def check_spec(spec: BuildSpec) -> None:
     for output in spec.outputs:
         if output.type == Output.TYPE_UNSPECIFIED or output.type not in Output.Type.values():
             raise UsageError("this node does not know one of the outputs; it is too old")
+        if output.type in _STREAMS and _is_false(output.attributes.get("tar", "")):
+            raise UsageError("an output with tar=false is not supported")
     name = spec.dockerfile_path
     if not name or "/" in name or name in (".", ".."):
         raise UsageError(f"bad Dockerfile name {name!r}")
+
+
+def _is_false(text: str) -> bool:
+    # As Go's strconv.ParseBool, with which BuildKit reads it.
+    return text in ("0", "f", "F", "false", "False", "FALSE")
 
 
 def frontend_attributes(spec: BuildSpec, *, use_cache: bool = True) -> dict[str, str]:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from offload_proto.v1.events_pb2 import ProgressBatch
 
-_STEP = re.compile(r"\[(?!internal\]|auth\]|offload\])")
+_STEP = re.compile(r"\[(?:[^\]]+ )?\d+/\d+\] ")
+"""BuildKit numbers instructions: "[2/5]", "[build 2/5]", "[linux/arm64 build 2/5]"."""
 
 
 class StepTally:
@@ -19,21 +20,32 @@ class StepTally:
     """
 
     def __init__(self) -> None:
-        self._cached: dict[str, bool] = {}
+        self._before: dict[str, bool] = {}
+        self._now: dict[str, bool] = {}
+
+    def begin_attempt(self) -> None:
+        """Hear that the build is solved once more; a step that ran before counts as run."""
+        self._before = self._united()
+        self._now = {}
 
     def add(self, batch: ProgressBatch) -> None:
         """Take news."""
         for vertex in batch.vertices:
             if vertex.HasField("completed_at") and _STEP.match(vertex.name):
-                before = self._cached.get(vertex.digest, False)
-                self._cached[vertex.digest] = before or vertex.cached
+                self._now[vertex.digest] = self._now.get(vertex.digest, False) or vertex.cached
+
+    def _united(self) -> dict[str, bool]:
+        united = dict(self._before)
+        for digest, cached in self._now.items():
+            united[digest] = cached and united.get(digest, True)
+        return united
 
     @property
     def total(self) -> int:
         """Steps that have ended."""
-        return len(self._cached)
+        return len(self._united())
 
     @property
     def cached(self) -> int:
         """Steps whose result came from a cache."""
-        return sum(self._cached.values())
+        return sum(self._united().values())

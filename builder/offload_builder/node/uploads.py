@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import zstandard
 
+from offload_builder.node.faults import storage_error
 from offload_core.errors import OffloadError, UsageError
 from offload_proto.v1.node_service_pb2 import UploadResponse
 
@@ -41,6 +42,7 @@ class Upload:
         """
         try:
             async for request in requests:
+                self._link.heard()
                 if request.WhichOneof("message") == "batch":
                     yield await self._take_batch(request.batch)
                 else:
@@ -48,6 +50,10 @@ class Upload:
         except OffloadError as error:
             self._link.fail_blobs(error)
             raise
+        except OSError as error:
+            failed = storage_error("store the build context", error)
+            self._link.fail_blobs(failed)
+            raise failed from error
         finally:
             self._drop_partial()
 
@@ -76,6 +82,8 @@ class Upload:
             self._drop_partial()
             if not self._link.wanted(chunk.sha256):
                 raise UsageError("the client sent a file that was not asked for")
+            if chunk.size_bytes != self._link.size(chunk.sha256):
+                raise UsageError("the client sent a file of another size than it had listed")
             self._partial = self._store.begin_sync(chunk.sha256)
             self._partial_digest = chunk.sha256
             self._received = 0
@@ -83,12 +91,13 @@ class Upload:
             self._partial is None
             or chunk.sha256 != self._partial_digest
             or chunk.offset_bytes != self._received
+            or self._received + len(data) > self._link.size(chunk.sha256)
         ):
             raise UsageError("the client sent the pieces of a file out of order")
         await self._store.run(self._partial.write, data)
         self._received += len(data)
         self._stats.context_sent_bytes += len(data)
-        if self._received < chunk.size_bytes:
+        if self._received < self._link.size(chunk.sha256):
             return UploadResponse()
         await self._store.run(self._partial.commit)
         self._drop_partial()
@@ -111,5 +120,5 @@ class Upload:
 
     def _drop_partial(self) -> None:
         if self._partial is not None:
-            self._partial.close()
+            self._store.close_later(self._partial)
             self._partial = None

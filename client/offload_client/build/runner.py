@@ -95,11 +95,24 @@ async def run_build(
         await _finish(display, failure)
     if failure is not None:
         raise _error_of(failure)
+    build.results.write_files(result, assigned.build_id, assigned.node_id)
+    done = result
+    await in_thread(
+        lambda: _last_words(invocation, options, outputs, build.results.image_id(done)),
+        name="last-words",
+    )
+
+
+def _last_words(
+    invocation: Invocation,
+    options: BuildOptions,
+    outputs: Sequence[OutputOption],
+    image_id: str,
+) -> None:
     if not outputs and options.progress != "quiet":
         invocation.err(f"WARNING: {NO_OUTPUT}")
-    build.results.write_files(result, assigned.build_id, assigned.node_id)
     if options.quiet:
-        invocation.out(build.results.image_id(result))
+        invocation.out(image_id)
 
 
 async def _finish(display: Display, failure: Failure | None) -> None:

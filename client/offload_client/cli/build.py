@@ -10,19 +10,20 @@ from offload_client.build.options import (
     BuildOptions,
     OutputOption,
     check_tags,
+    check_text,
+    parse_build_args,
     parse_labels,
     parse_output,
-    parse_pairs,
     parse_platforms,
+    parse_progress,
 )
+from offload_client.cli.flags import FlagSyntax
 from offload_core import VERSION
-from offload_core.errors import UsageError
+from offload_core.errors import InvalidValueError
 
 if TYPE_CHECKING:
     from offload_client.connections import Connections
     from offload_client.invocation import Invocation
-
-PROGRESS = ("auto", "none", "plain", "quiet", "rawjson", "tty")
 
 EXAMPLES = """\b
 Examples:
@@ -37,7 +38,7 @@ Examples:
 @click.command(
     name="offload-build",
     help="Build an image from PATH on the pool of remote builder nodes.\n\n" + EXAMPLES,
-    context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100},
+    context_settings={"help_option_names": [], "max_content_width": 100},
 )
 @click.argument("paths", nargs=-1, metavar="PATH")
 @click.option(
@@ -56,6 +57,7 @@ Examples:
     help='Name of the Dockerfile (default: "PATH/Dockerfile").',
 )
 @click.option("--gateway", metavar="URL", help="Gateway to use instead of the configured one.")
+@click.option("-h", "--help", "help", is_flag=True, help="Show this message and exit.")
 @click.option("--iidfile", default="", metavar="FILE", help="Write the image ID to a file.")
 @click.option(
     "--label", "labels", multiple=True, metavar="NAME=VALUE", help="Set metadata for an image."
@@ -82,10 +84,11 @@ Examples:
 )
 @click.option(
     "--progress",
-    type=click.Choice(PROGRESS),
     default="auto",
     show_default=True,
-    help="Set type of progress output; plain shows container output.",
+    metavar="MODE",
+    help="Set type of progress output (auto, none, plain, quiet, rawjson, tty); "
+    "plain shows container output.",
 )
 @click.option(
     "--project", metavar="NAME", help="Project to build in instead of the configured one."
@@ -104,52 +107,64 @@ Examples:
     help='Image identifier (format: "[registry/]repository[:tag]").',
 )
 @click.option("--target", default="", metavar="STAGE", help="Set the target build stage to build.")
-@click.version_option(VERSION, prog_name="offload-build")
+@click.option("--version", is_flag=True, help="Show the version and exit.")
 def build_command(**_values: Any) -> None:
     """Exist for parsing and help only; `parse_build` reads the values."""
 
 
-def parse_build(invocation: Invocation) -> BuildOptions:
-    """Return the options of a command line.
+def parse_build(invocation: Invocation) -> BuildOptions | None:
+    """Return the options of a command line; None when it asked for help or version, now printed.
 
     Raises:
         UsageError: it cannot be understood; the sentence names the flag.
-        click.exceptions.Exit: help or version was asked for and printed.
     """
-    try:
-        context = build_command.make_context("offload-build", list(invocation.arguments))
-    except click.NoSuchOption as error:
-        raise UsageError(
-            f"unknown flag: {error.option_name}", hint="run 'offload-build --help'"
-        ) from error
-    except click.UsageError as error:
-        raise UsageError(error.format_message(), hint="run 'offload-build --help'") from error
-    return _options(context.params, invocation)
+    arguments = _syntax().normalise(invocation.arguments)
+    context = build_command.make_context("offload-build", arguments)
+    values = context.params
+    if values["help"]:
+        invocation.out(build_command.get_help(context))
+        return None
+    if values["version"]:
+        invocation.out(f"offload-build, version {VERSION}")
+        return None
+    return _options(values, invocation)
+
+
+def _syntax() -> FlagSyntax:
+    names: dict[str, str] = {}
+    switches: set[str] = set()
+    for option in build_command.params:
+        if isinstance(option, click.Option):
+            long = next(name for name in option.opts if name.startswith("--"))
+            names |= dict.fromkeys(option.opts, long)
+            if option.is_flag:
+                switches.add(long)
+    return FlagSyntax(names, frozenset(switches))
 
 
 def _options(values: dict[str, Any], invocation: Invocation) -> BuildOptions:
     paths = values["paths"]
     if len(paths) != 1:
-        raise RequiresOneArgumentError(
-            "'offload-build' requires 1 argument", hint="Usage: offload-build [OPTIONS] PATH"
+        raise InvalidValueError(
+            "'offload-build' requires 1 argument", hint="Usage:  offload-build [OPTIONS] PATH"
         )
     outputs = [parse_output(text) for text in values["outputs"]]
     if values["load"]:
         outputs.append(OutputOption("image", load=True))
     if values["push"]:
         outputs.append(OutputOption("registry"))
-    silent = values["quiet"] or values["progress"] in ("quiet", "none")
+    progress = parse_progress(values["progress"])
     return BuildOptions(
         path=paths[0],
         tags=check_tags(values["tags"]),
         file=values["file"],
-        target=values["target"],
-        build_args=parse_pairs(values["build_args"], invocation.environment),
+        target=check_text("--target", values["target"]),
+        build_args=parse_build_args(values["build_args"], invocation.environment),
         labels=parse_labels(values["labels"]),
         platforms=parse_platforms(values["platforms"]),
         no_cache=values["no_cache"],
         pull=values["pull"],
-        progress="quiet" if silent else values["progress"],
+        progress="quiet" if values["quiet"] else progress,
         quiet=values["quiet"],
         outputs=outputs,
         metadata_file=values["metadata_file"],
@@ -159,19 +174,17 @@ def _options(values: dict[str, Any], invocation: Invocation) -> BuildOptions:
     )
 
 
-class RequiresOneArgumentError(UsageError):
-    """Docker answers a missing PATH with 1, not with the 125 of an unknown flag."""
-
-    reason = "REQUIRES_ONE_ARGUMENT"
-    exit_code = 1
-
-
-async def build(invocation: Invocation, connections: Connections) -> None:
-    """Parse and run.
+async def build(
+    invocation: Invocation, connections: Connections, options: BuildOptions | None = None
+) -> None:
+    """Parse, unless that was done, and run.
 
     Raises:
         OffloadError: with the exit code of the command.
     """
+    options = options or parse_build(invocation)
+    if options is None:
+        return
     from offload_client.build.runner import run_build
 
-    await run_build(invocation, parse_build(invocation), connections)
+    await run_build(invocation, options, connections)

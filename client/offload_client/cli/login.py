@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from offload_client.invocation import Invocation
 
 
+MAX_TOKEN_BYTES = 64 << 10
+
+
 @click.command()
 @click.argument("url", metavar="URL")
 @click.option("--token", metavar="TOKEN", help="The token that an administrator gave you.")
@@ -35,8 +38,11 @@ def login(invocation: Invocation, url: str, token: str | None, *, token_stdin: b
     if token_stdin == (token is not None):
         raise UsageError("give the token either with --token or with --token-stdin")
     if token is None:
-        with open(invocation.stdin, encoding="utf-8", closefd=False) as stream:
-            token = stream.read()
+        try:
+            with open(invocation.stdin, "rb", closefd=False) as stream:
+                token = stream.read(MAX_TOKEN_BYTES).decode("utf-8", "replace")
+        except OSError as error:
+            raise UsageError(f"cannot read the token: {error.strerror}") from error
     secret = token.strip()
     gateway = join_address(*split_address(url))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 from typing import TYPE_CHECKING
@@ -77,6 +78,10 @@ def main(arguments: Sequence[str]) -> int:
         return report(invocation, UsageError(error.format_message(), hint=usage))
     except OffloadError as error:
         return report(invocation, error)
+    except OSError as error:
+        return report(invocation, error)
     finally:
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
     return result if isinstance(result, int) else 0

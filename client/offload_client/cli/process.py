@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
+import importlib
 import signal
-import traceback
+import threading
 from typing import TYPE_CHECKING
 
-import click
-
 from offload_client.invocation import Invocation
-from offload_core.errors import BuildCanceledError, OffloadError, find_offload_error
+from offload_core.errors import (
+    BuildCanceledError,
+    BuildFailedError,
+    OffloadError,
+    find_offload_error,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -19,6 +23,8 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 TERMINATED = 143
+BROKEN_PIPE = 141
+"""What a shell shows for a process that SIGPIPE has ended."""
 
 
 def run_build_process(arguments: Sequence[str]) -> int:
@@ -27,25 +33,40 @@ def run_build_process(arguments: Sequence[str]) -> int:
     from offload_client.resident.launch import start_helper
 
     invocation = Invocation.of_process(arguments)
+    try:
+        options = parse_build(invocation)
+    except (OffloadError, OSError) as error:
+        return report(invocation, error)
+    if options is None:
+        return 0
+    warm_up()
 
     async def run(connections: Connections) -> None:
-        await build(invocation, connections)
+        await build(invocation, connections, options)
 
-    try:
-        parse_build(invocation)
-    except click.exceptions.Exit as error:
-        return error.exit_code
-    except OffloadError as error:
-        return report(invocation, error)
     code = run_async(invocation, run)
-    if code == 0:
+    if code in (0, BuildFailedError.exit_code):
         start_helper(invocation)
     return code
 
 
+def warm_up() -> None:
+    """Load gRPC's native library while the interpreter does other things.
+
+    Half of its import is the dynamic linker's work, for which the interpreter lock is not needed.
+    """
+
+    def load() -> None:
+        # An import that fails here fails again, and is told, where it is needed.
+        with contextlib.suppress(ImportError):
+            importlib.import_module("grpc.aio")
+
+    threading.Thread(target=load, name="import-grpc", daemon=True).start()
+
+
 def run_async(invocation: Invocation, function: Callable[[Connections], Awaitable[None]]) -> int:
     """Run a command with connections of its own; SIGINT and SIGTERM cancel it."""
-    from offload_client.connections import Connections
+    import asyncio
 
     async def main() -> int:
         task = asyncio.current_task()
@@ -60,11 +81,16 @@ def run_async(invocation: Invocation, function: Callable[[Connections], Awaitabl
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGINT, interrupt, INTERRUPTED)
         loop.add_signal_handler(signal.SIGTERM, interrupt, TERMINATED)
+        from offload_client.connections import Connections
+
         try:
             async with Connections() as connections:
-                return await guarded(invocation, function(connections))
+                result = await guarded(invocation, function(connections))
         except asyncio.CancelledError:
-            return report(invocation, BuildCanceledError("canceled")) and (code or INTERRUPTED)
+            report(invocation, BuildCanceledError("canceled"))
+            return code or INTERRUPTED
+        # Cancelling may end in an error of something that was interrupted.
+        return code if code and result else result
 
     return asyncio.run(main())
 
@@ -74,24 +100,36 @@ async def guarded(invocation: Invocation, command: Awaitable[None]) -> int:
     try:
         await command
     except (Exception, BaseExceptionGroup) as error:
-        return report(invocation, error)
+        from offload_client.bytepipe import in_thread
+
+        failure = error
+        # In a thread: a terminal that is stopped would hold up all other builds of the helper.
+        return await in_thread(lambda: report(invocation, failure), name="report")
     return 0
 
 
 def report(invocation: Invocation, error: BaseException) -> int:
     """Print an error the way docker does; return the exit code."""
     known = find_offload_error(error)
-    if known is None:
-        if isinstance(error, BrokenPipeError):
-            return 141
-        invocation.err(f"ERROR: internal error: {type(error).__name__}: {error}")
-        if invocation.environment.get("OFFLOAD_DEBUG"):
-            invocation.err("".join(traceback.format_exception(error)))
-        else:
-            invocation.err("Set OFFLOAD_DEBUG=1 for details, and please report this.")
-        return OffloadError.exit_code
-    if not known.shown:
-        invocation.err(f"ERROR: {known.message}")
-    if known.hint:
-        invocation.err(known.hint)
-    return known.exit_code
+    if known is not None:
+        if not known.shown:
+            invocation.err(f"ERROR: {known.message}")
+        if known.hint:
+            invocation.err(known.hint)
+        return known.exit_code
+    if _is_broken_pipe(error):
+        return BROKEN_PIPE
+    invocation.err(f"ERROR: internal error: {type(error).__name__}: {error}")
+    if invocation.environment.get("OFFLOAD_DEBUG"):
+        import traceback
+
+        invocation.err("".join(traceback.format_exception(error)))
+    else:
+        invocation.err("Set OFFLOAD_DEBUG=1 for details, and please report this.")
+    return OffloadError.exit_code
+
+
+def _is_broken_pipe(error: BaseException) -> bool:
+    if isinstance(error, BaseExceptionGroup):
+        return any(map(_is_broken_pipe, error.exceptions))
+    return isinstance(error, BrokenPipeError)

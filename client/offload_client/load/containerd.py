@@ -11,9 +11,8 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import structlog
-
 from offload_client.bytepipe import in_thread
+from offload_client.eventlog import get_logger
 from offload_client.load.engineerror import EngineError
 from offload_client.load.image import (
     Manifest,
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     from offload_client.load.progress import LoadMeter
     from offload_client.load.source import ImageSource
 
-_log = structlog.get_logger(__name__)
+_log = get_logger()
 
 _CONTACT_SECONDS = 15.0
 """A reachable registry is contacted within milliseconds; a firewall may swallow the attempt."""

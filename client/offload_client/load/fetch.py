@@ -7,8 +7,7 @@ import hashlib
 from contextlib import aclosing
 from typing import TYPE_CHECKING, cast
 
-import structlog
-
+from offload_client.eventlog import get_logger
 from offload_core.errors import ImageLoadError, OffloadError
 
 if TYPE_CHECKING:
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from offload_client.load.progress import LoadMeter
     from offload_client.load.source import ImageSource
 
-_log = structlog.get_logger(__name__)
+_log = get_logger()
 
 _ATTEMPTS = 3
 _PAUSE_SECONDS = 0.5

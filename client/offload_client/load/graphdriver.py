@@ -11,8 +11,7 @@ import json
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
-import structlog
-
+from offload_client.eventlog import get_logger
 from offload_client.load.ahead import FetchAhead
 from offload_client.load.engineerror import EngineError
 from offload_client.load.image import chain_ids
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from offload_client.load.progress import LoadMeter
     from offload_client.load.source import ImageSource
 
-_log = structlog.get_logger(__name__)
+_log = get_logger()
 
 
 async def load_archive(

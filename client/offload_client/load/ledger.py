@@ -14,14 +14,13 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import structlog
-
 from offload_client.dockerconfig import home_directory
+from offload_client.eventlog import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-_log = structlog.get_logger(__name__)
+_log = get_logger()
 
 _MAX_ENGINES = 20
 _MAX_IMAGES = 200

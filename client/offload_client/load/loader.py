@@ -6,8 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import structlog
-
+from offload_client.eventlog import get_logger
 from offload_client.load.connect import open_engine
 from offload_client.load.containerd import ContainerdLoad
 from offload_client.load.engineerror import EngineError
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from offload_client.load.progress import LoadProgress
     from offload_client.load.source import ImageSource
 
-_log = structlog.get_logger(__name__)
+_log = get_logger()
 
 
 async def load_image(

@@ -17,8 +17,7 @@ from contextlib import aclosing, suppress
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Self
 
-import structlog
-
+from offload_client.eventlog import get_logger
 from offload_client.load.engine import RegistryLogin
 from offload_client.load.fetch import verified_blob
 from offload_client.load.image import Descriptor, read_root
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
     from offload_client.load.progress import LoadMeter
     from offload_client.load.source import ImageSource
 
-_log = structlog.get_logger(__name__)
+_log = get_logger()
 
 _LOOPBACK = "127.0.0.1"
 """Every engine takes plain HTTP from 127.0.0.0/8; ::1 only from 28 on."""

@@ -106,6 +106,9 @@ class BaseDisplay(ABC):
         if not self._finished:
             self._finished = True
             self._pump.close(lambda: self._final(failure), timeout_seconds)
+        elif timeout_seconds is not None:
+            # Interrupted while another thread waits for the reader.
+            self._pump.give_up(timeout_seconds)
 
     def _take_local(self, batch: ProgressBatch) -> None:
         self._take(batch, local=True)

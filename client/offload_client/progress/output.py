@@ -93,7 +93,7 @@ class Sink:
                 # Another program that shares the terminal has made it non-blocking.
                 poller = select.poll()
                 poller.register(descriptor, select.POLLOUT)
-                poller.poll()
+                poller.poll(1000)
 
 
 def _descriptor(stream: IO[Any]) -> int | None:
@@ -183,6 +183,14 @@ class Pump:
         elif self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
+
+    def give_up(self, timeout_seconds: float) -> None:
+        """Wait a last time for a reader while another thread is in `close`, then drop the rest."""
+        thread = self._thread
+        if thread is not None:
+            thread.join(timeout_seconds)
+            if thread.is_alive():
+                self._sink.broken = True
 
     def _started(self) -> threading.Thread:
         thread = self._thread

@@ -6,113 +6,113 @@ has changed. It holds certificates in memory only as long as a command would.
 
 from __future__ import annotations
 
-import array
 import asyncio
 import contextlib
+import fcntl
+import gc
 import os
 import socket
-import struct
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from offload_client.bytepipe import in_thread
 from offload_client.cli.process import INTERRUPTED, TERMINATED, guarded, report
 from offload_client.connections import Connections
-from offload_client.invocation import Invocation, text_stream
-from offload_client.resident.thin import DECLINED
+from offload_client.resident.request import peer_uid, read_request
+from offload_client.resident.thin import TAKEN
+from offload_core.aio import TaskSet
 from offload_core.errors import BuildCanceledError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from offload_client.invocation import Invocation
 
 IDLE_SECONDS = 900.0
-MAX_REQUEST_BYTES = 4 << 20
 REQUEST_SECONDS = 5.0
-UMASK = 0o022
+REPORT_SECONDS = 2.0
+BACKLOG = 64
 
 
 class Helper:
     """Serves one unix socket."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, idle_seconds: float = IDLE_SECONDS) -> None:
+        """Prepare.
+
+        Args:
+            path: of the socket; its directory belongs to the user alone.
+            idle_seconds: end after so long without a command.
+        """
         self._path = path
-        self._running: set[asyncio.Task[None]] = set()
-        self._idle = asyncio.Event()
-        self._stop = asyncio.Event()
+        self._idle_seconds = idle_seconds
+        self._commands = TaskSet()
+        self._running = 0
+        self._changed = asyncio.Event()
+        self._stopping = False
         self._sources = _source_times()
 
     async def serve(self) -> None:
-        """Listen until idle for long, or until the code has changed."""
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        listener.setblocking(False)
-        scratch = self._path.with_name(f"{self._path.name}.{os.getpid()}")
-        os.umask(UMASK)
-        listener.bind(str(scratch))
-        listener.listen(16)
-        scratch.replace(self._path)
-        mine = self._path.stat().st_ino
-        loop = asyncio.get_running_loop()
+        """Listen until idle for long, or until the code has changed; return at once if not alone.
+
+        Raises:
+            OSError: the socket cannot be made.
+        """
+        lock = os.open(
+            self._path.with_suffix(".lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600
+        )
         try:
-            async with Connections() as connections:
-                accepting = loop.create_task(self._accept(listener, connections))
-                try:
-                    await self._until_idle()
-                finally:
-                    # Out of the way first, so that no new command finds a helper that ends.
-                    with contextlib.suppress(OSError):
-                        if self._path.stat().st_ino == mine:
-                            self._path.unlink()
-                    accepting.cancel()
-                    if self._running:
-                        await asyncio.wait(self._running)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            return
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        scratch = self._path.with_suffix(".new")
+        try:
+            listener.setblocking(False)
+            scratch.unlink(missing_ok=True)
+            listener.bind(str(scratch))
+            listener.listen(BACKLOG)
+            scratch.replace(self._path)
+            async with Connections(persistent=True) as connections:
+                accepting = TaskSet()
+                accepting.start(self._accept(listener, connections), name="accept")
+                await self._until_idle()
+                # Out of the way first, so that no new command finds a helper that ends, and
+                # another helper may start while the last builds of this one run.
+                self._path.unlink(missing_ok=True)
+                os.close(lock)
+                lock = -1
+                await accepting.close()
+                listener.close()
+                while not await self._commands.drain(self._idle_seconds):
+                    continue
         finally:
             listener.close()
+            if lock >= 0:
+                os.close(lock)
 
     async def _until_idle(self) -> None:
-        while True:
-            self._idle.clear()
+        while not self._stopping:
+            self._changed.clear()
             try:
-                async with asyncio.timeout(IDLE_SECONDS):
-                    await (self._stop if self._running else self._idle).wait()
+                async with asyncio.timeout(None if self._running else self._idle_seconds):
+                    await self._changed.wait()
             except TimeoutError:
-                if not self._running:
-                    return
-            if self._stop.is_set():
                 return
 
     async def _accept(self, listener: socket.socket, connections: Connections) -> None:
         loop = asyncio.get_running_loop()
         while True:
             connection, _ = await loop.sock_accept(listener)
-            self._idle.set()
-            task = loop.create_task(self._serve_one(connection, connections))
-            self._running.add(task)
-            task.add_done_callback(self._finished)
-
-    def _finished(self, task: asyncio.Task[None]) -> None:
-        self._running.discard(task)
-        self._idle.set()
+            self._commands.start(self._serve_one(connection, connections), name="command")
 
     async def _serve_one(self, connection: socket.socket, connections: Connections) -> None:
         descriptors: list[int] = []
+        self._running += 1
+        self._changed.set()
         try:
             connection.setblocking(False)
-            if _peer_uid(connection) != os.getuid():
-                return
-            async with asyncio.timeout(REQUEST_SECONDS):
-                payload = await _receive(connection, descriptors)
-            invocation, mask = _invocation(payload, descriptors)
-            stale = self._stale()
-            if mask != UMASK or stale:
-                # Files would get other modes than the user expects, or the code is not the
-                # installed one any more; the command runs in its own process.
-                if stale:
-                    self._stop.set()
-                code = DECLINED
-            else:
-                code = await self._run(connection, invocation, connections)
-            with contextlib.suppress(OSError):
-                await asyncio.get_running_loop().sock_sendall(connection, code.to_bytes(4, "big"))
+            await self._serve_request(connection, descriptors, connections)
         except (OSError, TimeoutError, ValueError):
             # A command that went away, or no command of ours; it has nobody to tell.
             return
@@ -121,6 +121,26 @@ class Helper:
                 with contextlib.suppress(OSError):
                     os.close(file)
             connection.close()
+            self._running -= 1
+            self._changed.set()
+
+    async def _serve_request(
+        self, connection: socket.socket, descriptors: list[int], connections: Connections
+    ) -> None:
+        if peer_uid(connection) != os.getuid():
+            return
+        async with asyncio.timeout(REQUEST_SECONDS):
+            request = await read_request(connection, descriptors)
+        if self._stale():
+            # The code is not the installed one any more; the command runs in its own process.
+            self._stopping = True
+            return
+        loop = asyncio.get_running_loop()
+        await loop.sock_sendall(connection, TAKEN)
+        code = await self._run(connection, request, connections)
+        # Modules that this command has loaded are watched from now on.
+        self._sources = {**_source_times(), **self._sources}
+        await loop.sock_sendall(connection, code.to_bytes(4, "big"))
 
     def _stale(self) -> bool:
         now = _source_times()
@@ -132,85 +152,31 @@ class Helper:
         from offload_client.cli.build import build
 
         loop = asyncio.get_running_loop()
-        command = loop.create_task(guarded(invocation, build(invocation, connections)))
-        signal_code = INTERRUPTED
-        listening = loop.create_task(loop.sock_recv(connection, 1))
+        command = asyncio.ensure_future(guarded(invocation, build(invocation, connections)))
+        listening = asyncio.ensure_future(loop.sock_recv(connection, 1))
+        code = 0
         try:
-            while not command.done():
-                await asyncio.wait((command, listening), return_when=asyncio.FIRST_COMPLETED)
-                if listening.done() and not command.done():
-                    signal = listening.result()
-                    signal_code = TERMINATED if signal == b"T" else INTERRUPTED
-                    command.cancel()
-                    await asyncio.wait((command,))
-            if command.cancelled():
-                report(invocation, BuildCanceledError("canceled"))
-                return signal_code
-            return command.result()
+            await asyncio.wait((command, listening), return_when=asyncio.FIRST_COMPLETED)
+            if not command.done():
+                # A signal, or the end of a command that was killed.
+                code = TERMINATED if _received(listening) == b"T" else INTERRUPTED
+                command.cancel()
+                # However long that takes: the descriptors are in use until then.
+                await asyncio.wait((command,))
         finally:
             listening.cancel()
-            command.cancel()
-            with contextlib.suppress(OSError, ValueError):
-                invocation.stdout.flush()
-                invocation.stderr.flush()
+        if command.cancelled():
+            canceled = BuildCanceledError("canceled")
+            telling = in_thread(lambda: report(invocation, canceled), name="report")
+            await asyncio.wait((telling,), timeout=REPORT_SECONDS)
+            return code or INTERRUPTED
+        result = command.result()
+        # Cancelling may end in an error of something that was interrupted.
+        return code if code and result else result
 
 
-def _invocation(payload: bytes, descriptors: list[int]) -> tuple[Invocation, int]:
-    fields = payload.decode("utf-8", "surrogateescape").split("\0")
-    cwd, mask, count = fields[0], int(fields[1]), int(fields[2])
-    if len(descriptors) != 3:
-        raise ValueError("three descriptors are expected")
-    environment: Mapping[str, str] = dict(
-        field.split("=", 1) for field in fields[3 + count :] if "=" in field
-    )
-    invocation = Invocation(
-        arguments=fields[3 : 3 + count],
-        cwd=Path(cwd),
-        environment=environment,
-        stdin=descriptors[0],
-        stdout=text_stream(descriptors[1]),
-        stderr=text_stream(descriptors[2]),
-        resident=True,
-    )
-    return invocation, mask
-
-
-async def _receive(connection: socket.socket, descriptors: list[int]) -> bytes:
-    loop = asyncio.get_running_loop()
-    ready = asyncio.Event()
-    loop.add_reader(connection, ready.set)
-    try:
-        await ready.wait()
-    finally:
-        loop.remove_reader(connection)
-    size = array.array("i").itemsize
-    head, ancillary, _, _ = connection.recvmsg(4, socket.CMSG_SPACE(3 * size))
-    for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            received = array.array("i")
-            received.frombytes(data[: len(data) - len(data) % size])
-            descriptors.extend(received)
-    while len(head) < 4:
-        part = await loop.sock_recv(connection, 4 - len(head))
-        if not part:
-            raise ValueError("the request is cut off")
-        head += part
-    length = int.from_bytes(head, "big")
-    if length > MAX_REQUEST_BYTES:
-        raise ValueError("the request is too long")
-    payload = bytearray()
-    while len(payload) < length:
-        part = await loop.sock_recv(connection, min(1 << 16, length - len(payload)))
-        if not part:
-            raise ValueError("the request is cut off")
-        payload += part
-    return bytes(payload)
-
-
-def _peer_uid(connection: socket.socket) -> int:
-    data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    uid: int = struct.unpack("3i", data)[1]
-    return uid
+def _received(listening: asyncio.Future[bytes]) -> bytes:
+    return b"" if listening.exception() is not None else listening.result()
 
 
 def _source_times() -> dict[str, int]:
@@ -226,14 +192,34 @@ def _source_times() -> dict[str, int]:
 
 def main() -> None:
     """Serve the socket named on the command line."""
-    # Everything a build needs is imported before the first command arrives.
-    import grpc.aio  # noqa: F401
+    import importlib
 
-    import offload_client.build.runner
-    import offload_client.cli.build  # noqa: F401
+    # Everything a build needs is imported before the first command arrives.
+    for name in (
+        "grpc.aio",
+        "google.rpc.error_details_pb2",
+        "offload_client.build.runner",
+        "offload_client.cli.build",
+        "offload_client.context.scan",
+        "offload_client.context.statindex",
+        "offload_client.dockerauth",
+        "offload_client.load.loader",
+        "offload_client.progress.plain",
+        "offload_client.progress.tty",
+        "docker",
+        "zstandard",
+    ):
+        # Two of them are optional for a client.
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    # What is loaded stays; the collector need not look at it again and again.
+    gc.collect()
+    gc.freeze()
+    path = Path(sys.argv[1])
+    idle_seconds = float(sys.argv[2]) if len(sys.argv) > 2 else IDLE_SECONDS
 
     async def serve() -> None:
-        await Helper(Path(sys.argv[1])).serve()
+        await Helper(path, idle_seconds).serve()
 
     asyncio.run(serve())
 

@@ -3,9 +3,10 @@
 Importing gRPC and its messages costs a Python process more than a warm build takes. So a command
 hands its arguments, directory, environment and three descriptors to a helper of the same user,
 and waits for an exit code. Wire format over a unix stream socket: 4 bytes length, then fields
-separated by NUL: cwd, umask, number of arguments, arguments, `NAME=VALUE`...; descriptors 0, 1
-and 2 travel with the first byte (SCM_RIGHTS). Back come 4 bytes of exit code; a lone `I` or `T`
-sent meanwhile means SIGINT or SIGTERM. An exit code of `DECLINED` says: run it yourself.
+separated by NUL: cwd, number of arguments, arguments, `NAME=VALUE`...; descriptors 0, 1 and 2
+travel with the first byte (SCM_RIGHTS). Back comes `TAKEN` as soon as the helper has taken the
+command, and 4 bytes of exit code at its end; a lone `I` or `T` sent meanwhile means SIGINT or
+SIGTERM. A connection that ends before `TAKEN` says: run it yourself.
 """
 
 from __future__ import annotations
@@ -13,22 +14,51 @@ from __future__ import annotations
 import os
 import sys
 
-DECLINED = 0xFFFF
+TAKEN = b"+"
+TAKE_SECONDS = 2.0
 IN_PROCESS_ONLY = frozenset(("--help", "-h", "--version"))
+HELPER_DIED = 70
+MAX_PATH_BYTES = 100
+"""sun_path has 108 bytes (unix(7)); the helper adds a suffix while it starts."""
 
 
 def helper_enabled(environment: os._Environ[str] | dict[str, str]) -> bool:
-    """Return whether a helper may be used: not in pipelines, and not when OFFLOAD_RESIDENT=0."""
+    """Return whether a helper may be used.
+
+    Not in pipelines, which set CI or OFFLOAD_TOKEN, and not with OFFLOAD_RESIDENT=0.
+    """
     setting = environment.get("OFFLOAD_RESIDENT", "")
-    return setting == "1" or (setting != "0" and not environment.get("CI"))
+    if setting in ("0", "1"):
+        return setting == "1"
+    return not environment.get("CI") and not environment.get("OFFLOAD_TOKEN")
 
 
 def socket_path(environment: os._Environ[str] | dict[str, str]) -> str:
-    """Return where the helper of this user and this installation listens."""
-    base = environment.get("XDG_RUNTIME_DIR")
-    folder = f"{base}/offload" if base else f"/tmp/offload-{os.getuid()}"  # noqa: S108 - 0700, checked
-    # One helper per installation: another virtual environment may hold other code.
-    return f"{folder}/{abs(_stable_hash(__file__)):x}.sock"
+    """Return where a helper listens that sees the system as this process does."""
+    # One per installation, as another virtual environment may hold other code; and one for each
+    # view of the system: files would get other modes, paths and addresses mean something else,
+    # docker's socket may not be open to a helper of before the user joined its group.
+    view = (__file__, _umask(), os.getgroups(), *map(_inode, ("ns/mnt", "ns/net", "root")))
+    name = f"{_stable_hash(repr(view)):x}.sock"
+    base = environment.get("XDG_RUNTIME_DIR", "")
+    path = f"{base}/offload/{name}"
+    if base.startswith("/") and len(path.encode("utf-8", "surrogateescape")) <= MAX_PATH_BYTES:
+        return path
+    return f"/tmp/offload-{os.getuid()}/{name}"  # noqa: S108 - 0700 and its owner are checked
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def _inode(name: str) -> tuple[int, int]:
+    try:
+        status = os.stat(f"/proc/self/{name}")  # noqa: PTH116 - pathlib is an import
+    except OSError:
+        return 0, 0
+    return status.st_dev, status.st_ino
 
 
 def run_in_helper(arguments: list[str]) -> int | None:
@@ -52,28 +82,33 @@ def _run(path: str, arguments: list[str]) -> int | None:
     import _socket
 
     connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
-    connection.settimeout(2.0)
+    connection.settimeout(TAKE_SECONDS)
     try:
         connection.connect(path)
-        mask = os.umask(0o077)
-        os.umask(mask)
-        fields = [os.getcwd(), str(mask), str(len(arguments)), *arguments]  # noqa: PTH109
+        fields = [os.getcwd(), str(len(arguments)), *arguments]  # noqa: PTH109
         fields += [f"{name}={value}" for name, value in os.environ.items()]
         payload = "\0".join(fields).encode("utf-8", "surrogateescape")
         descriptors = b"".join(number.to_bytes(4, sys.byteorder) for number in (0, 1, 2))
         head = len(payload).to_bytes(4, "big")
         connection.sendmsg([head], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, descriptors)])
         connection.sendall(payload)
-        connection.settimeout(None)
+        if connection.recv(1) != TAKEN:
+            connection.close()
+            return None
     except OSError:
         connection.close()
         return None
 
     def forward(number: int, _frame: object) -> None:
-        connection.send(b"I" if number == _signal.SIGINT else b"T")
-        # A second one ends the command at once; the helper sees the connection close.
+        # A second one ends this process at once; the helper sees the connection close.
         _signal.signal(number, _signal.SIG_DFL)
+        try:
+            connection.send(b"I" if number == _signal.SIGINT else b"T")
+        except OSError:
+            # The helper is gone, which the main thread sees as well.
+            return
 
+    connection.settimeout(None)
     _signal.signal(_signal.SIGINT, forward)
     _signal.signal(_signal.SIGTERM, forward)
     data = b""
@@ -83,11 +118,23 @@ def _run(path: str, arguments: list[str]) -> int | None:
         except OSError:
             part = b""
         if not part:
-            sys.stderr.write("ERROR: the resident helper died; run the command again\n")
-            return 70
+            return _died()
         data += part
-    code = int.from_bytes(data, "big")
-    return None if code == DECLINED else code
+    return int.from_bytes(data, "big")
+
+
+def _died() -> int:
+    # It may have hidden the cursor.
+    show = "\x1b[?25h\n" if os.isatty(2) else ""
+    text = (
+        f"{show}ERROR: the resident helper of offload-build was killed, and the build with it; "
+        "run the command again\n"
+    )
+    try:
+        os.write(2, text.encode())
+    except OSError:
+        return HELPER_DIED
+    return HELPER_DIED
 
 
 def _stable_hash(text: str) -> int:
