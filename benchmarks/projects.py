@@ -44,7 +44,7 @@ RUN head -c 30000000 /dev/urandom > /runtime
 RUN seq 5000000 8000000 > /words
 COPY --from=build /artifact /artifact
 """
-"""8 steps, 140 MB of layers; 92 MB of them are in the final image, 72 MB when packed."""
+"""10 steps, 140 MB of layers, 92 MB in the final image: 62 MB with zstd (ours), 72 MB with gzip."""
 
 
 def small_project(folder: Path) -> Path:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what this checkout needs: `deploy/setup.sh demo` for building and the demo,
 # `deploy/setup.sh test` for the tests and benchmarks as well. Safe to run again; what is there is
-# left alone. Needs Python 3.11+, Go 1.26+ and, for missing Debian packages, root.
+# left alone. Needs Python 3.11+, Go 1.26.8+ and, for missing Debian packages, root.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 what=${1:-demo}
@@ -58,7 +58,7 @@ if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ] || [ requirements.lock -
 fi
 
 # --- Go programs, by package name, from modules that pin their versions.
-command -v go >/dev/null 2>&1 || die "Go 1.26 or newer is needed to build BuildKit; install it and run this again"
+command -v go >/dev/null 2>&1 || die "Go 1.26.8 or newer is needed to build BuildKit; install it and run this again"
 go_tool() { # go_tool PROGRAM MODULE_DIR PACKAGE
   if [ ! -x "$tools/$1" ] || [ "$2/go.mod" -nt "$tools/$1" ]; then
     say "building $1 (some minutes)"

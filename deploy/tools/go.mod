@@ -1,6 +1,6 @@
 module offload.build/deploy/tools
 
-go 1.26
+go 1.26.8
 
 tool (
 	github.com/moby/buildkit/cmd/buildctl

@@ -7,6 +7,7 @@ name the source, the key and what is allowed. Sizes and durations are strings wi
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 import types
 import typing
@@ -121,8 +122,9 @@ def convert(raw: Any, field: dataclasses.Field[Any], hint: Any, *, source: str) 
         return _plain(raw, hint)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error.message}") from error
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{source}: {raw!r} is not {_type_name(hint)}") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        shown = "***" if field.metadata.get("secret") else repr(raw)
+        raise ConfigError(f"{source}: {shown} is not {_type_name(hint)}") from error
 
 
 def _plain(raw: Any, hint: Any) -> Any:
@@ -135,9 +137,18 @@ def _plain(raw: Any, hint: Any) -> Any:
         return _checked(raw, dict)
     if hint is Path:
         return Path(_checked(raw, str)).expanduser()
-    if isinstance(raw, bool):
+    if hint is str:
+        return _checked(raw, str)
+    return _number(raw, hint)
+
+
+def _number(raw: Any, hint: Any) -> Any:
+    if isinstance(raw, bool) or (hint is int and isinstance(raw, float)):
         raise ValueError(raw)
-    return _checked(raw, str) if hint is str else hint(raw)
+    value = hint(raw)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(raw)
+    return value
 
 
 def _checked(raw: Any, kind: type) -> Any:

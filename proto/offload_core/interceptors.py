@@ -12,7 +12,7 @@ import structlog
 from grpc import aio
 
 from offload_core.errors import InternalError, OffloadError, find_offload_error
-from offload_core.status import TRAILER, pack_status
+from offload_core.status import TRAILER, clipped, pack_status
 from offload_core.versions import check_version
 
 if TYPE_CHECKING:
@@ -143,5 +143,6 @@ class ErrorInterceptor(aio.ServerInterceptor):
 
 async def abort_with(context: aio.ServicerContext[Any, Any], error: OffloadError) -> None:
     """End a call with an error that the other side can restore."""
+    error = clipped(error)
     context.set_trailing_metadata(((TRAILER, pack_status(error)),))
     await context.abort(_STATUS_BY_NUMBER[error.status_code], error.message)

@@ -9,12 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol, cast
 
 from offload_core.errors import (
+    AccessDeniedError,
     AuthenticationError,
     BuildCanceledError,
-    GatewayUnreachableError,
     InternalError,
+    NotFoundError,
     OffloadError,
-    QueueTimeoutError,
+    QuotaExceededError,
+    UsageError,
     VersionError,
     error_for_reason,
 )
@@ -24,12 +26,15 @@ if TYPE_CHECKING:
 
 DOMAIN = "offload"
 TRAILER = "grpc-status-details-bin"
+MAX_MESSAGE_CHARACTERS = 1000
+"""A message travels twice, escaped and in base64; gRPC refuses more than 8 KiB of trailers."""
 
 _BY_CODE: dict[int, type[OffloadError]] = {
     1: BuildCanceledError,
-    4: QueueTimeoutError,
-    12: VersionError,
-    14: GatewayUnreachableError,
+    3: UsageError,
+    5: NotFoundError,
+    7: AccessDeniedError,
+    8: QuotaExceededError,
     16: AuthenticationError,
 }
 
@@ -45,6 +50,14 @@ class RpcFailure(Protocol):
 
     def trailing_metadata(self) -> Iterable[tuple[str, str | bytes]] | None:
         """Return the trailers."""
+
+
+def clipped(error: OffloadError) -> OffloadError:
+    """Return an error whose message fits into trailers."""
+    text = error.message
+    if len(text) <= MAX_MESSAGE_CHARACTERS:
+        return error
+    return type(error)(f"{text[:MAX_MESSAGE_CHARACTERS]}...", hint=error.hint)
 
 
 def pack_status(error: OffloadError) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 import socket
 import ssl
 from typing import Any
@@ -18,6 +19,10 @@ from offload_core.tls import ENROLL_NAME
 
 CONNECT_SECONDS = 10.0
 FINGERPRINT_CHARACTERS = 32
+MAX_PORT = 65_535
+_ADDRESS = re.compile(
+    r"(?:\[(?P<v6>[0-9A-Fa-f:.]+(?:%[\w.-]+)?)\]|(?P<host>[^\s:/\[\]@]+))(?::(?P<port>[0-9]{1,5})?)?"
+)
 
 
 def split_address(address: str, *, default_port: int = 7443) -> tuple[str, int]:
@@ -27,14 +32,10 @@ def split_address(address: str, *, default_port: int = 7443) -> tuple[str, int]:
         ConfigError: it is none of these.
     """
     text = address.strip().removeprefix("https://").rstrip("/")
-    if text.startswith("["):
-        host, _, rest = text[1:].partition("]")
-        port = rest.removeprefix(":")
-    else:
-        host, _, port = text.partition(":")
-    if not host or (port and not port.isdigit()) or "/" in text:
+    match = _ADDRESS.fullmatch(text)
+    if match is None or int(match["port"] or 0) > MAX_PORT:
         raise ConfigError(f'"{address}" is not an address; write https://HOST:PORT')
-    return host, int(port or default_port)
+    return match["v6"] or match["host"], int(match["port"] or default_port)
 
 
 def join_address(host: str, port: int) -> str:

@@ -78,6 +78,24 @@ def test_load_brings_only_missing_layers_and_the_image_runs(
     assert note_in(engine, name) == "second\n"
 
 
+def test_image_id_after_load_is_the_one_of_the_engine(
+    pool: Pool, engine: DockerEngine, tmp_path: Path
+) -> None:
+    member = pool.member(DOCKER_HOST=engine.host)
+    context = make_context(tmp_path / "c", STEPS, note="by id\n")
+    result = member.run("offload-build", "-q", "--load", "--iidfile", tmp_path / "iid", context)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    image_id = (tmp_path / "iid").read_text()
+    assert result.stdout == f"{image_id}\n"
+    assert note_in(engine, image_id) == "by id\n"
+    loud = member.build("--load", context)
+    assert loud.returncode == 0, loud.stderr
+    assert loud.stdout == ""
+    assert "image.loaded" not in loud.stderr
+    assert "image.loaded" in member.build("--load", context, OFFLOAD_DEBUG="1").stderr
+
+
 def test_load_without_an_engine_says_what_to_do(member: Member, tmp_path: Path) -> None:
     context = make_context(tmp_path / "c", "RUN echo x > /x\n")
     result = member.build(
@@ -118,7 +136,21 @@ def test_push_with_a_wrong_login_is_its_own_exit_code(
     assert "wrong" not in result.stderr
 
 
+def test_damaged_docker_configuration_is_a_warning(
+    pool: Pool, registry: DockerRegistry, tmp_path: Path
+) -> None:
+    member = pool.member()
+    (member.home / ".docker").mkdir()
+    (member.home / ".docker" / "config.json").write_text('{"auths": ')
+    context = make_context(tmp_path / "c", "RUN echo pushed > /pushed\n")
+    result = member.build("-t", f"{registry.address}/team/app:3", "--push", context)
+    # The build went on without a login, which this registry wants.
+    assert result.returncode == 8, result.stderr
+    assert result.stderr.count("config.json is not valid JSON") == 1
+    assert re.search(r"(?m)^.*WARNING.*config.json is not valid JSON", result.stderr)
+
+
 def test_push_without_a_tag_is_refused(member: Member, tmp_path: Path) -> None:
     result = member.build("--push", make_context(tmp_path / "c"))
-    assert result.returncode == 125, result.stderr
+    assert result.returncode == 1, result.stderr
     assert "tag is needed when pushing" in result.stderr

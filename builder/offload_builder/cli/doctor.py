@@ -77,7 +77,10 @@ def _minio() -> Check:
 
 
 def _overlayfs() -> Check:
-    ok = "overlay" in Path("/proc/filesystems").read_text() or Path("/sys/module/overlay").exists()
+    listed = Path("/proc/filesystems")
+    ok = Path("/sys/module/overlay").exists() or (
+        listed.exists() and "overlay" in listed.read_text()
+    )
     detail = "supported" if ok else "not listed by the kernel"
     remedy = "load it with 'modprobe overlay'; without it snapshots are slow copies"
     return Check("overlayfs", ok, detail, remedy, required=False)
@@ -94,7 +97,7 @@ def _cgroups() -> Check:
 
 
 def _disk(data: Path) -> Check:
-    folder = data
+    folder = data.absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free

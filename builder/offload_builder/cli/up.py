@@ -20,10 +20,15 @@ from offload_core.trust import join_address, split_address
 
 if TYPE_CHECKING:
     from offload_builder.gateway.app import Gateway
+    from offload_builder.provider.process import SupervisedProcess
 
 READY_SECONDS = 60.0
-STOP_SECONDS = 70.0
+STOP_SECONDS = 110.0
+"""A node drains for 60 s (`drain_timeout`), and then ends its BuildKits."""
 MAX_NODES = 32
+MAX_DEATHS = 3
+"""A child that ends so often while the pool starts will not come up."""
+POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,13 @@ class ObjectStorage:
     show_default=True,
     help="Address of this machine that nodes listen on.",
 )
-@click.option("--slots", default=4, show_default=True, help="Builds at once per node.")
+@click.option(
+    "--slots",
+    default=4,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Builds at once per node.",
+)
 @click.option(
     "--log-level",
     default="warning",
@@ -136,11 +147,12 @@ class Pool:
 
     async def run(self, s3_url: str | None, *, minio: bool) -> None:
         """Start, print what to type next, and serve until cancelled."""
+        from offload_builder.datalock import DataLock
         from offload_builder.gateway.app import Gateway
         from offload_builder.gateway.config import GatewayConfig
 
-        self._data.mkdir(parents=True, exist_ok=True)
         async with AsyncExitStack() as stack:
+            await stack.enter_async_context(DataLock(self._data, "offload-builder up"))
             storage = await self._storage(stack, s3_url, minio=minio)
             gateway = await stack.enter_async_context(
                 Gateway(
@@ -151,9 +163,16 @@ class Pool:
                     )
                 )
             )
-            names = await self._start_nodes(stack, gateway, storage)
-            await self._wait_attached(gateway, names)
-            self._announce(gateway, names, storage)
+            token = gateway.take_first_token()
+            try:
+                nodes = await self._start_nodes(stack, gateway, storage)
+                await self._wait_attached(gateway, nodes)
+            except BaseException:
+                if token:
+                    # It exists now and is not made again; without it nobody could log in.
+                    click.echo(f"The pool did not start. Its first token, shown only now: {token}")
+                raise
+            self._announce(gateway, [node.name for node in nodes], storage, token)
             try:
                 await asyncio.Event().wait()
             finally:
@@ -174,18 +193,21 @@ class Pool:
             f"http://{address}", "offload", secrets.token_hex(10), secrets.token_hex(20)
         )
         spec = minio_process(address, self._data / "minio", storage.access_key, storage.secret_key)
-        await stack.enter_async_context(SupervisedProcess(spec))
-        await wait_for_port(address)
+        process = await stack.enter_async_context(SupervisedProcess(spec))
+        await wait_for_port(address, process)
         return storage
 
     async def _start_nodes(
         self, stack: AsyncExitStack, gateway: Gateway, storage: ObjectStorage | None
-    ) -> list[str]:
-        from offload_builder.provider.process import SupervisedProcess, node_process
+    ) -> list[SupervisedProcess]:
+        from offload_builder.provider.process import SupervisedProcess, node_process, stop_all
 
-        names = [f"node-{number}" for number in range(1, self._nodes + 1)]
-        for name in names:
-            address = join_address(self._node_host, free_port(self._node_host))
+        nodes: list[SupervisedProcess] = []
+        stack.push_async_callback(stop_all, nodes)
+        # The kernel chooses the port, also after a restart, and the node tells the gateway.
+        address = join_address(self._node_host, 0)
+        for number in range(1, self._nodes + 1):
+            name = f"node-{number}"
             settings = {
                 "gateway": gateway.address,
                 "data": str(self._data / name),
@@ -196,28 +218,58 @@ class Pool:
                 "log_level": self._log_level,
                 **(storage.node_settings() if storage else {}),
             }
-            if not (self._data / name / "identity" / "node_id").exists():
+            if not self._is_enrolled(name):
                 settings["token"] = await gateway.create_node_token(name)
             spec = node_process(name, settings, self._data / name / "node.log", STOP_SECONDS)
-            await stack.enter_async_context(SupervisedProcess(spec))
-        return names
+            process = SupervisedProcess(spec)
+            nodes.append(process)
+            await process.__aenter__()
+        return nodes
 
-    async def _wait_attached(self, gateway: Gateway, names: list[str]) -> None:
+    def _is_enrolled(self, name: str) -> bool:
+        from offload_builder.node.enrolment import load_identity, needs_renewal
+
         try:
-            async with asyncio.timeout(READY_SECONDS):
-                await gateway.wait_for_nodes(names)
-        except TimeoutError:
-            missing = sorted(set(names) - set(gateway.attached_nodes()))
-            raise GatewayUnreachableError(
-                f"{missing[0]} did not start within {READY_SECONDS:.0f} s; "
-                f"its log is {self._data / missing[0] / 'node.log'}"
-            ) from None
+            identity = load_identity(self._data / name / "identity")
+        except OSError as error:
+            raise ConfigError(f"cannot read the identity of {name}: {error.strerror}") from error
+        return identity is not None and not needs_renewal(identity)
 
-    def _announce(self, gateway: Gateway, names: list[str], storage: ObjectStorage | None) -> None:
+    async def _wait_attached(self, gateway: Gateway, nodes: list[SupervisedProcess]) -> None:
+        names = [node.name for node in nodes]
+        attached = asyncio.ensure_future(gateway.wait_for_nodes(names))
+        deadline = asyncio.get_running_loop().time() + READY_SECONDS
+        try:
+            while not attached.done():
+                await asyncio.wait((attached,), timeout=POLL_SECONDS)
+                for node in nodes:
+                    if node.deaths >= MAX_DEATHS and node.name not in gateway.attached_nodes():
+                        raise self._not_started(node, "ends again and again")
+                if asyncio.get_running_loop().time() > deadline:
+                    missing = set(names) - set(gateway.attached_nodes())
+                    late = [node for node in nodes if node.name in missing] or nodes
+                    raise self._not_started(late[0], f"did not start in {READY_SECONDS:.0f} s")
+            attached.result()
+        finally:
+            attached.cancel()
+
+    def _not_started(self, node: SupervisedProcess, what: str) -> GatewayUnreachableError:
+        last = node.log_tail(1)
+        return GatewayUnreachableError(
+            f"{node.name} {what}; its log is {self._data / node.name / 'node.log'}"
+            + (f" and ends with: {last}" if last else "")
+        )
+
+    def _announce(
+        self,
+        gateway: Gateway,
+        names: list[str],
+        storage: ObjectStorage | None,
+        token: str | None,
+    ) -> None:
         shared = (
             f"{storage.endpoint}, bucket {storage.bucket}" if storage else "none (one node's disk)"
         )
-        token = gateway.take_first_token()
         click.echo(f"Gateway       https://{gateway.address}")
         click.echo(f"Nodes         {', '.join(names)}")
         click.echo(f"Shared cache  {shared}")
@@ -225,8 +277,10 @@ class Pool:
         if token:
             click.echo("Log in with this token, which is shown only now, and build:")
         else:
+            click.echo("Log in with your token, and build. A new token is made with")
             click.echo(
-                "Log in with your token ('offload-builder token create' makes one), and build:"
+                f"  offload-builder token create NAME --role member "
+                f"--data-dir {self._data / 'gateway'}"
             )
         click.echo(f"  offload login https://{gateway.address} --token {token or 'TOKEN'}")
         click.echo("  offload-build -t hello --load .")
@@ -238,7 +292,13 @@ def parse_s3_url(url: str, environment: os._Environ[str] | dict[str, str]) -> Ob
     Raises:
         ConfigError: not such a URL, or the keys are not in the environment.
     """
-    parts = urlsplit(url)
+    from offload_builder.node.config import check_bucket
+
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        parts = urlsplit("")
     bucket, _, prefix = unquote(parts.path).strip("/").partition("/")
     if parts.scheme not in ("http", "https") or not parts.hostname or not bucket:
         raise ConfigError(f'"{url}" is not an S3 URL; write http[s]://HOST[:PORT]/BUCKET[/PREFIX]')
@@ -252,6 +312,7 @@ def parse_s3_url(url: str, environment: os._Environ[str] | dict[str, str]) -> Ob
         raise ConfigError(
             "--s3 needs AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment"
         )
+    check_bucket(bucket)
     return ObjectStorage(f"{parts.scheme}://{parts.netloc}", bucket, access, secret, prefix)
 
 
@@ -264,23 +325,24 @@ def free_port(host: str) -> int:
         return port
 
 
-async def wait_for_port(address: str) -> None:
-    """Wait until something listens.
+async def wait_for_port(address: str, process: SupervisedProcess) -> None:
+    """Wait until a child listens.
 
     Raises:
-        ConfigError: nothing does after a while.
+        ConfigError: it does not after a while, or ends again and again.
     """
     host, port = split_address(address)
-    try:
-        async with asyncio.timeout(READY_SECONDS):
-            while True:
-                try:
-                    _, writer = await asyncio.open_connection(host, port)
-                except OSError:
-                    await asyncio.sleep(0.05)
-                    continue
-                writer.close()
-                await writer.wait_closed()
-                return
-    except TimeoutError:
-        raise ConfigError(f"nothing listens at {address} after {READY_SECONDS:.0f} s") from None
+    deadline = asyncio.get_running_loop().time() + READY_SECONDS
+    while True:
+        try:
+            _, writer = await asyncio.open_connection(host, port)
+        except OSError:
+            if process.deaths >= MAX_DEATHS or asyncio.get_running_loop().time() > deadline:
+                raise ConfigError(
+                    f"{process.name} does not start; its last words: {process.log_tail(1)}"
+                ) from None
+            await asyncio.sleep(POLL_SECONDS / 2)
+            continue
+        writer.close()
+        await writer.wait_closed()
+        return

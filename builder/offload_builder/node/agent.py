@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import sqlite3
 import time
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Self
 import structlog
 
 from offload_builder.node.clientlink import ClientLink
+from offload_builder.node.faults import storage_error
 from offload_builder.node.gatewaylink import GatewayLink
 from offload_builder.node.job import BuildJob
 from offload_builder.node.journal import Journal
@@ -25,7 +27,8 @@ from offload_cache.s3store import S3Config, S3Store
 from offload_cache.statistics import CacheStatistics
 from offload_core import VERSION
 from offload_core.aio import TaskSet, finish
-from offload_core.errors import AccessDeniedError, NotFoundError
+from offload_core.errors import NodeLostError, NotFoundError, QueueTimeoutError
+from offload_core.trust import join_address, split_address
 from offload_proto.v1.builds_service_pb2 import BuildState
 from offload_proto.v1.nodes_service_pb2 import BuildUpdate, Heartbeat, Hello
 
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 
     from offload_builder.node.config import NodeConfig
     from offload_builder.node.enrolment import NodeIdentity
+    from offload_proto.v1.builds_service_pb2 import Ticket
     from offload_proto.v1.node_service_pb2 import Result, Start
 
 log = structlog.get_logger(__name__)
@@ -41,16 +45,21 @@ log = structlog.get_logger(__name__)
 LOG_SECONDS = 300.0
 CANCEL_SECONDS = 10.0
 CONCLUDE_SECONDS = 2.0
+LEAVE_SECONDS = 5.0
+"""After a drain: for cancelled builds to tell their clients, and for the last news to be sent."""
 MIN_DISK_FREE_BYTES = 512 << 20
 
 
 @dataclass
 class _Running:
-    """A build that is here."""
+    """A build that is here, from its ticket until its client has left."""
 
-    job: BuildJob
+    job: BuildJob | None = None
+    """None while its project is being opened."""
     task: asyncio.Task[Result] | None = None
     canceled: str = ""
+    over: bool = False
+    """It has ended and its slot is free; the client may still fetch the image."""
 
 
 class NodeAgent:
@@ -70,6 +79,10 @@ class NodeAgent:
         self._empty = asyncio.Event()
         self._empty.set()
         self._background = TaskSet(self._crashed)
+        self._publishing = TaskSet(self._crashed)
+        # As many exports as builds; more would only slow each other down, and the next builds.
+        self._export_slots = asyncio.Semaphore(max(1, config.slots))
+        self._exporting = 0
         self._stack = AsyncExitStack()
         self._store: NodeStore
         self._registry_server: RegistryServer
@@ -104,6 +117,7 @@ class NodeAgent:
             )
             self._projects = await stack.enter_async_context(ProjectPool(self.config, self._store))
             stack.push_async_callback(self._background.close)
+            stack.push_async_callback(self._publishing.close)
             self._background.start(self._projects.reap(), name="projects.reap")
             self._stack = stack.pop_all()
         return self
@@ -125,14 +139,19 @@ class NodeAgent:
     def hello(self) -> Hello:
         """Introduce the node."""
         return Hello(
-            endpoints=self.config.advertise,
+            endpoints=[self._with_port(address) for address in self.config.advertise],
             relay_endpoint=self.config.relay_address or self._listening,
             platforms=self.config.native_platforms(),
             slots=self.config.slots,
             version=VERSION,
             buildkit_version="",
-            running_build_ids=list(self._builds),
+            running_build_ids=[key for key, found in self._builds.items() if not found.over],
         )
+
+    def _with_port(self, address: str) -> str:
+        """Return an advertised address; port 0 stands for the one that the node listens on."""
+        host, port = split_address(address)
+        return address if port else join_address(host, split_address(self._listening)[1])
 
     def heartbeat(self) -> Heartbeat:
         """Describe the node now."""
@@ -142,8 +161,11 @@ class NodeAgent:
         if free < MIN_DISK_FREE_BYTES:
             health = f"only {free >> 20} MiB are free on the disk"
         return Heartbeat(
-            running=len(self._builds), draining=self._draining, disk_free_bytes=free, health=health
+            running=self._busy(), draining=self._draining, disk_free_bytes=free, health=health
         )
+
+    def _busy(self) -> int:
+        return sum(not running.over for running in self._builds.values())
 
     def trust_gateway(self, ticket_key_pem: bytes) -> None:
         """Take the gateway's ticket key."""
@@ -155,7 +177,10 @@ class NodeAgent:
         self._reserved = {key: until for key, until in self._reserved.items() if until > now}
         if self._draining:
             return "the node is draining"
-        if len(self._builds) + len(self._reserved) >= self.config.slots:
+        if build_id in self._builds:
+            return "the build is at this node already"
+        others = len(self._reserved) - (build_id in self._reserved)
+        if self._busy() + others >= self.config.slots:
             return "all slots of the node are taken"
         self._reserved[build_id] = now + hold_seconds
         log.debug("build.reserved", build_id=build_id, project_id=project_id)
@@ -180,25 +205,31 @@ class NodeAgent:
         """Redeem a ticket and make the build known.
 
         Raises:
-            AccessDeniedError: the ticket is not valid here and now.
+            AccessDeniedError: the ticket is not valid.
+            QueueTimeoutError: the client came too late, its slot was given away.
+            NodeLostError: the node is about to stop, or cannot open the project.
+            QuotaExceededError: the disk is full.
         """
         ticket = self.tickets.redeem(start.ticket, member=member)
-        if ticket.build_id not in self._reserved:
-            raise AccessDeniedError("the slot of this build was given away; start the build again")
-        runtime = await self._projects.runtime(ticket.project_id)
-        journal = Journal(self.config.data / "journals" / ticket.build_id)
-        job = BuildJob(
-            ticket,
-            start,
-            runtime,
-            self.registry,
-            self._registry_server.address,
-            ClientLink(),
-            journal,
-        )
-        self._reserved.pop(ticket.build_id, None)
-        self._builds[ticket.build_id] = _Running(job)
+        if self._draining:
+            raise NodeLostError("the node is shutting down; start the build again")
+        if self._reserved.pop(ticket.build_id, None) is None:
+            raise QueueTimeoutError(
+                "this build came too late to its node, its slot was given away; "
+                "start the build again"
+            )
+        # From here on the slot is this build's, whatever happens while its project is opened.
+        running = self._builds[ticket.build_id] = _Running()
         self._empty.clear()
+        try:
+            job = running.job = await self._open(ticket, start)
+        except BaseException as error:
+            self._forget(ticket.build_id)
+            state, reason = BuildState.BUILD_STATE_FAILED, str(error)
+            if isinstance(error, asyncio.CancelledError):
+                state, reason = BuildState.BUILD_STATE_CANCELED, "the client went away"
+            self.link.report(BuildUpdate(build_id=ticket.build_id, state=state, error=reason))
+            raise
         self.link.beat()
         self._background.start(self._send_log(job), name=f"log.{job.build_id}")
         log.info(
@@ -210,6 +241,22 @@ class NodeAgent:
         self._report(job, BuildState.BUILD_STATE_RUNNING)
         return job
 
+    async def _open(self, ticket: Ticket, start: Start) -> BuildJob:
+        try:
+            runtime = await self._projects.runtime(ticket.project_id)
+        except (OSError, sqlite3.Error) as error:
+            raise storage_error("open the project", error) from error
+        journal = Journal(self.config.data / "journals" / ticket.build_id)
+        return BuildJob(
+            ticket,
+            start,
+            runtime,
+            self.registry,
+            self._registry_server.address,
+            ClientLink(),
+            journal,
+        )
+
     def job(self, build_id: str, *, member: str) -> BuildJob:
         """Return a build that is here.
 
@@ -217,7 +264,7 @@ class NodeAgent:
             NotFoundError: there is none, or it belongs to somebody else.
         """
         running = self._builds.get(build_id)
-        if running is None or running.job.member != member:
+        if running is None or running.job is None or running.job.member != member:
             raise NotFoundError(f"there is no build {build_id} of yours on this node")
         return running.job
 
@@ -236,11 +283,19 @@ class NodeAgent:
             await finish(asyncio.wait((work,)), CANCEL_SECONDS)
             raise
         if work.cancelled():
-            return None, self._builds[job.build_id].canceled
+            return None, running.canceled or "the build was interrupted at the node"
         return work.result(), ""
 
     def finished(self, job: BuildJob, result: Result | None, reason: str) -> None:
-        """Report the end of a build and publish its cache in the background."""
+        """Report the end of a build, give back its slot, publish its cache in the background.
+
+        The first call counts.
+        """
+        running = self._builds.get(job.build_id)
+        if running is None or running.over:
+            return
+        running.over = True
+        self.link.beat()
         publish = False
         if result is None:
             ending = (BuildState.BUILD_STATE_CANCELED, reason)
@@ -253,7 +308,8 @@ class NodeAgent:
         self._background.start(self._conclude(job, *ending), name=f"conclude.{job.build_id}")
         log.info("build.finished", build_id=job.build_id, publish=publish, reason=reason)
         if publish:
-            self._background.start(self._publish(job), name=f"publish.{job.build_id}")
+            job.publishing.clear()
+            self._publishing.start(self._publish(job), name=f"publish.{job.build_id}")
 
     async def _conclude(self, job: BuildJob, state: BuildState.ValueType, error: str) -> None:
         """Report the end after the log, so that who follows the log sees all of it."""
@@ -263,22 +319,35 @@ class NodeAgent:
         self._report(job, state, error=error)
 
     async def _publish(self, job: BuildJob) -> None:
-        job.publishing.clear()
         try:
-            await job.publish()
+            self._exporting += 1
+            try:
+                async with self._export_slots:
+                    publications = await job.export_cache()
+            finally:
+                self._exporting -= 1
+                # What follows needs neither BuildKit nor anything else that the job holds.
+                job.publishing.set()
+            if publications is not None:
+                await job.confirm_published(publications)
         finally:
-            job.publishing.set()
-            await job.log_sent.wait()
+            task = asyncio.current_task()
+            if task is not None and not task.cancelling():
+                await job.log_sent.wait()
             self._report(job, BuildState.BUILD_STATE_SUCCEEDED)
 
     def release(self, job: BuildJob) -> None:
-        """Give the slot back; what the job holds is closed when its cache is published."""
-        self._builds.pop(job.build_id, None)
+        """Forget a build whose client has left; what it holds goes when its cache is exported."""
+        self.finished(job, None, "the client went away")
+        self._forget(job.build_id)
+        job.journal.finish()
+        self._background.start(self._close(job), name=f"close.{job.build_id}")
+
+    def _forget(self, build_id: str) -> None:
+        self._builds.pop(build_id, None)
         if not self._builds:
             self._empty.set()
-        job.journal.finish()
         self.link.beat()
-        self._background.start(self._close(job), name=f"close.{job.build_id}")
 
     async def _close(self, job: BuildJob) -> None:
         try:
@@ -313,14 +382,32 @@ class NodeAgent:
         )
 
     async def drain(self) -> None:
-        """Accept nothing more; wait for running builds and for the cache of finished ones."""
+        """Accept nothing more; wait for running builds and for the cache of finished ones.
+
+        What has not ended after `drain_timeout` is cancelled; its clients and the gateway hear it.
+        """
         self._draining = True
+        self._reserved.clear()
         self.link.beat()
+        log.info("node.draining", builds=len(self._builds))
         try:
             async with asyncio.timeout(self.config.drain_timeout):
                 await self._empty.wait()
+                await self._published()
         except TimeoutError:
             log.warning("node.drain.timed_out", builds=len(self._builds))
         for build_id in list(self._builds):
             self.cancel(build_id, "the node is shutting down")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LEAVE_SECONDS):
+                await self._empty.wait()
+        await self.link.flush(LEAVE_SECONDS)
         log.info("node.drained")
+
+    async def _published(self) -> None:
+        """Wait for cache exports; for uploads only if the shared store takes them."""
+        while not await self._publishing.drain(1.0):
+            objects = self._store.objects
+            away = objects is None or not objects.reachable
+            if away and self._exporting == 0:
+                return  # the upload queue is durable and goes on after the next start

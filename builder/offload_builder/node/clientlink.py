@@ -284,7 +284,6 @@ class ClientLink:
         return asyncio.get_running_loop().create_future()
 
 
-
 class _Listing:
     """The answer to one context request while it arrives."""
 

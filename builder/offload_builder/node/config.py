@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import platform
+import re
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 from offload_core.config import option
 from offload_core.errors import ConfigError
+from offload_core.trust import split_address
+
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+_IPV4 = re.compile(r"[0-9]+(?:\.[0-9]+){3}")
+LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,11 @@ class NodeConfig:
     advertise: list[str] = option(
         [], "addresses HOST:PORT that clients dial; empty makes them use the gateway's relay"
     )
-    relay_address: str = option("", "address that the gateway's relay dials; listen when empty")
+    relay_address: str = option(
+        "",
+        "address HOST:PORT that the gateway's relay dials; when empty, the port of listen at the "
+        "address of this machine that leads to the gateway",
+    )
     slots: int = option(4, "builds that may run at once")
     platforms: list[str] = option([], "platforms that the node builds; its own when empty")
     buildkitd: Path | None = option(None, "path of buildkitd; searched when not set")
@@ -53,10 +63,36 @@ class NodeConfig:
     )
     log_level: str = option("info", "debug, info, warning or error")
 
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work.
+
+        Raises:
+            ConfigError: with the option and what is allowed.
+        """
+        if self.slots < 1:
+            raise ConfigError("slots must be 1 or more")
+        for name in ("blobs_keep", "context_keep", "buildkit_keep", "buildkit_idle"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be greater than 0")
+        if self.drain_timeout < 0:
+            raise ConfigError("drain_timeout must not be negative; 0 stops at once")
+        if self.log_level not in LOG_LEVELS:
+            raise ConfigError(
+                f'log_level "{self.log_level}" is unknown; use {", ".join(LOG_LEVELS)}'
+            )
+        for address in (self.gateway, self.listen, *self.advertise, self.relay_address):
+            if address:
+                split_address(address)
+        if self.s3_endpoint:
+            check_bucket(self.s3_bucket)
+        if self.s3_endpoint and not (self.s3_access_key and self.s3_secret_key):
+            raise ConfigError("s3_endpoint needs s3_access_key and s3_secret_key as well")
+
     def name(self) -> str:
         """Return the node's name in a form that fits a DNS label."""
         raw = (self.node_id or platform.node() or "node").lower().split(".")[0]
-        return "".join(char if char.isalnum() else "-" for char in raw).strip("-")[:40] or "node"
+        label = "".join(char if char.isascii() and char.isalnum() else "-" for char in raw)
+        return label.strip("-")[:40].rstrip("-") or "node"
 
     def native_platforms(self) -> list[str]:
         """Return the platforms to offer, the machine's own first."""
@@ -76,6 +112,19 @@ class NodeConfig:
             raise ConfigError(
                 f"cannot read token_file {self.token_file}: {error.strerror}"
             ) from error
+
+
+def check_bucket(name: str) -> None:
+    """Refuse what cannot be a bucket's name (Amazon S3 user guide, "Bucket naming rules").
+
+    Raises:
+        ConfigError: with the name.
+    """
+    if not _BUCKET.fullmatch(name) or ".." in name or _IPV4.fullmatch(name):
+        raise ConfigError(
+            f'"{name}" cannot be the name of a bucket; '
+            "use 3 to 63 lower-case letters, digits, dots and hyphens"
+        )
 
 
 def machine_platform() -> str:

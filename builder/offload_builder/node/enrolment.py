@@ -50,9 +50,12 @@ async def ensure_identity(config: NodeConfig) -> NodeIdentity:
         GatewayUnreachableError: the gateway does not answer.
     """
     folder = config.data / "identity"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    stored = _load(folder)
-    if stored is not None and not _needs_renewal(stored.keys.certificate_pem):
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        stored = load_identity(folder)
+    except OSError as error:
+        raise ConfigError(f"cannot use {folder}: {error.strerror}") from error
+    if stored is not None and not needs_renewal(stored):
         return stored
     token = config.enrolment_token()
     if not token:
@@ -63,7 +66,10 @@ async def ensure_identity(config: NodeConfig) -> NodeIdentity:
             "'offload-builder token create --role node NAME'"
         )
     identity = await _enroll(config, token)
-    _save(folder, identity)
+    try:
+        _save(folder, identity)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {folder}: {error.strerror}") from error
     log.info("node.enrolled", node_id=identity.node_id)
     return identity
 
@@ -114,28 +120,48 @@ def _save(folder: Path, identity: NodeIdentity) -> None:
     }
     for name, data in files.items():
         path = folder / f"{name}.new"
-        file = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
-        try:
-            os.write(file, data)
-        finally:
-            os.close(file)
+        with open(path, "wb", opener=_private) as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         path.replace(folder / name)
 
 
-def _load(folder: Path) -> NodeIdentity | None:
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+
+def load_identity(folder: Path) -> NodeIdentity | None:
+    """Return the identity that is stored in a directory; None when there is no whole one.
+
+    Raises:
+        ConfigError: the files are damaged.
+        OSError: they cannot be read.
+    """
     try:
         keys = KeyPair(
             certificate_pem=(folder / "cert.pem").read_bytes(),
             private_key_pem=(folder / "key.pem").read_bytes(),
             ca_pem=(folder / "ca.pem").read_bytes(),
         )
-        return NodeIdentity((folder / "node_id").read_text(), keys)
+        identity = NodeIdentity((folder / "node_id").read_text("utf-8"), keys)
+        needs_renewal(identity)
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise ConfigError(
+            f"the node's identity in {folder} is damaged; delete the directory and enrol again"
+        ) from error
+    return identity
 
 
-def _needs_renewal(certificate_pem: bytes) -> bool:
-    certificate = x509.load_pem_x509_certificate(certificate_pem)
+def needs_renewal(identity: NodeIdentity) -> bool:
+    """Return whether half of the certificate's life is over.
+
+    Raises:
+        ValueError: it is no certificate.
+    """
+    certificate = x509.load_pem_x509_certificate(identity.keys.certificate_pem)
     lifetime = certificate.not_valid_after_utc - certificate.not_valid_before_utc
     return datetime.now(UTC) > certificate.not_valid_before_utc + lifetime / 2
 

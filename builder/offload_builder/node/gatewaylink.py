@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Protocol
 
 import grpc
@@ -13,6 +14,7 @@ from offload_core.errors import AuthenticationError, GatewayUnreachableError, Of
 from offload_core.status import error_from_rpc
 from offload_core.tls import GATEWAY_NAME, open_channel
 from offload_core.versions import call_metadata
+from offload_proto.v1.builds_service_pb2 import BuildState
 from offload_proto.v1.nodes_service_pb2 import (
     AttachRequest,
     BuildLog,
@@ -33,8 +35,27 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-OUTBOX_MESSAGES = 256
+OUTBOX_MESSAGES = 64
+"""Pieces of logs are of up to 256 KiB, so at most 16 MiB wait for a slow gateway."""
 RECONNECT_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
+RESEND_SECONDS = 120.0
+"""News of an end is sent again over a new stream for so long: the old one may have lost it."""
+CHANNEL_OPTIONS = (
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 1000),
+    # Not gRPC's two minutes, for which a gateway that is back would wait for its nodes.
+    ("grpc.max_reconnect_backoff_ms", 5000),
+)
+_FLUSH_POLL_SECONDS = 0.01
+_FINAL = (
+    BuildState.BUILD_STATE_SUCCEEDED,
+    BuildState.BUILD_STATE_FAILED,
+    BuildState.BUILD_STATE_CANCELED,
+)
+
+
+_Outbox = asyncio.Queue[tuple[AttachRequest | None, asyncio.Event | None]]
+"""Messages, and events that are set when everything before them was written."""
 
 
 class NodeState(Protocol):
@@ -61,7 +82,8 @@ class GatewayLink:
 
     News of builds is kept until it was written to a stream: the last update of each build, and
     the journals of running builds, which are sent again from the start after a reconnect (the
-    gateway drops what it has by sequence number).
+    gateway drops what it has by sequence number). The ends of builds are repeated after a
+    reconnect, too, because a stream that breaks may lose what was written last.
     """
 
     def __init__(self, address: str, keys: KeyPair, state: NodeState) -> None:
@@ -69,6 +91,8 @@ class GatewayLink:
         self._keys = keys
         self._state = state
         self._updates: dict[str, BuildUpdate] = {}
+        self._ended: dict[str, tuple[float, BuildUpdate]] = {}
+        self._unwritten = 0
         self._journals: dict[str, tuple[Journal, asyncio.Event]] = {}
         self._changed = asyncio.Event()
         self.connected = asyncio.Event()
@@ -92,6 +116,13 @@ class GatewayLink:
         finally:
             self._journals.pop(build_id, None)
 
+    async def flush(self, timeout: float) -> None:
+        """Wait until all news was written to the stream, at most `timeout` seconds."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                while self._updates or self._unwritten:  # noqa: ASYNC110 - only while stopping
+                    await asyncio.sleep(_FLUSH_POLL_SECONDS)
+
     async def run(self) -> None:
         """Attach, and attach again after every loss, until cancelled.
 
@@ -100,7 +131,11 @@ class GatewayLink:
         """
         failures = 0
         async with open_channel(
-            self._address, GATEWAY_NAME, ca_pem=self._keys.ca_pem, keys=self._keys
+            self._address,
+            GATEWAY_NAME,
+            ca_pem=self._keys.ca_pem,
+            keys=self._keys,
+            options=CHANNEL_OPTIONS,
         ) as channel:
             while True:
                 try:
@@ -122,9 +157,12 @@ class GatewayLink:
                 await asyncio.sleep(delay)
 
     async def _attach(self, stub: NodesServiceAsyncStub) -> None:
-        outbox: asyncio.Queue[AttachRequest] = asyncio.Queue(OUTBOX_MESSAGES)
-        await outbox.put(AttachRequest(hello=self._state.hello()))
-        call = stub.Attach(_drain(outbox), metadata=call_metadata())
+        outbox: _Outbox = asyncio.Queue(OUTBOX_MESSAGES)
+        await outbox.put((AttachRequest(hello=self._state.hello()), None))
+        for build_id, (_, update) in self._recently_ended().items():
+            self._updates.setdefault(build_id, update)
+        self._unwritten = 0
+        call = stub.Attach(self._drain(outbox), metadata=call_metadata())
         async with asyncio.TaskGroup() as tasks:
             sender: asyncio.Task[None] | None = None
             try:
@@ -143,27 +181,46 @@ class GatewayLink:
                 if sender is not None:
                     sender.cancel()
 
-    async def _answer(self, message: AttachResponse, outbox: asyncio.Queue[AttachRequest]) -> None:
+    def _recently_ended(self) -> dict[str, tuple[float, BuildUpdate]]:
+        limit = asyncio.get_running_loop().time() - RESEND_SECONDS
+        self._ended = {key: value for key, value in self._ended.items() if value[0] > limit}
+        return self._ended
+
+    async def _drain(self, outbox: _Outbox) -> AsyncIterator[AttachRequest]:
+        """Yield what is to be sent; gRPC asks for the next message after it wrote the last."""
+        while True:
+            message, written = await outbox.get()
+            if message is not None:
+                yield message
+            if written is not None:
+                written.set()
+            self._unwritten = outbox.qsize()
+
+    async def _answer(self, message: AttachResponse, outbox: _Outbox) -> None:
         kind = message.WhichOneof("message")
         if kind == "offer":
             offer = message.offer
             hold = offer.hold.seconds + offer.hold.nanos / 1e9
             reason = self._state.offer(offer.build_id, offer.project_id, hold)
             reply = OfferReply(build_id=offer.build_id, accepted=not reason, reason=reason)
-            await outbox.put(AttachRequest(offer_reply=reply))
+            await outbox.put((AttachRequest(offer_reply=reply), None))
         elif kind == "cancel_build":
             self._state.cancel(message.cancel_build.build_id, message.cancel_build.reason)
 
-    async def _send(self, outbox: asyncio.Queue[AttachRequest], interval: float) -> None:
+    async def _send(self, outbox: _Outbox, interval: float) -> None:
         sending: dict[str, asyncio.Task[None]] = {}
         async with asyncio.TaskGroup() as tasks:
             while True:
                 self._changed.clear()
-                await outbox.put(AttachRequest(heartbeat=self._state.heartbeat()))
+                await outbox.put((AttachRequest(heartbeat=self._state.heartbeat()), None))
                 for build_id, update in list(self._updates.items()):
-                    await outbox.put(AttachRequest(build_update=update))
+                    self._unwritten += 1
+                    await outbox.put((AttachRequest(build_update=update), None))
                     if self._updates.get(build_id) is update:
                         del self._updates[build_id]
+                    if update.state in _FINAL:
+                        now = asyncio.get_running_loop().time()
+                        self._recently_ended()[build_id] = (now, update)
                 for build_id, (journal, done) in self._journals.items():
                     if build_id not in sending:
                         sending[build_id] = tasks.create_task(
@@ -178,17 +235,13 @@ class GatewayLink:
 
 
 async def _send_journal(
-    outbox: asyncio.Queue[AttachRequest], build_id: str, journal: Journal, done: asyncio.Event
+    outbox: _Outbox, build_id: str, journal: Journal, done: asyncio.Event
 ) -> None:
-    async for batches in journal.read():
-        message = BuildLog(build_id=build_id, batches=batches)
-        await outbox.put(AttachRequest(build_log=message))
-    done.set()
-
-
-async def _drain(outbox: asyncio.Queue[AttachRequest]) -> AsyncIterator[AttachRequest]:
-    while True:
-        yield await outbox.get()
+    async with aclosing(journal.read()) as runs:
+        async for batches in runs:
+            message = BuildLog(build_id=build_id, batches=batches)
+            await outbox.put((AttachRequest(build_log=message), None))
+    await outbox.put((None, done))
 
 
 def _first(group: BaseExceptionGroup[grpc.RpcError], address: str) -> OffloadError:

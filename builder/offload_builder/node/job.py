@@ -16,6 +16,8 @@ from offload_builder.buildkit.solve import Attributed, SolveResult, SolveSpec
 from offload_builder.node.faults import storage_error
 from offload_builder.node.imagefiles import ImageFiles
 from offload_builder.node.localsource import BuildContext
+from offload_builder.node.logins import ClientLogins
+from offload_builder.node.outcomes import error_of, failure_of
 from offload_builder.node.outputs import Outputs
 from offload_builder.node.repeats import RepeatFilter
 from offload_builder.node.solveplan import (
@@ -31,14 +33,8 @@ from offload_builder.node.steps import StepTally
 from offload_cache.registry.grants import EXPORT_TAG, IMAGE, IMPORT_TAG, Grant
 from offload_core.aio import finish
 from offload_core.errors import (
-    BuildCanceledError,
-    BuildFailedError,
-    ContextChangedError,
-    ContextError,
     NodeLostError,
     OffloadError,
-    QuotaExceededError,
-    RegistryAuthError,
     find_offload_error,
 )
 from offload_proto.v1.build_spec_pb2 import ImageDescriptor
@@ -68,7 +64,7 @@ EXPORT_SECONDS = 1800.0
 
 
 class BuildJob:
-    """Runs one build. Use `run` once, `export_cache` after it if that is wanted, `close` at the end.
+    """Runs one build: `run` once, then perhaps `export_cache`, and `close` at the end.
 
     Attributes:
         log_sent: the gateway has the log, or will not get it.
@@ -102,7 +98,7 @@ class BuildJob:
         self._stack = AsyncExitStack()
         self._steps = StepTally()
         self._repeats = RepeatFilter()
-        self._credentials = _Credentials(link)
+        self._credentials = ClientLogins(link)
         self._client: BuildkitClient
         self._session: BkSession
         self._source: BuildContext
@@ -130,20 +126,20 @@ class BuildJob:
             outcome = Failure(kind=Failure.KIND_CANCELED, message="the build was cancelled")
             raise
         except OffloadError as error:
-            outcome = _failure(error)
+            outcome = failure_of(error)
         except (OSError, sqlite3.Error) as error:
             log.error("build.storage.failed", build_id=self.build_id, exc_info=error)
-            outcome = _failure(storage_error("run the build", error))
+            outcome = failure_of(storage_error("run the build", error))
         except BaseExceptionGroup as group:
             known = find_offload_error(group)
             if known is None:
                 raise
-            outcome = _failure(known)
+            outcome = failure_of(known)
         finally:
             if isinstance(outcome, Failure):
                 outcome.message = self._clean(outcome.message)
             if self._outputs is not None:
-                self._outputs.settle(_error(outcome))
+                self._outputs.settle(error_of(outcome))
             self.stats.steps_total = self._steps.total
             self.stats.steps_cached = self._steps.cached
         if isinstance(outcome, Failure):
@@ -222,8 +218,8 @@ class BuildJob:
         """Return what can be imported; whatever goes wrong with the cache is a miss."""
         try:
             return await self._runtime.cache.offers.offer(scopes, key)
-        except (OffloadError, OSError, sqlite3.Error) as error:
-            log.warning("cache.offer.failed", build_id=self.build_id, reason=str(error))
+        except Exception as error:
+            log.error("cache.offer.failed", build_id=self.build_id, exc_info=error)
             return None
 
     async def _solve_and_repair(self, plan: list[Attributed]) -> SolveResult | SolveFailure:
@@ -246,9 +242,11 @@ class BuildJob:
             )
             # The damaged content stays as long as other builds need BuildKit's downloads.
             kept = outcome.is_digest_mismatch and not await self._runtime.wipe_ingest()
+            if number == 0:
+                await self.link.notice(
+                    "cached content could not be read; its steps are built again"
+                )
             number = len(attempts) - 1 if kept else number + 1
-            again = "again" if number + 1 < len(attempts) else "without the shared cache"
-            await self.link.notice(f"cached content could not be read; building {again}")
 
     async def _solve(
         self, plan: list[Attributed], imports: list[Attributed]
@@ -346,16 +344,15 @@ class BuildJob:
             ):
                 outcome = await self._client.solve(spec, session)
         except (OffloadError, TimeoutError) as error:
-            return self._not_exported(str(error) or type(error).__name__)
-        if isinstance(outcome, SolveFailure):
-            return self._not_exported(outcome.message)
+            outcome = SolveFailure(message=str(error) or type(error).__name__)
         exports = self._registry.exports(self._capability)
-        if not any(item.reference == EXPORT_TAG for item in exports):
-            return self._not_exported("BuildKit has written no manifest")
-        return [item.publication for item in exports if item.publication is not None]
-
-    def _not_exported(self, reason: str) -> None:
+        if isinstance(outcome, SolveResult) and any(
+            item.reference == EXPORT_TAG for item in exports
+        ):
+            return [item.publication for item in exports if item.publication is not None]
+        reason = outcome.message if isinstance(outcome, SolveFailure) else "nothing was pushed"
         log.warning("cache.export.failed", build_id=self.build_id, reason=self._clean(reason))
+        return None
 
     async def confirm_published(self, publications: list[int]) -> None:
         """Wait until every other node can read what was exported; needs nothing that is held."""
@@ -377,49 +374,3 @@ class BuildJob:
         if self._outputs is not None:
             self._outputs.stop()
         await finish(self._stack.aclose(), CLOSE_SECONDS)
-
-
-class _Credentials:
-    """Registry logins, asked of the client once; nothing of them leaves this object's memory."""
-
-    def __init__(self, link: ClientLink) -> None:
-        self._link = link
-        self._known: dict[str, tuple[str, str]] = {}
-
-    async def credentials(self, host: str) -> tuple[str, str]:
-        """Return user and secret for a registry; two empty strings for none.
-
-        The cache is exported when the client may have left: then what it has said holds, and an
-        unknown registry is read without a login.
-        """
-        if host not in self._known:
-            try:
-                self._known[host] = await self._link.request_credentials(host)
-            except NodeLostError:
-                return "", ""
-        return self._known[host]
-
-
-def _failure(error: OffloadError) -> Failure:
-    for cls, kind in _KINDS:
-        if isinstance(error, cls):
-            return Failure(kind=kind, message=error.message)
-    return Failure(kind=Failure.KIND_BUILD, message=error.message)
-
-
-def _error(outcome: Success | Failure) -> OffloadError | None:
-    """Return the error that a client makes of a result; None of a good one."""
-    if isinstance(outcome, Success):
-        return None
-    classes = {kind: cls for cls, kind in _KINDS}
-    return classes.get(outcome.kind, BuildFailedError)(outcome.message)
-
-
-_KINDS: tuple[tuple[type[OffloadError], Failure.Kind.ValueType], ...] = (
-    (ContextChangedError, Failure.KIND_CONTEXT_CHANGED),
-    (ContextError, Failure.KIND_CONTEXT),
-    (NodeLostError, Failure.KIND_NODE),
-    (QuotaExceededError, Failure.KIND_LIMIT),
-    (BuildCanceledError, Failure.KIND_CANCELED),
-    (RegistryAuthError, Failure.KIND_REGISTRY_AUTH),
-)

@@ -158,7 +158,9 @@ class OutputStream:
         finally:
             if not complete:
                 self._break(
-                    BuildFailedError(f"the client stopped reading output {self._index} of the build")
+                    BuildFailedError(
+                        f"the client stopped reading output {self._index} of the build"
+                    )
                 )
 
     async def _end(self) -> None:

@@ -233,7 +233,7 @@ class ProjectPool:
             for runtime in self.running():
                 try:
                     await runtime.rest()
-                except Exception as error:  # noqa: BLE001 - the other projects need their rest, too
+                except Exception as error:
                     log.error("project.rest.failed", project_id=runtime.project_id, exc_info=error)
 
 

@@ -1,4 +1,4 @@
-"""What a user sees when a build is solved once more: each step once, and no fault that was repaired.
+"""What a user sees when a build is solved once more: each step once, and no repaired fault.
 
 BuildKit tells a repeated solve from its beginning. The steps keep their digests, so what was told
 of a step that has ended is held back, unless it turns out to run after all.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Self
 
 import structlog
 from grpc import aio
 
+from offload_builder.datalock import DataLock
 from offload_builder.node.agent import NodeAgent
 from offload_builder.node.enrolment import ensure_identity
 from offload_builder.node.services import Blobs, NodeBuilds
@@ -30,6 +32,10 @@ log = structlog.get_logger(__name__)
 
 STOP_SECONDS = 5.0
 DEFAULT_PORT = 7450
+LOCK_SECONDS = 10.0
+"""For a predecessor that is about to end."""
+MAX_CALLS = 1024
+"""Calls at a time; a client uses about three per build."""
 
 
 class NodeServer:
@@ -43,11 +49,23 @@ class NodeServer:
         self._errors = ErrorInterceptor("this node")
 
     async def __aenter__(self) -> Self:
-        self.config.data.mkdir(parents=True, exist_ok=True)
-        identity = await ensure_identity(self.config)
+        """Start to listen; `run` attaches to the gateway.
+
+        Raises:
+            ConfigError: data directory, identity or address cannot be used.
+            GatewayUnreachableError: the node is not enrolled and the gateway does not answer.
+        """
         async with AsyncExitStack() as stack:
+            await stack.enter_async_context(
+                DataLock(self.config.data, "this node", patience=LOCK_SECONDS)
+            )
+            identity = await ensure_identity(self.config)
             self.agent = await stack.enter_async_context(NodeAgent(self.config, identity))
-            server = aio.server(interceptors=(self._errors,), options=SERVER_OPTIONS)
+            server = aio.server(
+                interceptors=(self._errors,),
+                options=SERVER_OPTIONS,
+                maximum_concurrent_rpcs=MAX_CALLS,
+            )
             add_NodeBuildsServiceServicer_to_server(NodeBuilds(self.agent), server)
             add_BlobsServiceServicer_to_server(Blobs(self.agent), server)
             host, port = split_address(self.config.listen, default_port=DEFAULT_PORT)
@@ -60,9 +78,9 @@ class NodeServer:
                     f"cannot listen on {self.config.listen}; is the port in use?"
                 ) from error
             self.address = join_address(host, bound)
-            self.agent.listening(self.address)
-            await server.start()
+            self.agent.listening(_reachable(self.address, self.config.gateway))
             stack.push_async_callback(self._stop, server)
+            await server.start()
             self._stack = stack.pop_all()
         log.info("node.listening", node_id=identity.node_id, address=self.address)
         return self
@@ -91,3 +109,20 @@ class NodeServer:
         finally:
             link.cancel()
             await asyncio.wait((link,))
+
+
+def _reachable(address: str, gateway: str) -> str:
+    """Return the address under which a peer finds a listener at all of this machine's addresses."""
+    host, port = split_address(address)
+    if host not in ("0.0.0.0", "::"):  # noqa: S104 - it is what is compared
+        return address
+    try:
+        found = socket.getaddrinfo(*split_address(gateway), type=socket.SOCK_DGRAM)
+        family, _, _, _, target = found[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            # Sends nothing; the kernel only chooses the route and with it our address.
+            probe.connect(target)
+            return join_address(probe.getsockname()[0], port)
+    except OSError as error:
+        log.warning("node.address.unknown", gateway=gateway, error=str(error))
+        return address

@@ -127,15 +127,18 @@ def exporters(spec: BuildSpec, image_repository: str) -> list[Exporter]:
 
 
 def cache_entry_key(spec: BuildSpec, native_platform: str) -> str:
-    """Return what tells builds of one scope apart: Dockerfile name, target, platforms."""
+    """Return what tells builds of one scope apart: definition, target, platforms.
+
+    Builds with one key replace each other's entry, so two images of a project must not share it.
+    """
     platforms = ",".join(spec.platforms) or native_platform
-    return _digest(spec.dockerfile_path, spec.target, platforms)
+    return _digest(spec.definition or spec.dockerfile_path, spec.target, platforms)
 
 
 def shared_key_base(project_id: str, spec: BuildSpec, native_platform: str) -> str:
     """Return the name of BuildKit's copy of the local sources.
 
-    One per Dockerfile, target and platforms: alternating COPY sets on one key make BuildKit drop
+    One per definition, target and platforms: alternating COPY sets on one key make BuildKit drop
     and ask for files again and again.
     """
     return f"{project_id}-{cache_entry_key(spec, native_platform)}"

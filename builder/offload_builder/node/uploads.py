@@ -11,7 +11,7 @@ from offload_core.errors import OffloadError, UsageError
 from offload_proto.v1.node_service_pb2 import UploadResponse
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator, AsyncIterator
 
     from offload_builder.node.clientlink import ClientLink
     from offload_builder.node.contextstore import ContextStore, PartialBlob
@@ -34,7 +34,7 @@ class Upload:
         self._received = 0
         self._unpacker = zstandard.ZstdDecompressor()
 
-    async def run(self, requests: AsyncIterator[UploadRequest]) -> AsyncIterator[UploadResponse]:
+    async def run(self, requests: AsyncIterator[UploadRequest]) -> AsyncGenerator[UploadResponse]:
         """Store what arrives; yields an acknowledgement per message.
 
         A fault of storing ends what waits for the content as well, so the build fails with the

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Self
 
 import structlog
 
+from offload_core.aio import finish
 from offload_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 RESTART_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0)
+KILL_SECONDS = 10.0
+_TAIL_BYTES = 16 << 10
 STABLE_SECONDS = 30.0
 MINIO_VARIABLE = "OFFLOAD_MINIO"
 
@@ -43,11 +46,12 @@ class SupervisedProcess:
     """Runs a program and starts it again when it dies; an async context manager."""
 
     def __init__(self, spec: ProcessSpec) -> None:
+        self.name = spec.name
         self._spec = spec
         self._process: asyncio.subprocess.Process | None = None
         self._watching: asyncio.Task[None] | None = None
-        self._stopping = False
-        self.restarts = 0
+        self.deaths = 0
+        """How often it ended without having been asked to."""
 
     @property
     def pid(self) -> int | None:
@@ -55,6 +59,11 @@ class SupervisedProcess:
         return self._process.pid if self._process and self._process.returncode is None else None
 
     async def __aenter__(self) -> Self:
+        """Start the process.
+
+        Raises:
+            ConfigError: it cannot be started.
+        """
         await self._start()
         self._watching = asyncio.ensure_future(self._watch())
         return self
@@ -68,30 +77,29 @@ class SupervisedProcess:
         await self.stop()
 
     async def _start(self) -> None:
-        self._spec.log_file.parent.mkdir(parents=True, exist_ok=True)
-        with self._spec.log_file.open("ab") as output:
-            # setpriv: the child must not outlive this process, whatever ends it. A session of its
-            # own: Ctrl-C reaches this process only, which then stops its children in order.
-            self._process = await asyncio.create_subprocess_exec(
-                *_parent_death_signal(),
-                *self._spec.command,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env={**os.environ, **self._spec.environment},
-                start_new_session=True,
-            )
+        try:
+            self._spec.log_file.parent.mkdir(parents=True, exist_ok=True)
+            with self._spec.log_file.open("ab") as output:
+                # setpriv: the child must not outlive this process, whatever ends it. A session of
+                # its own: Ctrl-C reaches this process only, which then stops its children in order.
+                self._process = await asyncio.create_subprocess_exec(
+                    *_parent_death_signal(),
+                    *self._spec.command,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    env={**os.environ, **self._spec.environment},
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise ConfigError(f"cannot start {self._spec.name}: {error}") from error
         log.info("process.started", process=self._spec.name, pid=self._process.pid)
 
     async def _watch(self) -> None:
         failures = 0
-        while True:
-            if self._process is None:
-                return
+        while self._process is not None:
             began = asyncio.get_running_loop().time()
             code = await self._process.wait()
-            if self._stopping:
-                return
             lived = asyncio.get_running_loop().time() - began
             failures = 0 if lived > STABLE_SECONDS else failures + 1
             delay = RESTART_SECONDS[min(failures, len(RESTART_SECONDS) - 1)]
@@ -102,34 +110,50 @@ class SupervisedProcess:
                 restart_seconds=delay,
                 log_tail=self.log_tail(),
             )
+            self.deaths += 1
             await asyncio.sleep(delay)
-            self.restarts += 1
-            await self._start()
+            try:
+                await self._start()
+            except ConfigError as error:
+                # For example no memory for a process now; the dead one is waited for once more.
+                log.error("process.start.failed", process=self._spec.name, error=error.message)
 
     def log_tail(self, lines: int = 5) -> str:
         """Return the last lines that the process printed."""
-        with contextlib.suppress(OSError):
-            text = self._spec.log_file.read_bytes()[-16384:].decode("utf-8", "replace")
+        with contextlib.suppress(OSError), self._spec.log_file.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            text = file.read().decode("utf-8", "replace")
             return "\n".join(text.splitlines()[-lines:])
         return ""
 
     async def stop(self) -> None:
-        """End the process: SIGTERM, later SIGKILL."""
-        self._stopping = True
-        process = self._process
-        if process is not None and process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.terminate()
-            try:
-                async with asyncio.timeout(self._spec.stop_seconds):
-                    await process.wait()
-            except TimeoutError:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                await process.wait()
+        """End the process: SIGTERM, later SIGKILL. It is not started again."""
         if self._watching is not None:
+            # First: it could be about to start the process again.
             self._watching.cancel()
             await asyncio.wait((self._watching,))
+        process = self._process
+        if process is None:
+            return
+        try:
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    process.terminate()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._spec.stop_seconds):
+                        await process.wait()
+        finally:
+            # Also when this is cancelled; and whatever the process has left in its group goes.
+            if process.returncode is None:
+                log.warning("process.killed", process=self._spec.name, pid=process.pid)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            await finish(process.wait(), KILL_SECONDS)
+
+
+async def stop_all(processes: Sequence[SupervisedProcess]) -> None:
+    """Stop processes side by side, so that they drain together."""
+    await asyncio.gather(*(process.stop() for process in processes))
 
 
 def _parent_death_signal() -> list[str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from offload_client.build.options import check_text
+from offload_client.build.vcs import build_definition
 from offload_core.errors import ContextError, InvalidValueError
 from offload_core.filemode import go_file_mode
 from offload_proto.v1.node_service_pb2 import InlineFile
@@ -34,6 +35,8 @@ class ContextFiles:
     """Name of the Dockerfile below its own directory."""
     inline: list[InlineFile]
     """Dockerfile and ignore files with their content."""
+    definition: str = ""
+    """What tells this build apart from others of its project; see `build_definition`."""
 
 
 def find_context(invocation: Invocation, options: BuildOptions) -> ContextFiles:
@@ -68,7 +71,7 @@ def find_context(invocation: Invocation, options: BuildOptions) -> ContextFiles:
         raise ContextError(
             f"unable to prepare context: cannot read {error.filename}: {error.strerror}"
         ) from error
-    return ContextFiles(root, dockerfile.name, files)
+    return ContextFiles(root, dockerfile.name, files, build_definition(root, dockerfile))
 
 
 def index_path(invocation: Invocation) -> Path | None:

@@ -81,8 +81,8 @@ def check_file(path: Path) -> None:
 
 
 def _is_special(path: Path) -> bool:
-    """Whether it is something to write into, not to replace: /dev/null, a named pipe."""
-    return path.exists() and not path.is_file()
+    """Whether it is something to write into, not to replace: /dev/stdout, a named pipe."""
+    return path.is_relative_to("/dev") or (path.exists() and not path.is_file())
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -93,7 +93,8 @@ def replace_file(path: Path, text: str) -> None:
     """
     try:
         if _is_special(path):
-            path.write_text(text)
+            with path.open("a") as file:
+                file.write(text)
             return
         # What a link points to is replaced, not the link.
         path = path.resolve()
@@ -116,7 +117,7 @@ async def write_file(path: Path, stream: AsyncIterator[bytes]) -> None:
     try:
         check_file(path)
         if _is_special(path):
-            file = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+            file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
             try:
                 await write_descriptor(file, stream)
             finally:

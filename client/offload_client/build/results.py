@@ -135,8 +135,11 @@ class Results:
         if self._options.metadata_file:
             metadata = {key: _decoded(value) for key, value in sorted(response.items())}
             metadata["buildx.build.ref"] = f"offload/{node_id}/{build_id}"
-            if self._options.tags:
-                metadata["image.name"] = ",".join(self._options.tags)
+            # BuildKit only knows the name in the pool's registry.
+            metadata.pop("image.name", None)
+            given = [*self._options.tags, *(name for out in self._outputs for name in _names(out))]
+            if given:
+                metadata["image.name"] = ",".join(dict.fromkeys(given))
             text = json.dumps(metadata, indent=2, sort_keys=True)
             replace_file(self._invocation.path(self._options.metadata_file), text)
         if self._options.iidfile:

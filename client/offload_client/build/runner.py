@@ -224,7 +224,7 @@ class _Build:
     async def _drive(self, run: NodeRun, assigned: Assigned) -> Result:
         start = Start(
             ticket=assigned.ticket,
-            spec=build_spec(self._options, self._outputs, self._files.dockerfile_name),
+            spec=build_spec(self._options, self._outputs, self._files),
             inline_files=self._files.inline,
         )
         try:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from offload_core.errors import UsageError
+from offload_core.errors import InvalidValueError
 from offload_proto.v1.build_spec_pb2 import BuildSpec, Output
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from offload_client.build.contextfiles import ContextFiles
     from offload_client.build.options import BuildOptions, OutputOption
 
 _TYPES = {
@@ -43,26 +44,27 @@ def check_outputs(options: BuildOptions, outputs: Sequence[OutputOption]) -> Non
     """Refuse combinations that cannot work.
 
     Raises:
-        UsageError: with what to change.
+        InvalidValueError: with what to change.
     """
     pushes = [output for output in outputs if output.type == "registry"]
     if pushes and not options.tags and not any("name" in item.attributes for item in pushes):
-        raise UsageError("tag is needed when pushing to registry")
+        raise InvalidValueError("tag is needed when pushing to registry")
     if sum(output.dest == "-" for output in outputs) > 1:
-        raise UsageError("only one output can go to standard output")
+        raise InvalidValueError("only one output can go to standard output")
     if len(options.platforms) > 1 and any(output.type == "docker" for output in outputs):
-        raise UsageError(
+        raise InvalidValueError(
             "docker exporter does not currently support exporting manifest lists; use type=oci"
         )
 
 
 def build_spec(
-    options: BuildOptions, outputs: Sequence[OutputOption], dockerfile_name: str
+    options: BuildOptions, outputs: Sequence[OutputOption], files: ContextFiles
 ) -> BuildSpec:
     """Return the request for the node."""
     return BuildSpec(
         tags=options.tags,
-        dockerfile_path=dockerfile_name,
+        dockerfile_path=files.dockerfile_name,
+        definition=files.definition,
         target=options.target,
         build_args=dict(options.build_args),
         labels=dict(options.labels),

@@ -6,6 +6,7 @@ points elsewhere (worktrees), refs are loose files or lines of packed-refs.
 
 from __future__ import annotations
 
+import os
 import re
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,24 @@ def branch_and_revision(directory: Path) -> tuple[str, str]:
         # ValueError: no UTF-8. RuntimeError: links in a circle.
         pass
     return "", ""
+
+
+def build_definition(root: Path, dockerfile: Path) -> str:
+    """Return a name for a build that is the same in every checkout of its repository.
+
+    Paths of context and Dockerfile below the root of the repository; outside of one, the name of
+    the context's directory and the Dockerfile's path below it.
+    """
+    try:
+        folder, file = root.resolve(), dockerfile.resolve()
+        base = next((one for one in (folder, *folder.parents) if (one / ".git").exists()), None)
+        if base is None:
+            base = folder.parent
+        paths = "\0".join(os.path.relpath(path, base) for path in (folder, file))
+        # A name that is no UTF-8 is told apart well enough by its other letters.
+        return paths.encode("utf-8", "replace").decode()
+    except (OSError, RuntimeError, ValueError):
+        return dockerfile.name
 
 
 def _read(git: Path) -> tuple[str, str]:

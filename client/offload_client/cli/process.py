@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import signal
-import threading
 from typing import TYPE_CHECKING
 
 from offload_client.invocation import Invocation
@@ -30,7 +27,6 @@ BROKEN_PIPE = 141
 def run_build_process(arguments: Sequence[str]) -> int:
     """Run `offload-build` in this process; return its exit code."""
     from offload_client.cli.build import build, parse_build
-    from offload_client.resident.launch import start_helper
 
     invocation = Invocation.of_process(arguments)
     try:
@@ -39,29 +35,16 @@ def run_build_process(arguments: Sequence[str]) -> int:
         return report(invocation, error)
     if options is None:
         return 0
-    warm_up()
 
     async def run(connections: Connections) -> None:
         await build(invocation, connections, options)
 
     code = run_async(invocation, run)
     if code in (0, BuildFailedError.exit_code):
+        from offload_client.resident.launch import start_helper
+
         start_helper(invocation)
     return code
-
-
-def warm_up() -> None:
-    """Load gRPC's native library while the interpreter does other things.
-
-    Half of its import is the dynamic linker's work, for which the interpreter lock is not needed.
-    """
-
-    def load() -> None:
-        # An import that fails here fails again, and is told, where it is needed.
-        with contextlib.suppress(ImportError):
-            importlib.import_module("grpc.aio")
-
-    threading.Thread(target=load, name="import-grpc", daemon=True).start()
 
 
 def run_async(invocation: Invocation, function: Callable[[Connections], Awaitable[None]]) -> int:

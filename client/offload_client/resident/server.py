@@ -20,7 +20,7 @@ from offload_client.bytepipe import in_thread
 from offload_client.cli.process import INTERRUPTED, TERMINATED, guarded, report
 from offload_client.connections import Connections
 from offload_client.resident.request import peer_uid, read_request
-from offload_client.resident.thin import TAKEN
+from offload_client.resident.thin import READY
 from offload_core.aio import TaskSet
 from offload_core.errors import BuildCanceledError
 
@@ -129,14 +129,14 @@ class Helper:
     ) -> None:
         if peer_uid(connection) != os.getuid():
             return
-        async with asyncio.timeout(REQUEST_SECONDS):
-            request = await read_request(connection, descriptors)
         if self._stale():
             # The code is not the installed one any more; the command runs in its own process.
             self._stopping = True
             return
         loop = asyncio.get_running_loop()
-        await loop.sock_sendall(connection, TAKEN)
+        async with asyncio.timeout(REQUEST_SECONDS):
+            await loop.sock_sendall(connection, READY)
+            request = await read_request(connection, descriptors)
         code = await self._run(connection, request, connections)
         # Modules that this command has loaded are watched from now on.
         self._sources = {**_source_times(), **self._sources}

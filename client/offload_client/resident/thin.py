@@ -2,11 +2,12 @@
 
 Importing gRPC and its messages costs a Python process more than a warm build takes. So a command
 hands its arguments, directory, environment and three descriptors to a helper of the same user,
-and waits for an exit code. Wire format over a unix stream socket: 4 bytes length, then fields
-separated by NUL: cwd, number of arguments, arguments, `NAME=VALUE`...; descriptors 0, 1 and 2
-travel with the first byte (SCM_RIGHTS). Back comes `TAKEN` as soon as the helper has taken the
-command, and 4 bytes of exit code at its end; a lone `I` or `T` sent meanwhile means SIGINT or
-SIGTERM. A connection that ends before `TAKEN` says: run it yourself.
+and waits for an exit code. Wire format over a unix stream socket: the helper says `READY`; a
+connection that ends before it says: run the command yourself. Then come 4 bytes of length and
+fields separated by NUL: cwd, number of arguments, arguments, `NAME=VALUE`...; descriptors 0, 1
+and 2 travel with the first byte (SCM_RIGHTS). They wait for `READY`, because in the queue of a
+helper that hangs they would keep the user's pipes open. Back come 4 bytes of exit code; a lone
+`I` or `T` sent meanwhile means SIGINT or SIGTERM.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from __future__ import annotations
 import os
 import sys
 
-TAKEN = b"+"
-TAKE_SECONDS = 2.0
+PROTOCOL = 1
+"""Raised with every change of the wire format, so that a command never meets an older helper."""
+READY = b"+"
+READY_SECONDS = 2.0
 IN_PROCESS_ONLY = frozenset(("--help", "-h", "--version"))
 HELPER_DIED = 70
 MAX_PATH_BYTES = 100
@@ -38,7 +41,8 @@ def socket_path(environment: os._Environ[str] | dict[str, str]) -> str:
     # One per installation, as another virtual environment may hold other code; and one for each
     # view of the system: files would get other modes, paths and addresses mean something else,
     # docker's socket may not be open to a helper of before the user joined its group.
-    view = (__file__, _umask(), os.getgroups(), *map(_inode, ("ns/mnt", "ns/net", "root")))
+    places = [_inode(name) for name in ("ns/mnt", "ns/net", "root")]
+    view = (PROTOCOL, __file__, _umask(), os.getgroups(), places)
     name = f"{_stable_hash(repr(view)):x}.sock"
     base = environment.get("XDG_RUNTIME_DIR", "")
     path = f"{base}/offload/{name}"
@@ -65,6 +69,9 @@ def run_in_helper(arguments: list[str]) -> int | None:
     """Run the command in the helper; None when it has to run in this process."""
     if not helper_enabled(os.environ) or not IN_PROCESS_ONLY.isdisjoint(arguments):
         return None
+    if any("/dev/" in argument or "/proc/" in argument for argument in arguments):
+        # /dev/stdout, /dev/fd/63 of a shell's `<(...)`: they mean something in this process only.
+        return None
     path = socket_path(os.environ)
     try:
         status = os.lstat(path)
@@ -82,9 +89,16 @@ def _run(path: str, arguments: list[str]) -> int | None:
     import _socket
 
     connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
-    connection.settimeout(TAKE_SECONDS)
+    if connection.fileno() <= 2:
+        # A standard stream is closed, and the socket has taken its number.
+        connection.close()
+        return None
+    connection.settimeout(READY_SECONDS)
     try:
         connection.connect(path)
+        if connection.recv(1) != READY:
+            connection.close()
+            return None
         fields = [os.getcwd(), str(len(arguments)), *arguments]  # noqa: PTH109
         fields += [f"{name}={value}" for name, value in os.environ.items()]
         payload = "\0".join(fields).encode("utf-8", "surrogateescape")
@@ -92,9 +106,6 @@ def _run(path: str, arguments: list[str]) -> int | None:
         head = len(payload).to_bytes(4, "big")
         connection.sendmsg([head], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, descriptors)])
         connection.sendall(payload)
-        if connection.recv(1) != TAKEN:
-            connection.close()
-            return None
     except OSError:
         connection.close()
         return None

@@ -186,6 +186,7 @@ class BuildSpec(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     PULL_FIELD_NUMBER: _builtins.int
     FRONTEND_ATTRIBUTES_FIELD_NUMBER: _builtins.int
+    DEFINITION_FIELD_NUMBER: _builtins.int
     dockerfile_path: _builtins.str
     """Path of the Dockerfile below the "dockerfile" local source."""
     target: _builtins.str
@@ -194,6 +195,10 @@ class BuildSpec(_message.Message):
     """--no-cache."""
     pull: _builtins.bool
     """--pull: check base images at their registry."""
+    definition: _builtins.str
+    """Tells this build apart from others of its project: the paths of context and Dockerfile below
+    the root of the repository, else the name of the directory.
+    """
     @_builtins.property
     def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Image names (-t), normalised with registry and tag."""
@@ -231,10 +236,11 @@ class BuildSpec(_message.Message):
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         pull: _builtins.bool = ...,
         frontend_attributes: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        definition: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_args", b"build_args", "dockerfile_path", b"dockerfile_path", "frontend_attributes", b"frontend_attributes", "labels", b"labels", "no_cache", b"no_cache", "outputs", b"outputs", "platforms", b"platforms", "pull", b"pull", "tags", b"tags", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_args", b"build_args", "definition", b"definition", "dockerfile_path", b"dockerfile_path", "frontend_attributes", b"frontend_attributes", "labels", b"labels", "no_cache", b"no_cache", "outputs", b"outputs", "platforms", b"platforms", "pull", b"pull", "tags", b"tags", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

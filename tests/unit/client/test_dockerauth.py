@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextvars
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from offload_client import dockerauth
 from offload_client.dockerauth import Credentials, credentials_for
+from offload_client.eventlog import show_events
 from offload_core.errors import ConfigError
 
 _HELPER = """#!/bin/sh
@@ -124,10 +126,13 @@ def test_helper_without_an_answer_leaves_the_file(home: Home, host: str) -> None
     assert credentials_for(name, home.environment) == ("file", "secret")
 
 
-def test_missing_helper_is_no_login(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_helper_is_no_login_and_a_warning(home: Home) -> None:
+    told: list[str] = []
     home.configure(credsStore="desktop.exe")
-    assert credentials_for("ghcr.io", home.environment) is None
-    assert "docker-credential-desktop.exe" in capsys.readouterr().out
+    context = contextvars.copy_context()
+    context.run(show_events, lambda _level, text: told.append(text), everything=False)
+    assert context.run(credentials_for, "ghcr.io", home.environment) is None
+    assert "docker-credential-desktop.exe" in told[0]
 
 
 def test_slow_helper_is_given_up(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,10 +169,15 @@ def test_secret_is_masked(home: Home) -> None:
 
 
 def test_nothing_secret_is_logged(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+    told: list[str] = []
     home.helper("main")
     home.configure(credsStore="main", auths={"broken.example.com": encoded("u:hunter2")})
-    assert credentials_for("broken.example.com", home.environment) is not None
-    output = capsys.readouterr()
-    assert "credential_helper.failed" in output.out
-    assert "hunter2" not in output.out + output.err
-    assert encoded("u:hunter2")["auth"] not in output.out + output.err
+    context = contextvars.copy_context()
+    context.run(show_events, lambda level, text: told.append(f"{level}: {text}"), everything=True)
+    found = context.run(credentials_for, "broken.example.com", home.environment)
+    assert found is not None
+    assert len(told) == 1
+    assert told[0].startswith("warning: credential_helper.failed")
+    assert "hunter2" not in told[0]
+    assert encoded("u:hunter2")["auth"] not in told[0]
+    assert capsys.readouterr() == ("", "")
