@@ -116,8 +116,10 @@ async def upload_error(client: RawClient, *requests: node_pb.UploadRequest) -> s
     with pytest.raises(grpc.RpcError) as caught:
         for request in requests:
             await call.write(request)
-            assert await asyncio.wait_for(call.read(), 10) is not grpc.aio.EOF
-            await asyncio.sleep(0)
+        await call.done_writing()
+        async with asyncio.timeout(10):
+            while await call.read() is not grpc.aio.EOF:
+                pass
         raise AssertionError("the node took it all")
     assert caught.value.code() is not grpc.StatusCode.INTERNAL, caught.value.details()
     return str(caught.value.details())
@@ -165,6 +167,23 @@ async def test_hostile_upload_ends_its_build_with_a_sentence(pool, case):
     wanted = list((await client.until("need_blobs")).sha256)
     assert sentence in await upload_error(client, *make(wanted[0]))
     await refused(client, sentence)
+    client.vanish()
+    await wait_free(agent)
+
+
+async def test_refused_upload_is_read_on_until_the_result_has_said_why(pool):
+    agent = await pool.start_node()
+    client = await client_of(pool)
+    await client.start()
+    wanted = list((await client.until("need_blobs")).sha256)
+    call = client.blobs.Upload(metadata=client.metadata)
+    client.uploads.append(call)
+    await call.write(batch(b"evil", digests=[wanted[0]]))
+    for _ in range(30):
+        await call.write(chunk(sha256=wanted[0], size_bytes=1 << 20, data=bytes(1 << 20)))
+    failure = await refused(client, "changed while it was sent")
+    assert failure.kind == node_pb.Failure.KIND_CONTEXT_CHANGED
+    assert not call.done()
     client.vanish()
     await wait_free(agent)
 

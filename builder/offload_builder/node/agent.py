@@ -27,7 +27,7 @@ from offload_cache.s3store import S3Config, S3Store
 from offload_cache.statistics import CacheStatistics
 from offload_core import VERSION
 from offload_core.aio import TaskSet, finish
-from offload_core.errors import NodeLostError, NotFoundError, QueueTimeoutError
+from offload_core.errors import NodeLostError, NotFoundError, OffloadError, QueueTimeoutError
 from offload_core.trust import join_address, split_address
 from offload_proto.v1.builds_service_pb2 import BuildState
 from offload_proto.v1.nodes_service_pb2 import BuildUpdate, Heartbeat, Hello
@@ -70,7 +70,7 @@ class NodeAgent:
         self.identity = identity
         self.tickets = TicketVerifier(identity.node_id)
         self.registry = Registry()
-        self.link = GatewayLink(config.gateway, identity.keys, self)
+        self.link = GatewayLink(config.gateway_address(), identity.keys, self)
         self.statistics = CacheStatistics()
         self._listening = config.listen
         self._builds: dict[str, _Running] = {}
@@ -184,7 +184,14 @@ class NodeAgent:
             return "all slots of the node are taken"
         self._reserved[build_id] = now + hold_seconds
         log.debug("build.reserved", build_id=build_id, project_id=project_id)
+        # While the client is on its way here.
+        self._background.start(self._warm_up(project_id), name=f"warm-up.{build_id}")
         return ""
+
+    async def _warm_up(self, project_id: str) -> None:
+        with contextlib.suppress(OffloadError, OSError, sqlite3.Error):
+            runtime = await self._projects.runtime(project_id)
+            await runtime.warm_up()
 
     def cancel(self, build_id: str, reason: str) -> None:
         """End a build or give back its slot."""
@@ -304,12 +311,15 @@ class NodeAgent:
             ending = (BuildState.BUILD_STATE_SUCCEEDED, "")
         else:
             ending = (BuildState.BUILD_STATE_FAILED, result.failure.message)
+        job.ending = ending
         job.journal.finish()
         self._background.start(self._conclude(job, *ending), name=f"conclude.{job.build_id}")
         log.info("build.finished", build_id=job.build_id, publish=publish, reason=reason)
         if publish:
             job.publishing.clear()
             self._publishing.start(self._publish(job), name=f"publish.{job.build_id}")
+        else:
+            self._background.start(job.release_key(), name=f"release-key.{job.build_id}")
 
     async def _conclude(self, job: BuildJob, state: BuildState.ValueType, error: str) -> None:
         """Report the end after the log, so that who follows the log sees all of it."""
@@ -351,6 +361,10 @@ class NodeAgent:
 
     async def _close(self, job: BuildJob) -> None:
         try:
+            if job.ending is not None and job.stats.returned_bytes:
+                # What the client fetched after the end belongs to the numbers of the build.
+                await job.log_sent.wait()
+                self._report(job, job.ending[0], error=job.ending[1])
             await job.publishing.wait()
         finally:
             await job.close()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from offload_core.config import option
 from offload_core.errors import ConfigError
-from offload_core.trust import split_address
+from offload_core.trust import join_address, split_address
 
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _IPV4 = re.compile(r"[0-9]+(?:\.[0-9]+){3}")
@@ -93,6 +93,10 @@ class NodeConfig:
         raw = (self.node_id or platform.node() or "node").lower().split(".")[0]
         label = "".join(char if char.isascii() and char.isalnum() else "-" for char in raw)
         return label.strip("-")[:40].rstrip("-") or "node"
+
+    def gateway_address(self) -> str:
+        """Return the gateway as HOST:PORT, also when it was written as a URL."""
+        return join_address(*split_address(self.gateway))
 
     def native_platforms(self) -> list[str]:
         """Return the platforms to offer, the machine's own first."""

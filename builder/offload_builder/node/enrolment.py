@@ -87,7 +87,7 @@ async def _enroll(config: NodeConfig, token: str) -> NodeIdentity:
         serialization.PrivateFormat.PKCS8,
         serialization.NoEncryption(),
     )
-    async with open_channel(config.gateway, ENROLL_NAME, ca_pem=ca_pem) as channel:
+    async with open_channel(config.gateway_address(), ENROLL_NAME, ca_pem=ca_pem) as channel:
         try:
             reply = await EnrollmentServiceStub(channel).EnrollNode(
                 EnrollNodeRequest(

@@ -38,7 +38,7 @@ from offload_core.errors import (
     find_offload_error,
 )
 from offload_proto.v1.build_spec_pb2 import ImageDescriptor
-from offload_proto.v1.builds_service_pb2 import BuildStats, CacheState
+from offload_proto.v1.builds_service_pb2 import BuildState, BuildStats, CacheState
 from offload_proto.v1.node_service_pb2 import Failure, Result, Success
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ class BuildJob:
         self._registry = registry
         self._registry_address = registry_address
         self._stack = AsyncExitStack()
+        self._key = AsyncExitStack()
         self._steps = StepTally()
         self._repeats = RepeatFilter()
         self._credentials = ClientLogins(link)
@@ -107,6 +108,8 @@ class BuildJob:
         self._rewrite: NameRewriter
         self._has_entry = False
         self._imports = False
+        self.ending: tuple[BuildState.ValueType, str] | None = None
+        """State and error, once it has ended."""
         self.log_sent = asyncio.Event()
         self.publishing = asyncio.Event()
         self.publishing.set()
@@ -208,7 +211,8 @@ class BuildJob:
         self._imports = offer is not None and not spec.no_cache
         self._has_entry = offer is not None and offer.entry.key == key
         base = shared_key_base(ticket.project_id, spec, native)
-        self._shared_key = await self._stack.enter_async_context(self._runtime.shared_key(base))
+        self._stack.push_async_callback(self.release_key)
+        self._shared_key = await self._key.enter_async_context(self._runtime.shared_key(base))
         if problem := self._runtime.cache_problem():
             await self.link.notice(
                 f"the shared cache is not reachable ({problem}); the build goes on without it"
@@ -314,7 +318,12 @@ class BuildJob:
             self.cache_state = CacheState.CACHE_STATE_UNCHANGED
         else:
             self.cache_state = CacheState.CACHE_STATE_PENDING
+            self._runtime.exporting(self._shared_key)
         return self.cache_state == CacheState.CACHE_STATE_PENDING
+
+    async def release_key(self) -> None:
+        """Let the next build have BuildKit's copy of the local sources; safe to call again."""
+        await self._key.aclose()
 
     async def export_cache(self) -> list[int] | None:
         """Export the cache of a build that worked into the node's registry.
@@ -332,7 +341,7 @@ class BuildJob:
             cache_exports=[Attributed("registry", {"ref": reference, **EXPORT_ATTRIBUTES})],
             internal=True,
         )
-        self.cache_state = CacheState.CACHE_STATE_FAILED
+        self._source.on_replayed = self.release_key
         try:
             async with (
                 asyncio.timeout(EXPORT_SECONDS),
@@ -352,6 +361,7 @@ class BuildJob:
             return [item.publication for item in exports if item.publication is not None]
         reason = outcome.message if isinstance(outcome, SolveFailure) else "nothing was pushed"
         log.warning("cache.export.failed", build_id=self.build_id, reason=self._clean(reason))
+        self.cache_state = CacheState.CACHE_STATE_FAILED
         return None
 
     async def confirm_published(self, publications: list[int]) -> None:
@@ -360,6 +370,7 @@ class BuildJob:
         if uploads is not None:
             for number in publications:
                 if not await uploads.wait_published(number, PUBLISH_SECONDS):
+                    self.cache_state = CacheState.CACHE_STATE_FAILED
                     return
         self.cache_state = CacheState.CACHE_STATE_PUBLISHED
 

@@ -16,8 +16,9 @@ from offload_core.filemode import is_regular
 from offload_proto.v1.node_service_pb2 import ContextEntry
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
+    from offload_builder.buildkit.providers import LocalTree
     from offload_builder.node.clientlink import ClientLink
     from offload_builder.node.contextstore import ContextStore
     from offload_builder.node.stickytimes import StickyTimes
@@ -120,6 +121,21 @@ class ContextTree:
         self._digests = []
 
 
+class ReplayedTree:
+    """A directory that BuildKit reads once more."""
+
+    def __init__(self, tree: ContextTree, on_close: Callable[[], Awaitable[None]] | None) -> None:
+        self.batches = tree.batches
+        self.requested = tree.requested
+        self.read = tree.read
+        self._on_close = on_close
+
+    async def close(self) -> None:
+        """Tell that it was read."""
+        if self._on_close is not None:
+            await self._on_close()
+
+
 class BuildContext:
     """The local sources of one build: `dockerfile` and `context`."""
 
@@ -147,10 +163,12 @@ class BuildContext:
         self._stats = stats
         self._trees: list[ContextTree] = []
         self._listed: dict[str, ContextTree] = {}
+        self.on_replayed: Callable[[], Awaitable[None]] | None = None
+        """Awaited when BuildKit has read a directory for the second time."""
 
     async def open(
         self, name: str, include: Sequence[str], exclude: Sequence[str], follow: Sequence[str]
-    ) -> InlineTree | ContextTree:
+    ) -> LocalTree:
         """Return the tree for one FileSync request of BuildKit."""
         if name == "dockerfile" or (follow and all(_is_ignore_file(path) for path in follow)):
             wanted = set(follow)
@@ -164,7 +182,7 @@ class BuildContext:
         if request in self._listed:
             # The cache export solves once more; it needs what the build saw, not what the
             # client's directory holds by now, and the client may be gone.
-            return self._listed[request]
+            return ReplayedTree(self._listed[request], self.on_replayed)
         entries = await self._link.request_context(name, include, exclude, follow)
         files_of_tree = [entry for entry in entries if is_regular(entry.mode) and entry.sha256]
         self._stats.context_files += len(files_of_tree)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from offload_builder.node.contextstore import ContextStore
 from offload_builder.node.stickytimes import StickyTimes
 from offload_builder.provider.process import tools_directory
 from offload_core.config import read_toml
-from offload_core.errors import ConfigError
+from offload_core.errors import ConfigError, OffloadError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 REAP_SECONDS = 5.0
+EXPORT_WAIT_SECONDS = 1.0
 REGISTRY_KEYS = {"http", "insecure", "mirrors", "ca"}
 
 
@@ -55,7 +57,7 @@ class ProjectRuntime:
         self._idle_seconds = config.buildkit_idle
         self._users = 0
         self._idle_since = time.monotonic()
-        self._keys_in_use: set[str] = set()
+        self._keys_in_use: dict[str, asyncio.Event | None] = {}
         self._wipe_due = False
         self._daemon = BuildkitDaemon(
             DaemonSettings(
@@ -124,6 +126,12 @@ class ProjectRuntime:
             self._users -= 1
             self._idle_since = time.monotonic()
 
+    async def warm_up(self) -> None:
+        """Start BuildKit ahead of a build; a failure is told by the build itself."""
+        with contextlib.suppress(OffloadError):
+            async with self.use():
+                pass
+
     @asynccontextmanager
     async def shared_key(self, base: str) -> AsyncIterator[str]:
         """Return the key of BuildKit's copy of the local sources, for one build at a time.
@@ -135,15 +143,31 @@ class ProjectRuntime:
         """
         slot = 0
         while (key := f"{base}-{slot}") in self._keys_in_use:
+            exported = self._keys_in_use[key]
+            if exported is not None:
+                # An export needs the key for a moment only; another copy would cost more.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(EXPORT_WAIT_SECONDS):
+                        await exported.wait()
+                if key not in self._keys_in_use:
+                    break
             slot += 1
-        self._keys_in_use.add(key)
+        self._keys_in_use[key] = None
         try:
             generation = self.times.known_generation(key)
             if not generation:
                 generation = await self.context_store.run(self.times.generation, key)
             yield f"{key}-{generation}"
         finally:
-            self._keys_in_use.discard(key)
+            exported = self._keys_in_use.pop(key)
+            if exported is not None:
+                exported.set()
+
+    def exporting(self, shared_key: str) -> None:
+        """Note that a build has ended and its key is held only until its export has begun."""
+        for key in self._keys_in_use:
+            if shared_key.startswith(f"{key}-"):
+                self._keys_in_use[key] = asyncio.Event()
 
     async def wipe_ingest(self) -> bool:
         """Remove half-fetched content that has turned out to be damaged.

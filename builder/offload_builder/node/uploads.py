@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from typing import TYPE_CHECKING
 
 import zstandard
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 MAX_UNPACKED_BYTES = 64 << 20
 """Largest content of one message; ours are of about 1 MiB. Bounds what a zip bomb can do."""
+
+DISCARD_SECONDS = 5.0
 
 
 class Upload:
@@ -48,14 +52,26 @@ class Upload:
                 else:
                     yield await self._take_chunk(request.chunk)
         except OffloadError as error:
-            self._link.fail_blobs(error)
+            await self._refuse(error, requests)
             raise
         except OSError as error:
             failed = storage_error("store the build context", error)
-            self._link.fail_blobs(failed)
+            await self._refuse(failed, requests)
             raise failed from error
         finally:
             self._drop_partial()
+
+    async def _refuse(self, error: OffloadError, requests: AsyncIterator[UploadRequest]) -> None:
+        """Fail the build, and read on for a while without storing anything.
+
+        The result of the build says why. If this call ended at once, a client that is writing
+        would see a broken stream first, and no reason.
+        """
+        self._link.fail_blobs(error)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DISCARD_SECONDS):
+                async for _ in requests:
+                    pass
 
     async def _take_batch(self, batch: BlobBatch) -> UploadResponse:
         if len(batch.sha256) != len(batch.sizes) or min(batch.sizes, default=0) < 0:
