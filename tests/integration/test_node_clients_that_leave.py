@@ -64,6 +64,8 @@ async def test_client_that_vanishes_or_cancels_leaves_nothing_behind(pool, stage
     agent = await pool.start_node(slots=1)
     vanishing = await client_of(pool, STEPS)
     await stage(vanishing)
+    # Before that the slot is only reserved, and the gateway gives it back after a while.
+    await pool.wait_state(vanishing.assigned.build_id, builds_pb.BUILD_STATE_RUNNING)
     vanishing.vanish()
     await wait_free(agent)
     await pool.wait_state(vanishing.assigned.build_id, builds_pb.BUILD_STATE_CANCELED)
