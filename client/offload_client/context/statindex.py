@@ -34,6 +34,7 @@ FORMAT_VERSION = 1
 KEEP_DAYS = 30
 """Directories that no scan has asked for so long are forgotten."""
 _TOUCH_DAYS = 7
+_LOCK_POLL_SECONDS = 0.005
 _LOCK_WAIT_SECONDS = 1.0
 _DAY_SECONDS = 86_400
 
@@ -204,7 +205,7 @@ class StatIndex:
         )
         # Kept even when the next line fails, so that `close` finds it.
         self._connection = connection
-        connection.execute("PRAGMA journal_mode = WAL")
+        self._use_wal(connection)
         # A power cut may lose or damage the file; the checksums then tell, and files are read.
         connection.execute("PRAGMA synchronous = OFF")
         if _version(connection) != FORMAT_VERSION:
@@ -223,6 +224,21 @@ class StatIndex:
                 )
                 connection.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
         return connection
+
+    @staticmethod
+    def _use_wal(connection: sqlite3.Connection) -> None:
+        """Switch the journal; SQLite does not wait here while another process switches it too."""
+        import sqlite3
+
+        deadline = time.monotonic() + _LOCK_WAIT_SECONDS
+        while True:
+            try:
+                connection.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_LOCK_POLL_SECONDS)
 
     def _fail(self, error: Exception) -> None:
         import sqlite3

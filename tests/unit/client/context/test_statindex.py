@@ -324,9 +324,8 @@ for _ in range(5):
 def test_processes_share_a_database(root: Path, database: Path) -> None:
     command = [sys.executable, "-c", PROCESS, str(root), str(database)]
     running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(4)]
-    for process in running:
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == 0, errors
+    errors = [process.communicate(timeout=60)[1] for process in running]
+    assert [process.returncode for process in running] == [0] * len(running), errors
     with StatIndex(database, root) as index:
         assert index.directory("f") == {}
         assert set(index.directory("")) == {"f"}
