@@ -80,6 +80,7 @@ class NodeAgent:
         self._empty.set()
         self._background = TaskSet(self._crashed)
         self._publishing = TaskSet(self._crashed)
+        self._concluding = TaskSet(self._crashed)
         # As many exports as builds; more would only slow each other down, and the next builds.
         self._export_slots = asyncio.Semaphore(max(1, config.slots))
         self._exporting = 0
@@ -118,6 +119,7 @@ class NodeAgent:
             self._projects = await stack.enter_async_context(ProjectPool(self.config, self._store))
             stack.push_async_callback(self._background.close)
             stack.push_async_callback(self._publishing.close)
+            stack.push_async_callback(self._concluding.close)
             self._background.start(self._projects.reap(), name="projects.reap")
             self._stack = stack.pop_all()
         return self
@@ -313,7 +315,7 @@ class NodeAgent:
             ending = (BuildState.BUILD_STATE_FAILED, result.failure.message)
         job.ending = ending
         job.journal.finish()
-        self._background.start(self._conclude(job, *ending), name=f"conclude.{job.build_id}")
+        self._concluding.start(self._conclude(job, *ending), name=f"conclude.{job.build_id}")
         log.info("build.finished", build_id=job.build_id, publish=publish, reason=reason)
         if publish:
             job.publishing.clear()
@@ -415,6 +417,7 @@ class NodeAgent:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LEAVE_SECONDS):
                 await self._empty.wait()
+        await self._concluding.drain(LEAVE_SECONDS)
         await self.link.flush(LEAVE_SECONDS)
         log.info("node.drained")
 

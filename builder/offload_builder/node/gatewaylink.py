@@ -46,6 +46,7 @@ CHANNEL_OPTIONS = (
     # Not gRPC's two minutes, for which a gateway that is back would wait for its nodes.
     ("grpc.max_reconnect_backoff_ms", 5000),
 )
+_SEND_SECONDS = 0.1
 _FLUSH_POLL_SECONDS = 0.01
 _FINAL = (
     BuildState.BUILD_STATE_SUCCEEDED,
@@ -122,6 +123,8 @@ class GatewayLink:
             async with asyncio.timeout(timeout):
                 while self._updates or self._unwritten:  # noqa: ASYNC110 - only while stopping
                     await asyncio.sleep(_FLUSH_POLL_SECONDS)
+                # Written is not yet sent, and the stream is cancelled next.
+                await asyncio.sleep(_SEND_SECONDS)
 
     async def run(self) -> None:
         """Attach, and attach again after every loss, until cancelled.

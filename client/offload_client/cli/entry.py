@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import sys
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import NoReturn
-
 
 def build_main() -> None:
     """Run `offload-build`."""
@@ -18,24 +14,8 @@ def build_main() -> None:
     if code is None:
         from offload_client.cli.process import run_build_process
 
-        leave(run_build_process(arguments))
+        code = run_build_process(arguments)
     sys.exit(code)
-
-
-def leave(code: int) -> NoReturn:
-    """End the process at once; all its output is written.
-
-    Taking the interpreter and gRPC apart in order costs some 20 ms and serves nobody.
-    """
-    import os
-
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (AttributeError, OSError, ValueError):
-            # Closed, or its reader is gone; the exit code already says what matters.
-            continue
-    os._exit(code)
 
 
 def offload_main() -> None:
