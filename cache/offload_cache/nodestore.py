@@ -128,3 +128,9 @@ class NodeStore:
     def shared_state(self) -> str:
         """One sentence for people about the shared cache; empty when there is none."""
         return "" if self.objects is None else self.objects.state
+
+    @property
+    def shared_problem(self) -> str:
+        """Why the shared cache is away, for people; empty when it is not, or there is none."""
+        reachable = self.objects is None or self.objects.reachable
+        return "" if reachable else self.shared_state

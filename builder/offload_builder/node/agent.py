@@ -158,8 +158,7 @@ class NodeAgent:
     def heartbeat(self) -> Heartbeat:
         """Describe the node now."""
         free = shutil.disk_usage(self.config.data).free
-        objects = self._store.objects
-        health = objects.state if objects is not None and not objects.reachable else ""
+        health = self._store.shared_problem
         if free < MIN_DISK_FREE_BYTES:
             health = f"only {free >> 20} MiB are free on the disk"
         return Heartbeat(

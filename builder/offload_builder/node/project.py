@@ -98,15 +98,9 @@ class ProjectRuntime:
         """The queue to the shared store; None without one."""
         return self._node_store.uploads
 
-    @property
-    def buildkit_pid(self) -> int | None:
-        """Process id of the BuildKit daemon while it runs."""
-        return self._daemon.pid
-
     def cache_problem(self) -> str:
         """Return why the shared store is away; empty when it is not."""
-        objects = self._node_store.objects
-        return objects.state if objects is not None and not objects.reachable else ""
+        return self._node_store.shared_problem
 
     @asynccontextmanager
     async def use(self) -> AsyncIterator[BuildkitClient]:

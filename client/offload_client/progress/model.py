@@ -112,10 +112,6 @@ class BuildView:
         visible = [step for step in self.steps.values() if not step.hidden]
         return sum(step.completed for step in visible), len(visible)
 
-    def step_of(self, digest: str) -> Step | None:
-        """Return the step that shows a vertex."""
-        return self._owner.get(digest)
-
     def _merge_vertex(self, vertex: Vertex, now: float, local: bool) -> None:
         step = self._owner.get(vertex.digest)
         if step is None:
