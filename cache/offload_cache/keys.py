@@ -2,6 +2,9 @@
 
     projects/<project>/blobs/sha256/<64 hex>
     projects/<project>/scopes/<scope>/<entry key>.json
+    projects/<project>/context/packs/<pack>
+    projects/<project>/context/index/<pack>
+    projects/<project>/context/used/<pack>
 
 Scope and entry key are percent-encoded, so that a branch `a/b` is one path element and no name can
 leave its project.
@@ -16,6 +19,7 @@ from offload_core.digest import digest_hex
 from offload_core.errors import UsageError
 
 _PROJECT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_PACK = re.compile(r"[0-9a-f]{12}-[0-9a-f]{16}")
 _MAX_ELEMENT_BYTES = 255  # longest path element of MinIO's and of common file systems
 
 
@@ -53,3 +57,24 @@ def scope_prefix(project_id: str, scope: str) -> str:
 def entry_key(project_id: str, scope: str, key: str) -> str:
     """Return the key of one cache entry."""
     return scope_prefix(project_id, scope) + _element("cache entry key", key, ".json")
+
+
+def pack_prefix(project_id: str, kind: str) -> str:
+    """Return what the keys of all objects of a kind begin with.
+
+    Args:
+        project_id: whose build contexts they are.
+        kind: "packs", "index" or "used".
+    """
+    return f"projects/{check_project_id(project_id)}/context/{kind}/"
+
+
+def pack_key(project_id: str, kind: str, pack: str) -> str:
+    """Return the key of a pack, of its index, or of the mark of its last use.
+
+    Raises:
+        UsageError: `pack` is no name of a pack.
+    """
+    if _PACK.fullmatch(pack) is None:
+        raise UsageError(f'"{pack[:100]}" is no name of a pack')
+    return pack_prefix(project_id, kind) + pack

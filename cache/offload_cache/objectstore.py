@@ -52,7 +52,7 @@ class ObjectStore(Protocol):
             The bytes passed, which are all that the store announced.
 
         Raises:
-            NotFoundError: there is no such object.
+            NotFoundError: there is no such object, or nothing at `offset`.
         """
 
     async def read_bytes(self, key: str, *, max_bytes: int, timeout: float | None = None) -> bytes:
@@ -76,9 +76,12 @@ class ObjectStore(Protocol):
         """Return what is known of an object, None when there is none."""
 
     async def list_objects(
-        self, prefix: str, *, limit: int, timeout: float | None = None
+        self, prefix: str, *, limit: int, start_after: str = "", timeout: float | None = None
     ) -> list[ObjectInfo]:
-        """Return at most `limit` objects whose key begins with `prefix`, in key order."""
+        """Return at most `limit` objects whose key begins with `prefix`, in key order.
+
+        With `start_after`, only those whose key is greater.
+        """
 
     async def delete(self, key: str) -> None:
         """Remove an object; fine when there is none."""

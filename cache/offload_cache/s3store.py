@@ -39,6 +39,7 @@ _PART_BYTES = 8 << 20
 _PARALLEL_PARTS = 2
 _SLOWEST_BYTES_PER_SECOND = 128 << 10
 _MISSING = {"NoSuchKey", "NoSuchBucket", "ResourceNotFound", "NoSuchObject"}
+_NOTHING_THERE = {*_MISSING, "InvalidRange"}
 _BUCKET_EXISTS = {"BucketAlreadyOwnedByYou", "BucketAlreadyExists"}
 
 
@@ -174,9 +175,15 @@ class S3Store:
     ) -> T:
         self._health.check()
         loop = asyncio.get_running_loop()
+        begun = threading.Event()
+
+        def begin() -> T:
+            begun.set()
+            return work()
+
         try:
             async with asyncio.timeout(deadline_seconds):
-                result = await loop.run_in_executor(executor, work)
+                result = await loop.run_in_executor(executor, begin)
         except NotFoundError:
             self._health.succeeded()  # "not there" is an answer
             raise
@@ -184,6 +191,10 @@ class S3Store:
             self._health.abandoned()
             raise
         except TimeoutError as error:
+            if not begun.is_set():
+                # It waited for a thread of ours; that says nothing about the store.
+                self._health.abandoned()
+                raise CacheUnavailableError("too many transfers are under way") from error
             cause = str(error) or f"no answer in {deadline_seconds or 0:.1f} s"
             raise self._failure(cause, weight=2) from error
         except (MinioException, urllib3.exceptions.HTTPError) as error:
@@ -335,7 +346,7 @@ class S3Store:
         return await self._call(self._readers, work, timeout or self._config.read_seconds)
 
     async def list_objects(
-        self, prefix: str, *, limit: int, timeout: float | None = None
+        self, prefix: str, *, limit: int, start_after: str = "", timeout: float | None = None
     ) -> list[ObjectInfo]:
         """See ObjectStore."""
 
@@ -343,7 +354,10 @@ class S3Store:
             found: list[ObjectInfo] = []
             try:
                 for item in self._reading.list_objects(
-                    self._config.bucket, prefix=self._prefix + prefix, recursive=True
+                    self._config.bucket,
+                    prefix=self._prefix + prefix,
+                    recursive=True,
+                    start_after=self._prefix + start_after if start_after else None,
                 ):
                     if len(found) >= limit:
                         break
@@ -382,7 +396,7 @@ class S3Store:
 
 
 def _missing(error: S3Error, key: str) -> Exception:
-    return NotFoundError(f"there is no object {key}") if error.code in _MISSING else error
+    return NotFoundError(f"there is no object {key}") if error.code in _NOTHING_THERE else error
 
 
 def _cause(error: Exception) -> str:

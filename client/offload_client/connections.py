@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
+from weakref import WeakKeyDictionary
 
 from offload_client.identity import (
     StoredIdentity,
@@ -26,7 +28,7 @@ from offload_core.tls import GATEWAY_NAME, open_channel
 from offload_core.versions import call_metadata
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterator, Sequence
     from types import TracebackType
 
     from grpc import aio
@@ -63,6 +65,9 @@ class Connections:
         self._channels: dict[tuple[str, str, str], _Kept] = {}
         self._retired: set[aio.Channel] = set()
         self._closing = TaskSet()
+        self._targets: WeakKeyDictionary[aio.Channel, tuple[str, str, StoredIdentity]] = (
+            WeakKeyDictionary()
+        )
         self._token_logins: dict[tuple[str, str], StoredIdentity] = {}
 
     async def __aenter__(self) -> Self:
@@ -148,6 +153,7 @@ class Connections:
             channel = open_channel(
                 address, server_name, ca_pem=identity.keys.ca_pem, keys=identity.keys
             )
+            self._targets[channel] = address, server_name, identity
             kept = _Kept(channel, 0.0)
         kept.used_at = _now()
         self._channels[key] = kept
@@ -201,6 +207,26 @@ class Connections:
                 task.cancel()
                 self.drop(address, server_name, identity)
         return winner
+
+    @asynccontextmanager
+    async def beside(self, channel: aio.Channel) -> AsyncIterator[aio.Channel]:
+        """Open another connection to where a channel of ours leads; closed with the block.
+
+        Channels to one address share a connection, so that several calls are as fast as one on a
+        long way. Nothing is dialled before the first call.
+        """
+        address, server_name, identity = self._targets[channel]
+        another = open_channel(
+            address,
+            server_name,
+            ca_pem=identity.keys.ca_pem,
+            keys=identity.keys,
+            options=(("grpc.use_local_subchannel_pool", 1),),
+        )
+        try:
+            yield another
+        finally:
+            await another.close()
 
     def drop(self, address: str, server_name: str, identity: StoredIdentity) -> None:
         """Forget a channel that does not work; calls of other commands on it may end first."""

@@ -151,7 +151,13 @@ class GatewayUnreachableError(OffloadError):
 
 
 class NodeLostError(OffloadError):
-    """The node or its BuildKit died while it was needed."""
+    """The node or its BuildKit died while it was needed.
+
+    Attributes:
+        connection_broke: only the connection is known to be lost; the node may be well.
+    """
+
+    connection_broke = False
 
     status_code = 14
     reason = "NODE_LOST"

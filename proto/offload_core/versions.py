@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 VERSION_KEY = "offload-api-version"
 """Metadata key that carries the caller's `API_VERSION` in every call."""
 
-MINIMUM_API_VERSION = 1
+MINIMUM_API_VERSION = 2
 
 
 def check_version(metadata: Iterable[tuple[str, str | bytes]] | None, *, me: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import subprocess
 from contextlib import aclosing, contextmanager
 from typing import TYPE_CHECKING
@@ -13,6 +15,7 @@ from offload_builder.node.journal import Journal
 from offload_builder.node.stickytimes import StickyTimes
 from offload_core.errors import QuotaExceededError
 from offload_proto.v1.events_pb2 import ProgressBatch, VertexLog
+from tests.fixtures.contentclients import Project
 from offload_proto.v1.node_service_pb2 import ContextEntry
 
 if TYPE_CHECKING:
@@ -80,8 +83,25 @@ def test_times_that_could_not_be_kept_are_not_remembered(tmp_path):
 async def test_context_store_on_a_full_disk_says_so_and_keeps_nothing_half(tmp_path):
     with small_disk(tmp_path, "size=256k") as disk:
         async with ContextStore(disk / "context", keep_bytes=1 << 20) as store:
-            data = bytes(300 << 10)
-            full = pytest.raises(QuotaExceededError, match="cannot store the build context")
-            with full, store.begin_sync(bytes(32)) as blob:
-                blob.write(data)
-            assert list((disk / "context").iterdir()) == []
+            data = os.urandom(300 << 10)
+            digest = hashlib.sha256(data).digest()
+            with pytest.raises(QuotaExceededError, match="cannot store the build context"):
+                await store.run(store.store_sync, [(digest, data)])
+            assert await store.run(store.missing_sync, [digest]) == [digest]
+            assert [path for path in (disk / "context").rglob("*") if path.is_file()] == []
+
+
+async def test_upload_to_a_full_disk_ends_the_build_with_the_cause(tmp_path, monkeypatch):
+    monkeypatch.setattr("offload_builder.node.uploads.DISCARD_SECONDS", 0.1)
+    with small_disk(tmp_path, "size=512k") as disk:
+        async with Project(disk / "context") as project:
+            small, big = os.urandom(1000), os.urandom(600 << 10)
+            client = project.client(small, big, answers=True)
+            files = client.wanted()
+            await client.content.request(files)
+            with pytest.raises(QuotaExceededError, match="disk of the node is full"):
+                await client.read(files[1])
+            await client.leave()
+            # What had room is kept for the retry.
+            again = project.client(small)
+            assert await project.missing(small) in ([], [again.wanted()[0].sha256])

@@ -27,6 +27,7 @@ from offload_builder.buildkit.providers import (
     OutputWriter,
     SecretSource,
     SessionProviders,
+    StatRun,
 )
 from offload_builder.buildkit.session import BkSession
 from offload_builder.buildkit.solve import Attributed, SolveResult, SolveSpec, new_ref
@@ -51,6 +52,7 @@ __all__ = [
     "SolveFailure",
     "SolveResult",
     "SolveSpec",
+    "StatRun",
     "find_buildkitd",
     "find_runc",
     "new_ref",

@@ -8,6 +8,7 @@ of several files may be mixed.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote_plus
 
@@ -19,23 +20,21 @@ from offload_builder.buildkit.h2.messages import (
 )
 from offload_core.aio import finish
 from offload_core.errors import ContextChangedError, InternalError, find_offload_error
-from offload_core.filemode import MODE_SOCKET, MODE_SYMLINK, is_regular
-from offload_proto.buildkit.fsutil_pb2 import Packet, Stat
+from offload_proto.buildkit.fsutil_pb2 import Packet
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
     from offload_builder.buildkit.h2.server import ServerCall
     from offload_builder.buildkit.providers import LocalSource, LocalTree
-    from offload_proto.v1.node_service_pb2 import ContextEntry
 
 MAX_READERS = 64
 """Files that are read at the same time; most of them wait for the client."""
+MAX_ANNOUNCED = 16_384
+"""Files that the tree has heard of and that were not sent yet; BuildKit asks for all at once."""
 MAX_CHUNK = 2**20
 GATHER_SECONDS = 0.002
-_STATS_PER_TURN = 256
 _FILES_PER_TURN = 32
-_NOT_A_FILE = -1
 _DONE = Packet(type=Packet.PACKET_FIN).SerializeToString()
 _CLOSE_SECONDS = 10.0
 
@@ -66,10 +65,11 @@ class _Sender:
     def __init__(self, call: ServerCall, tree: LocalTree) -> None:
         self._call = call
         self._tree = tree
-        self._sizes: list[int] = []
-        """Size of each listed file, _NOT_A_FILE where content cannot be asked for (again)."""
-        self._expected: dict[int, int] = {}
-        self._gathered: list[int] = []
+        self._told = 0
+        self._asked = bytearray()
+        """A byte for each entry: whether it was asked for."""
+        self._gathered: deque[int] = deque()
+        self._announced = 0
         self._gather_wake = asyncio.Event()
         self._wanted: asyncio.Queue[int] = asyncio.Queue()
         self._helpers: list[asyncio.Task[None]] = []
@@ -89,6 +89,8 @@ class _Sender:
             error = _first_cause(group_error)
             await self._report(error)
             raise error from group_error
+        # Before it is confirmed: what BuildKit keeps must be remembered as told.
+        await self._tree.delivered()
         await self._call.send([_DONE])
 
     def _start(self, group: asyncio.TaskGroup, work: Coroutine[Any, Any, None]) -> None:
@@ -106,13 +108,12 @@ class _Sender:
         await self._call.send([packet.SerializeToString()])
 
     async def _send_stats(self) -> None:
-        async for batch in self._tree.batches():
-            for start in range(0, len(batch), _STATS_PER_TURN):
-                entries = batch[start : start + _STATS_PER_TURN]
-                # Numbered before they are sent: a request may come while `send` waits.
-                self._sizes.extend(_content_size(entry) for entry in entries)
-                await self._call.send([stat_packet(entry) for entry in entries])
-                await asyncio.sleep(0)
+        async for run in self._tree.runs():
+            # Counted before they are sent: a request may come while `send_framed` waits.
+            self._told += run.count
+            self._asked.extend(bytes(run.count))
+            await self._call.send_framed(run.frames)
+            await asyncio.sleep(0)
         await self._call.send([b""])
 
     async def _receive(self) -> None:
@@ -129,11 +130,9 @@ class _Sender:
         raise GrpcError(CANCELLED, "BuildKit ended the transfer of files early")
 
     def _request(self, index: int) -> None:
-        size = self._sizes[index] if index < len(self._sizes) else _NOT_A_FILE
-        if size == _NOT_A_FILE:
+        if index >= self._told or self._asked[index]:
             raise GrpcError(INVALID_ARGUMENT, f"file {index} cannot be asked for")
-        self._sizes[index] = _NOT_A_FILE
-        self._expected[index] = size
+        self._asked[index] = 1
         self._gathered.append(index)
         self._gather_wake.set()
 
@@ -144,9 +143,13 @@ class _Sender:
             await self._gather_wake.wait()
             if (pause := next_time - loop.time()) > 0:
                 await asyncio.sleep(pause)
-            indexes, self._gathered = self._gathered, []
             self._gather_wake.clear()
             next_time = loop.time() + GATHER_SECONDS
+            room = min(len(self._gathered), MAX_ANNOUNCED - self._announced)
+            indexes = [self._gathered.popleft() for _ in range(room)]
+            if not indexes:
+                continue
+            self._announced += room
             await self._tree.requested(indexes)
             for index in indexes:
                 self._wanted.put_nowait(index)
@@ -162,13 +165,18 @@ class _Sender:
             index = await self._wanted.get()
             self._idle -= 1
             await self._send_file(index)
+            self._announced -= 1
+            if self._gathered:
+                self._gather_wake.set()
             count += 1
             if count % _FILES_PER_TURN == 0:
                 # A file that is at hand is sent without waiting for anything.
                 await asyncio.sleep(0)
 
     async def _send_file(self, index: int) -> None:
-        expected, sent = self._expected.pop(index), 0
+        expected, sent = self._tree.content_size(index), 0
+        if expected < 0:
+            raise GrpcError(INVALID_ARGUMENT, f"file {index} cannot be asked for")
         header = b"\x08\x02\x18" + varint(index)
         chunks = self._tree.read(index)
         try:
@@ -196,31 +204,6 @@ class _Sender:
         if size:
             prefix = b"%b\x22%b" % (header, varint(size))
             await self._call.send_joined([prefix, chunk], len(prefix) + size)
-
-
-def stat_packet(entry: ContextEntry) -> bytes:
-    """Return the STAT packet of an entry. Owner and group are always root, as in docker build."""
-    size = entry.size_bytes
-    if entry.mode & MODE_SYMLINK:
-        # What lstat says of a link; with another size the daemon would make the link anew.
-        size = len(entry.link_name.encode())
-    stat = Stat(
-        path=entry.path,
-        mode=entry.mode & ~MODE_SOCKET,
-        size=size,
-        modTime=entry.modified_at_unix_ns,
-        linkname=entry.link_name,
-        devmajor=entry.device_major,
-        devminor=entry.device_minor,
-    )
-    if entry.xattrs:
-        for name, value in entry.xattrs.items():
-            stat.xattrs[name] = value
-    return Packet(stat=stat).SerializeToString()
-
-
-def _content_size(entry: ContextEntry) -> int:
-    return entry.size_bytes if is_regular(entry.mode & ~MODE_SOCKET) else _NOT_A_FILE
 
 
 def _first_cause(group: BaseExceptionGroup[BaseException]) -> Exception:

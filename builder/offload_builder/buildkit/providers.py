@@ -12,20 +12,37 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
 
-    from offload_proto.v1.node_service_pb2 import ContextEntry
+    from offload_builder.buildkit.contentstore import LayoutBlobs
+
+
+@dataclass(frozen=True, slots=True)
+class StatRun:
+    """Some entries of a listing.
+
+    Attributes:
+        frames: a STAT packet for each, with the prefix of its gRPC message; see `statframes`.
+        count: how many.
+    """
+
+    frames: bytes
+    count: int
 
 
 class LocalTree(Protocol):
     """One listing of a local source.
 
-    Entries are numbered from 0 in the order in which `batches` yields them.
+    Entries are numbered from 0 in the order in which `runs` yields them.
     """
 
-    def batches(self) -> AsyncIterator[Sequence[ContextEntry]]:
+    def runs(self) -> AsyncIterator[StatRun]:
         """Yield the entries: a directory is followed by its content, names sorted as bytes.
 
         They are sent to BuildKit as they come.
         """
+        ...
+
+    def content_size(self, index: int) -> int:
+        """Return the bytes of a file; -1 of anything that has no content, as a hard link."""
         ...
 
     async def requested(self, indexes: Sequence[int]) -> None:
@@ -42,6 +59,10 @@ class LocalTree(Protocol):
 
         Pieces of 256 KiB to 1 MiB are best. A piece must not be changed after it was yielded.
         """
+        ...
+
+    async def delivered(self) -> None:
+        """Hear that BuildKit has everything that it wants; `close` follows."""
         ...
 
     async def close(self) -> None:
@@ -126,3 +147,4 @@ class SessionProviders:
     credentials: CredentialSource | None = None
     secrets: SecretSource | None = None
     outputs: OutputSink | None = None
+    layouts: LayoutBlobs | None = None

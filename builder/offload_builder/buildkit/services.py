@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from offload_builder.buildkit.contentstore import content_services
 from offload_builder.buildkit.filesync import serve_diff_copy
 from offload_builder.buildkit.h2.messages import CANCELLED, NOT_FOUND, GrpcError
 from offload_core.aio import finish
@@ -54,6 +55,8 @@ def session_services(providers: SessionProviders) -> dict[str, Handler]:
         )
     if outputs is not None:
         handlers["/moby.filesync.v1.FileSend/DiffCopy"] = lambda call: _serve_output(call, outputs)
+    if providers.layouts is not None:
+        handlers |= content_services(providers.layouts)
     return handlers
 
 

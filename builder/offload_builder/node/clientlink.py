@@ -1,42 +1,37 @@
-"""The conversation with the client of one build: requests out, answers in, blobs awaited."""
+"""The conversation with the client of one build: requests out, answers in."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from offload_builder.node.entries import check_entry
+from offload_builder.node.listingfeed import ListingFeed
 from offload_builder.node.outbox import Outbox
-from offload_core.errors import ContextChangedError, ContextError, OffloadError, UsageError
+from offload_core.errors import ContextError, OffloadError, UsageError
 from offload_proto.v1.node_service_pb2 import (
-    ContextEntries,
     ContextRequest,
     CredentialsRequest,
-    NeedBlobs,
     Notice,
     RunResponse,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from offload_proto.v1.node_service_pb2 import (
-        BlobFailure,
-        ContextEntry,
         ContextFailure,
+        ContextListing,
+        ContextPage,
         CredentialsReply,
     )
 
 CREDENTIALS_SECONDS = 60.0
 """Longer than any credential helper needs; BuildKit's own session auth gives up after 60 s."""
-MAX_ENTRIES = 2_000_000
-MAX_LISTING_BYTES = 512 << 20
-"""Size of all entries of one listing on the wire; 2,000,000 entries of 250 bytes."""
-BLOBS_PER_MESSAGE = 10_000
 SILENCE_SECONDS = 1800.0
-"""A client that has to answer and says nothing for so long is given up. Listing and hashing a
-large context takes minutes, in which it says nothing; a client that died is noticed in 30 s by
-the keepalive of its connection."""
+"""A client that has to answer and says nothing for so long is given up. Hashing a large file
+takes minutes, in which it says nothing; a client that died is noticed in 30 s by the keepalive of
+its connection."""
 _WATCH_SECONDS = 30.0
 
 
@@ -53,36 +48,65 @@ class ClientLink:
         self._heard_at = 0.0
         self._watching: asyncio.TimerHandle | None = None
         self._next_id = 0
-        self._contexts: dict[int, _Listing] = {}
+        self._next_waiter = 0
+        self._waiters: dict[int, Callable[[OffloadError], None]] = {}
+        self._listings: dict[int, ListingFeed] = {}
         self._credentials: dict[int, asyncio.Future[tuple[str, str]]] = {}
-        self._arrivals: dict[bytes, asyncio.Future[None]] = {}
-        self._sizes: dict[bytes, int] = {}
-        self._lost: OffloadError | None = None
+        self._error: OffloadError | None = None
 
     @property
     def lost(self) -> bool:
         """Whether the client can no longer be asked."""
-        return self._lost is not None
+        return self._error is not None
+
+    @property
+    def error(self) -> OffloadError | None:
+        """Why the client can no longer be asked, or None."""
+        return self._error
 
     def heard(self) -> None:
         """Note a sign of life of the client."""
         self._heard_at = asyncio.get_running_loop().time()
 
+    @contextmanager
+    def expect(self, fail: Callable[[OffloadError], None]) -> Iterator[None]:
+        """Say, for as long as the block runs, that the client must send something.
+
+        `fail(error)` is called when it is lost or silent meanwhile; it may be called twice.
+
+        Raises:
+            OffloadError: the client is gone already.
+        """
+        if self._error is not None:
+            raise self._error
+        self._next_waiter += 1
+        number = self._next_waiter
+        if not self._waiters:
+            self.heard()
+        self._waiters[number] = fail
+        if self._watching is None:
+            self._watch_later()
+        try:
+            yield
+        finally:
+            self._waiters.pop(number, None)
+
     # Requests.
 
     async def request_context(
         self, name: str, include: Sequence[str], exclude: Sequence[str], follow: Sequence[str]
-    ) -> list[ContextEntry]:
-        """Return the entries of a local source.
+    ) -> ListingFeed:
+        """Ask for the entries of a local source; the caller closes what is returned.
 
         Raises:
-            ContextError: the client cannot read it, or does not answer.
+            OffloadError: the client is gone.
         """
         request_id = self._new_id()
-        listing = self._contexts[request_id] = _Listing(self._future())
-        self._watch()
+        feed = ListingFeed(request_id, self._send, self.expect)
+        feed.on_close = lambda: self._listings.pop(request_id, None)
+        self._listings[request_id] = feed
         try:
-            await self.outbox.put(
+            await self._send(
                 RunResponse(
                     context_request=ContextRequest(
                         request_id=request_id,
@@ -93,59 +117,22 @@ class ClientLink:
                     )
                 )
             )
-            await listing.done
-        finally:
-            del self._contexts[request_id]
-        return listing.entries
+        except BaseException:
+            feed.close()
+            raise
+        return feed
 
-    async def request_blobs(self, sizes: Mapping[bytes, int]) -> None:
-        """Ask for blobs that nobody has asked for yet; `arrival` tells when one is there.
-
-        Args:
-            sizes: the bytes of each blob, by its digest.
+    async def request_credentials(self, host: str) -> tuple[str, str]:
+        """Return user and secret for a registry; two empty strings when the client has none.
 
         Raises:
             OffloadError: the client is gone.
         """
-        wanted = [digest for digest in sizes if digest not in self._arrivals]
-        if wanted and self._lost is not None:
-            raise self._lost
-        for digest in wanted:
-            self._arrivals[digest] = self._future()
-            self._sizes[digest] = sizes[digest]
-        self._watch()
-        for start in range(0, len(wanted), BLOBS_PER_MESSAGE):
-            await self.outbox.put(
-                RunResponse(need_blobs=NeedBlobs(sha256=wanted[start : start + BLOBS_PER_MESSAGE]))
-            )
-
-    async def arrival(self, digest: bytes) -> None:
-        """Wait until a blob that was asked for is stored; returns at once for any other.
-
-        Raises:
-            ContextChangedError: the client cannot deliver it.
-        """
-        future = self._arrivals.get(digest)
-        if future is not None:
-            # Several readers may wait for one blob; cancelling one must not cancel the others.
-            await asyncio.shield(future)
-
-    def wanted(self, digest: bytes) -> bool:
-        """Return whether a blob was asked for and is not yet there."""
-        future = self._arrivals.get(digest)
-        return future is not None and not future.done()
-
-    def size(self, digest: bytes) -> int:
-        """Return the bytes of a blob that was asked for, as the client has listed it."""
-        return self._sizes.get(digest, 0)
-
-    async def request_credentials(self, host: str) -> tuple[str, str]:
-        """Return user and secret for a registry; two empty strings when the client has none."""
         request_id = self._new_id()
-        reply: asyncio.Future[tuple[str, str]] = self._future_of_credentials()
+        reply: asyncio.Future[tuple[str, str]] = asyncio.get_running_loop().create_future()
         self._credentials[request_id] = reply
         try:
-            await self.outbox.put(
+            await self._send(
                 RunResponse(
                     credentials_request=CredentialsRequest(request_id=request_id, host=host)
                 )
@@ -159,41 +146,35 @@ class ClientLink:
 
     async def notice(self, text: str, *, level: str = "warning") -> None:
         """Tell the user a sentence outside the build's log."""
-        await self.outbox.put(RunResponse(notice=Notice(level=level, text=text)))
+        await self._send(RunResponse(notice=Notice(level=level, text=text)))
 
     # Answers.
 
-    def context_entries(self, message: ContextEntries) -> None:
-        """Take entries from the client.
+    def context_listing(self, message: ContextListing) -> None:
+        """Take names of pages.
 
         Raises:
-            UsageError: unasked, too many, or a path that leaves the context.
+            UsageError: unasked, too many, or malformed.
         """
-        listing = self._contexts.get(message.request_id)
-        if listing is None:
-            if 0 < message.request_id <= self._next_id:
-                return  # BuildKit has given up this request meanwhile.
-            raise UsageError("the client sent a build context that was not asked for")
-        if listing.done.done():
-            raise UsageError("the client sent more of a build context that it had ended")
-        for entry in message.entries:
-            check_entry(entry)
-        listing.entries.extend(message.entries)
-        listing.bytes += message.ByteSize()
-        if len(listing.entries) > MAX_ENTRIES or listing.bytes > MAX_LISTING_BYTES:
-            raise UsageError(
-                f"the build context is too large: at most {MAX_ENTRIES} files and directories "
-                f"are taken; exclude what is not needed in .dockerignore"
-            )
-        if message.last:
-            listing.done.set_result(None)
+        feed = self._listing(message.request_id)
+        if feed is not None:
+            feed.take_listing(message)
+
+    def context_page(self, message: ContextPage) -> None:
+        """Take a page, or its times.
+
+        Raises:
+            UsageError: unasked or too large.
+        """
+        feed = self._listing(message.request_id)
+        if feed is not None:
+            feed.take_page(message)
 
     def context_failure(self, message: ContextFailure) -> None:
         """Take the news that a local source cannot be read."""
-        listing = self._contexts.get(message.request_id)
-        if listing is not None and not listing.done.done():
-            cls = ContextChangedError if message.changed else ContextError
-            listing.done.set_exception(cls(message.message))
+        feed = self._listings.get(message.request_id)
+        if feed is not None:
+            feed.take_failure(message)
 
     def credentials_reply(self, message: CredentialsReply) -> None:
         """Take a login."""
@@ -201,93 +182,57 @@ class ClientLink:
         if reply is not None and not reply.done():
             reply.set_result((message.username, message.secret))
 
-    def blob_failure(self, message: BlobFailure) -> None:
-        """Take the news that a blob cannot be delivered."""
-        future = self._arrivals.get(message.sha256)
-        if future is not None and not future.done():
-            future.set_exception(ContextChangedError(message.message))
-
-    def blobs_arrived(self, digests: Sequence[bytes]) -> None:
-        """Say that blobs are stored now."""
-        for digest in digests:
-            future = self._arrivals.get(digest)
-            if future is not None and not future.done():
-                future.set_result(None)
-
-    def fail_blobs(self, error: OffloadError) -> None:
-        """Say that no blob that is still missing will come."""
-        for future in self._arrivals.values():
-            if not future.done():
-                future.set_exception(error)
-
     def lose(self, error: OffloadError) -> None:
         """End everything that waits for the client, now and later; the first error holds."""
-        self._lost = self._lost or error
+        self._error = self._error or error
         if self._watching is not None:
             self._watching.cancel()
             self._watching = None
-        self._fail_all(self._lost)
-
-    def _fail_all(self, error: OffloadError) -> None:
-        futures: list[asyncio.Future[Any]] = [
-            *(listing.done for listing in self._contexts.values()),
-            *self._credentials.values(),
-            *self._arrivals.values(),
-        ]
-        for future in futures:
-            if not future.done():
-                future.set_exception(error)
+        for feed in list(self._listings.values()):
+            feed.fail(self._error)
+        for reply in self._credentials.values():
+            if not reply.done():
+                reply.set_exception(self._error)
                 # Nobody may be waiting any more; an unseen exception would only make noise.
-                future.exception()
+                reply.exception()
+        self._fail_waiters(self._error)
 
-    def _watch(self) -> None:
-        """See to it that a client that must answer does so, sooner or later."""
-        self.heard()
-        if self._watching is None and self._lost is None:
-            pause = min(_WATCH_SECONDS, self._silence_seconds)
-            self._watching = asyncio.get_running_loop().call_later(pause, self._check_silence)
+    def _fail_waiters(self, error: OffloadError) -> None:
+        for fail in list(self._waiters.values()):
+            fail(error)
+
+    def _watch_later(self) -> None:
+        pause = min(_WATCH_SECONDS, self._silence_seconds)
+        self._watching = asyncio.get_running_loop().call_later(pause, self._check_silence)
 
     def _check_silence(self) -> None:
+        """See to it that a client that must answer does so, sooner or later."""
         self._watching = None
-        waiting = any(not listing.done.done() for listing in self._contexts.values()) or any(
-            not future.done() for future in self._arrivals.values()
-        )
-        if not waiting:
+        if not self._waiters:
             return
         silent = asyncio.get_running_loop().time() - self._heard_at
         if silent < self._silence_seconds:
-            pause = min(_WATCH_SECONDS, self._silence_seconds)
-            self._watching = asyncio.get_running_loop().call_later(pause, self._check_silence)
+            self._watch_later()
             return
-        self._fail_all(
+        self._fail_waiters(
             ContextError(
                 f"the client has not sent the build context that was asked for; "
                 f"it was silent for {silent:.0f} seconds"
             )
         )
 
+    def _listing(self, request_id: int) -> ListingFeed | None:
+        feed = self._listings.get(request_id)
+        # What BuildKit has given up meanwhile may still come.
+        if feed is None and not 0 < request_id <= self._next_id:
+            raise UsageError("the client sent a build context that was not asked for")
+        return feed
+
+    async def _send(self, message: RunResponse) -> None:
+        await self.outbox.put(message)
+
     def _new_id(self) -> int:
-        if self._lost is not None:
-            raise self._lost
+        if self._error is not None:
+            raise self._error
         self._next_id += 1
         return self._next_id
-
-    @staticmethod
-    def _future() -> asyncio.Future[None]:
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        # Marks the exception as seen: a blob may fail while nobody reads it yet.
-        future.add_done_callback(lambda done: done.cancelled() or done.exception())
-        return future
-
-    @staticmethod
-    def _future_of_credentials() -> asyncio.Future[tuple[str, str]]:
-        return asyncio.get_running_loop().create_future()
-
-
-class _Listing:
-    """The answer to one context request while it arrives."""
-
-    def __init__(self, done: asyncio.Future[None]) -> None:
-        self.done = done
-        self.entries: list[ContextEntry] = []
-        self.bytes = 0

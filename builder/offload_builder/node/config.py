@@ -52,6 +52,17 @@ class NodeConfig:
     context_keep: int = option(
         10 * 1024**3, "bytes of build context files to keep per project", unit="size"
     )
+    context_shared_keep: int = option(
+        20 * 1024**3,
+        "bytes of build context files to keep per project in the shared store; when there are "
+        "more, those go first that no node stored or read for longest",
+        unit="size",
+    )
+    context_shared_idle: float = option(
+        30 * 86_400.0,
+        "remove build context files from the shared store that no node stored or read for so long",
+        unit="duration",
+    )
     s3_endpoint: str = option("", "S3 endpoint URL of the shared cache; none when empty")
     s3_bucket: str = option("offload", "bucket of the shared cache; created when missing")
     s3_prefix: str = option("", "prefix of all keys in the bucket")
@@ -71,7 +82,14 @@ class NodeConfig:
         """
         if self.slots < 1:
             raise ConfigError("slots must be 1 or more")
-        for name in ("blobs_keep", "context_keep", "buildkit_keep", "buildkit_idle"):
+        for name in (
+            "blobs_keep",
+            "context_keep",
+            "context_shared_keep",
+            "context_shared_idle",
+            "buildkit_keep",
+            "buildkit_idle",
+        ):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be greater than 0")
         if self.drain_timeout < 0:

@@ -13,6 +13,7 @@ from offload_builder.buildkit.failure import SolveFailure
 from offload_builder.buildkit.providers import SessionProviders
 from offload_builder.buildkit.session import BkSession
 from offload_builder.buildkit.solve import Attributed, SolveResult, SolveSpec
+from offload_builder.node.content import BuildContent
 from offload_builder.node.faults import storage_error
 from offload_builder.node.imagefiles import ImageFiles
 from offload_builder.node.localsource import BuildContext
@@ -89,7 +90,9 @@ class BuildJob:
         self.image = ImageFiles(runtime.cache.store)
         self.image_digest = ""
         self.cache_state: CacheState.ValueType = CacheState.CACHE_STATE_UNSPECIFIED
-        self.context_store = runtime.context_store
+        self.content = BuildContent(
+            runtime.context_store, runtime.arrivals, link, runtime.shared_context, self.stats
+        )
         self._ticket = ticket
         self._start = start
         self._runtime = runtime
@@ -157,6 +160,7 @@ class BuildJob:
         self._outputs = Outputs(self.link, plan)
         self._source = BuildContext(
             self.link,
+            self.content,
             self._runtime.context_store,
             self._runtime.times,
             self._start.inline_files,
@@ -380,8 +384,16 @@ class BuildJob:
             raise NodeLostError("the build has not begun")
         return self._outputs.read(index)
 
+    def lose(self, error: OffloadError) -> None:
+        """End everything that waits for the client, now and later; the first error holds."""
+        self.link.lose(error)
+        self.content.lose(error)
+
     async def close(self) -> None:
         """Release everything; runs to its end also while being cancelled."""
         if self._outputs is not None:
             self._outputs.stop()
-        await finish(self._stack.aclose(), CLOSE_SECONDS)
+        try:
+            await finish(self._stack.aclose(), CLOSE_SECONDS)
+        finally:
+            await finish(self.content.close(), CLOSE_SECONDS)

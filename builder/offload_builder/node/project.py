@@ -13,6 +13,8 @@ import structlog
 
 from offload_builder.buildkit.daemon import BuildkitDaemon
 from offload_builder.buildkit.daemon_config import DaemonSettings, RegistrySettings
+from offload_builder.node.arrivals import Arrivals
+from offload_builder.node.contextshare import SharedContext, SharingLimits, SharingThreads
 from offload_builder.node.contextstore import ContextStore
 from offload_builder.node.stickytimes import StickyTimes
 from offload_builder.provider.process import tools_directory
@@ -20,7 +22,7 @@ from offload_core.config import read_toml
 from offload_core.errors import ConfigError, OffloadError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncIterator, Callable, Mapping
     from types import TracebackType
 
     from offload_builder.buildkit.client import BuildkitClient
@@ -46,11 +48,25 @@ class ProjectRuntime:
         config: NodeConfig,
         registries: Mapping[str, RegistrySettings],
         folder: Path,
+        threads: SharingThreads,
+        busy: Callable[[], bool],
     ) -> None:
         self.project_id = project_id
         self.cache = cache
         self.native_platform = config.native_platforms()[0]
         self.context_store = ContextStore(folder / "context", keep_bytes=config.context_keep)
+        self.arrivals = Arrivals()
+        self.shared_context: SharedContext | None = None
+        if node_store.objects is not None:
+            self.shared_context = SharedContext(
+                project_id,
+                node_store.objects,
+                folder / "context-share",
+                limits=SharingLimits(config.context_shared_keep, config.context_shared_idle),
+                threads=threads,
+                read=self._read_blob,
+                busy=busy,
+            )
         self.times: StickyTimes
         self._times_path = folder / "times.db"
         self._node_store = node_store
@@ -81,6 +97,8 @@ class ProjectRuntime:
             await stack.enter_async_context(self.context_store)
             self.times = await self.context_store.run(StickyTimes, self._times_path)
             stack.callback(self.times.close)
+            if self.shared_context is not None:
+                await stack.enter_async_context(self.shared_context)
             await stack.enter_async_context(self._daemon)
             self._stack = stack.pop_all()
         return self
@@ -92,6 +110,19 @@ class ProjectRuntime:
         trace: TracebackType | None,
     ) -> None:
         await self._stack.aclose()
+
+    def _read_blob(self, digest: bytes) -> bytes | None:
+        """Return a context blob for the shared store, which verifies it; None when it is gone."""
+        try:
+            return self.context_store.read_sync(digest, verify=False)
+        except OffloadError as error:
+            log.warning("context.blob.unreadable", sha256=digest.hex(), cause=error.message)
+            return None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a build uses the project's BuildKit."""
+        return self._users > 0
 
     @property
     def uploads(self) -> UploadQueue | None:
@@ -205,11 +236,13 @@ class ProjectPool:
         self._config = config
         self._registries = read_registries(config.registry_config)
         self._node_store = node_store
+        self._threads = SharingThreads()
         self._stack = AsyncExitStack()
         self._opening = asyncio.Lock()
         self._runtimes: dict[str, ProjectRuntime] = {}
 
     async def __aenter__(self) -> Self:
+        self._stack.callback(self._threads.close)
         return self
 
     async def __aexit__(
@@ -218,7 +251,19 @@ class ProjectPool:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await self._stack.aclose()
+        try:
+            await asyncio.gather(
+                *(
+                    runtime.shared_context.settle()
+                    for runtime in self.running()
+                    if runtime.shared_context is not None
+                )
+            )
+        finally:
+            await self._stack.aclose()
+
+    def _busy(self) -> bool:
+        return any(runtime.busy for runtime in self._runtimes.values())
 
     async def runtime(self, project_id: str) -> ProjectRuntime:
         """Return a project, opened now or before.
@@ -234,7 +279,14 @@ class ProjectPool:
                 folder = self._config.data / "projects" / project_id
                 runtime = await self._stack.enter_async_context(
                     ProjectRuntime(
-                        project_id, cache, self._node_store, self._config, self._registries, folder
+                        project_id,
+                        cache,
+                        self._node_store,
+                        self._config,
+                        self._registries,
+                        folder,
+                        self._threads,
+                        self._busy,
                     )
                 )
                 self._runtimes[project_id] = runtime

@@ -55,7 +55,7 @@ IDLE_SECONDS = 600.0
 """A client that fetches nothing of a finished build for so long, and does not leave, is sent away.
 Docker may unpack a large layer for minutes without reading the next one."""
 MAX_UPLOADS = 8
-"""Upload streams of one build at a time; ours uses one."""
+"""Upload streams of one build at a time."""
 CHUNK_BYTES = 1 << 20
 BUILD_ID_KEY = "offload-build-id"
 
@@ -95,7 +95,7 @@ class NodeBuilds(NodeBuildsServiceServicer):
                 yield message
             await work
         finally:
-            job.link.lose(NodeLostError("the client went away"))
+            job.lose(NodeLostError("the client went away"))
             outbox.drop()
             work.cancel()
             try:
@@ -169,14 +169,16 @@ class NodeBuilds(NodeBuildsServiceServicer):
             async for request in requests:
                 link.heard()
                 kind = request.WhichOneof("message")
-                if kind == "context_entries":
-                    link.context_entries(request.context_entries)
+                if kind == "context_listing":
+                    link.context_listing(request.context_listing)
+                elif kind == "context_page":
+                    link.context_page(request.context_page)
                 elif kind == "context_failure":
                     link.context_failure(request.context_failure)
                 elif kind == "credentials_reply":
                     link.credentials_reply(request.credentials_reply)
                 elif kind == "blob_failure":
-                    link.blob_failure(request.blob_failure)
+                    job.content.blob_failure(request.blob_failure)
                 elif kind == "cancel":
                     self._agent.cancel(job.build_id, request.cancel.reason[:200] or "canceled")
                 elif kind == "done":
@@ -185,12 +187,12 @@ class NodeBuilds(NodeBuildsServiceServicer):
                     raise UsageError("a build is started once per call")
         except OffloadError as error:
             log.warning("client.refused", build_id=job.build_id, reason=error.message)
-            link.lose(error)
+            job.lose(error)
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
             log.debug("client.stream.broken", build_id=job.build_id, error=str(error))
         finally:
             # Half-closed or broken: nothing will be answered or fetched any more.
-            link.lose(NodeLostError("the client went away"))
+            job.lose(NodeLostError("the client went away"))
             over.set()
 
 
@@ -226,7 +228,7 @@ class Blobs(BlobsServiceServicer):
             raise QuotaExceededError(f"more than {MAX_UPLOADS} uploads of one build are open")
         job.open_uploads += 1
         try:
-            upload = Upload(job.context_store, job.link, job.stats)
+            upload = Upload(job.content)
             async with aclosing(upload.run(request_iterator)) as responses:
                 async for response in responses:
                     yield response

@@ -10,6 +10,11 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from offload_builder.node.contextplan import (
+    DOCKERFILE_KEY,
+    check_contexts,
+    context_attributes,
+)
 from offload_core.errors import UsageError
 from offload_proto.v1.build_spec_pb2 import BuildSpec, Output
 
@@ -37,8 +42,8 @@ _STREAMS = {
     Output.TYPE_OCI: "oci",
     Output.TYPE_DOCKER: "docker",
 }
-_FRONTEND_ATTRIBUTES: frozenset[str] = frozenset()
-"""Attributes that a client may set beside the named fields of BuildSpec: none yet."""
+_FRONTEND_ATTRIBUTES = {DOCKERFILE_KEY: frozenset(("dockerfile",))}
+"""Attributes that a client may set beside the named fields of BuildSpec, with their values."""
 
 
 @dataclass(frozen=True)
@@ -59,17 +64,15 @@ def check_spec(spec: BuildSpec) -> None:
     Raises:
         UsageError: an attribute or output of a newer client.
     """
-    for name in spec.frontend_attributes:
-        if name not in _FRONTEND_ATTRIBUTES:
+    for name, value in spec.frontend_attributes.items():
+        if value not in _FRONTEND_ATTRIBUTES.get(name, ()):
             raise UsageError(f"this node does not know the frontend attribute {name!r}")
     for output in spec.outputs:
         if output.type == Output.TYPE_UNSPECIFIED or output.type not in Output.Type.values():
             raise UsageError("this node does not know one of the outputs; it is too old")
         if output.type in _STREAMS and _is_false(output.attributes.get("tar", "")):
             raise UsageError("an output with tar=false is not supported")
-    name = spec.dockerfile_path
-    if not name or "/" in name or name in (".", ".."):
-        raise UsageError(f"bad Dockerfile name {name!r}")
+    check_contexts(spec)
 
 
 def _is_false(text: str) -> bool:
@@ -84,7 +87,8 @@ def frontend_attributes(spec: BuildSpec, *, use_cache: bool = True) -> dict[str,
         spec: the request.
         use_cache: False forgets --no-cache, for a solve that exports what was just built.
     """
-    attributes = {"filename": spec.dockerfile_path}
+    attributes = {"filename": spec.dockerfile_path, **spec.frontend_attributes}
+    attributes |= context_attributes(spec)
     if spec.target:
         attributes["target"] = spec.target
     if spec.platforms:

@@ -1,77 +1,90 @@
-"""Where a build's files are: the context directory, its Dockerfile and its ignore file."""
+"""Where a build's files are: which form of build context a command line means."""
 
 from __future__ import annotations
 
-import os
-import re
-import stat
-from dataclasses import dataclass
+import asyncio
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from offload_client.build.options import check_text
-from offload_client.build.vcs import build_definition
-from offload_core.errors import ContextError, InvalidValueError
-from offload_core.filemode import go_file_mode
-from offload_proto.v1.node_service_pb2 import InlineFile
+from offload_client.build.contextforms import STANDARD_INPUT, ContextFiles, ContextFinder
+from offload_client.build.remotecontext import is_remote, refuse_windows_path
+from offload_client.build.stdinspool import StandardInput, StopReading
+from offload_client.bytepipe import in_thread
+from offload_core.aio import finish
+from offload_core.errors import ContextError
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
     from offload_client.build.options import BuildOptions
     from offload_client.invocation import Invocation
 
-MAX_INLINE_BYTES = 4 << 20
-IGNORE_FILE = ".dockerignore"
-_REMOTE = re.compile(r"[a-z][a-z0-9+.-]*://|git@|github\.com/")
+__all__ = ["ContextFiles", "find_context", "index_path", "open_context"]
+
+_STOP_SECONDS = 2.0
 
 
-@dataclass(frozen=True)
-class ContextFiles:
-    """The local sources of one build."""
-
-    root: Path
-    """Directory of the build context."""
-    dockerfile_name: str
-    """Name of the Dockerfile below its own directory."""
-    inline: list[InlineFile]
-    """Dockerfile and ignore files with their content."""
-    definition: str = ""
-    """What tells this build apart from others of its project; see `build_definition`."""
-
-
-def find_context(invocation: Invocation, options: BuildOptions) -> ContextFiles:
-    """Locate and read what every build needs.
+@asynccontextmanager
+async def open_context(
+    invocation: Invocation, options: BuildOptions
+) -> AsyncIterator[ContextFiles]:
+    """Hold the files of a build; reads standard input where it is the context or the Dockerfile.
 
     Raises:
-        ContextError: the directory or the Dockerfile cannot be read.
-        InvalidValueError: a form of PATH that is not supported.
+        ContextError: as `find_context`.
+        InvalidValueError: as `find_context`.
     """
-    if options.path == "-":
-        raise InvalidValueError(
-            "a build context on standard input is not supported yet; give a directory"
-        )
-    if _REMOTE.match(options.path) and not invocation.path(options.path).exists():
-        raise InvalidValueError(
-            f'"{options.path}" is a remote build context, which is not supported yet; '
-            "clone it and give the directory"
-        )
-    root = invocation.path(options.path)
-    if not options.path or not _is_directory(root, options.path):
-        problem = "is not a directory" if options.path and root.exists() else "not found"
-        raise ContextError(f'unable to prepare context: path "{options.path}" {problem}')
+    stop = StopReading()
+    # A daemon thread: a file system that hangs must not hold up the end after Ctrl-C.
+    finding = in_thread(lambda: find_context(invocation, options, stop), name="find-context")
     try:
-        dockerfile = _dockerfile(invocation, root, options.file)
-        files = [_inline(dockerfile, "dockerfile")]
-        beside = dockerfile.with_name(dockerfile.name + IGNORE_FILE)
-        if beside.is_file():
-            files.append(_inline(beside, "dockerfile"))
-        if (root / IGNORE_FILE).is_file():
-            files.append(_inline(root / IGNORE_FILE, "context"))
-    except OSError as error:
-        raise ContextError(
-            f"unable to prepare context: cannot read {error.filename}: {error.strerror}"
-        ) from error
-    return ContextFiles(root, dockerfile.name, files, build_definition(root, dockerfile))
+        await asyncio.wait((finding,))
+        yield finding.result()
+    finally:
+        stop.stop()
+        # The descriptor of standard input belongs to the command, which may end after this.
+        await finish(asyncio.wait((finding,), timeout=_STOP_SECONDS), _STOP_SECONDS + 1)
+        if finding.done():
+            _release(finding, stop)
+        else:
+            finding.add_done_callback(lambda done: _release(done, stop))
+
+
+def _release(found: asyncio.Future[ContextFiles], stop: StopReading) -> None:
+    stop.close()
+    if not found.cancelled() and found.exception() is None:
+        found.result().close()
+
+
+def find_context(
+    invocation: Invocation, options: BuildOptions, stop: StopReading | None = None
+) -> ContextFiles:
+    """Locate and read what every build needs; for a worker thread.
+
+    Args:
+        invocation: where the command was started, and its standard input.
+        options: of the build.
+        stop: makes waiting for standard input end.
+
+    Raises:
+        ContextError: the context, the Dockerfile or a named context cannot be read.
+        InvalidValueError: a combination that docker refuses, or a form that is not supported.
+        ReadingStoppedError: see `StopReading`.
+    """
+    refuse_windows_path(invocation, options.path, "the build context")
+    refuse_windows_path(invocation, options.file, "the Dockerfile")
+    standard_input = StandardInput(invocation.stdin, stop)
+    finder = ContextFinder(invocation, options, standard_input, index_path(invocation))
+    root = invocation.path(options.path)
+    if options.path == STANDARD_INPUT:
+        return finder.on_standard_input()
+    if options.path and _is_directory(root, options.path):
+        return finder.in_directory(root)
+    if is_remote(options.path):
+        return finder.remote()
+    problem = "is not a directory" if options.path and root.exists() else "not found"
+    raise ContextError(f'unable to prepare context: path "{options.path}" {problem}')
 
 
 def index_path(invocation: Invocation) -> Path | None:
@@ -93,50 +106,3 @@ def _is_directory(root: Path, given: str) -> bool:
         raise ContextError(
             f'unable to prepare context: path "{given}": {error.strerror}'
         ) from error
-
-
-def _dockerfile(invocation: Invocation, root: Path, given: str) -> Path:
-    if given == "-":
-        raise InvalidValueError("a Dockerfile on standard input is not supported yet; give a file")
-    if given:
-        path = invocation.path(given)
-        if not path.exists() and (root / given).exists():
-            # docker looks below the context as well.
-            path = root / given
-    else:
-        path = root / "Dockerfile"
-    if path.name == "Dockerfile" and not path.exists() and path.with_name("dockerfile").exists():
-        path = path.with_name("dockerfile")
-    check_text(f"the name of {path.parent}/{path.name!r}", path.name)
-    try:
-        mode = path.stat().st_mode
-    except OSError as error:
-        raise ContextError(
-            f"failed to read dockerfile: open {path.name}: {(error.strerror or '').lower()} "
-            f"(looked for {path})",
-            hint="give its path with -f",
-        ) from error
-    if not stat.S_ISREG(mode):
-        raise ContextError(f"failed to read dockerfile: {path} is not a regular file")
-    return path
-
-
-def _inline(path: Path, local_name: str) -> InlineFile:
-    try:
-        # The open file is measured and read, so that both belong to the same content.
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            if status.st_size > MAX_INLINE_BYTES:
-                raise ContextError(
-                    f"{path} has {status.st_size} bytes; at most {MAX_INLINE_BYTES} are read"
-                )
-            data = file.read(MAX_INLINE_BYTES + 1)
-    except OSError as error:
-        raise ContextError(f"cannot read {path}: {error.strerror}") from error
-    mode = 0o755 if status.st_mode & 0o111 else 0o644
-    return InlineFile(
-        local_name=local_name,
-        path=path.name,
-        data=data,
-        mode=go_file_mode(stat.S_IFREG | mode),
-    )

@@ -10,7 +10,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from offload_client.goboolean import parse_boolean
-from offload_client.reference import normalise_reference
+from offload_client.reference import (
+    familiar_reference,
+    normalise_reference,
+    split_reference,
+)
 from offload_core.errors import InvalidValueError
 
 if TYPE_CHECKING:
@@ -30,6 +34,7 @@ VARIANTS = {"amd64/v1": "amd64", "arm64/v8": "arm64", "arm": "arm/v7"}
 """The variant that an architecture has when none is named, and how BuildKit writes it."""
 _PLATFORM_PART = re.compile(r"[a-z0-9_.-]+")
 PROGRESS_MODES = ("auto", "none", "plain", "quiet", "rawjson", "tty")
+_DIGEST = re.compile(r"[a-z0-9]+(?:[.+_-][a-z0-9]+)*:[0-9a-fA-F]{32,}")
 OUTPUT_TYPES = ("local", "tar", "oci", "docker", "image", "registry", "cacheonly")
 
 
@@ -62,6 +67,8 @@ class BuildOptions:
     quiet: bool = False
     """Print the image id and nothing else."""
     outputs: Sequence[OutputOption] = ()
+    contexts: Mapping[str, str] = field(default_factory=dict)
+    """--build-context: what each named context is, as it was given."""
     metadata_file: str = ""
     iidfile: str = ""
     gateway: str | None = None
@@ -161,6 +168,40 @@ def _pair(text: str) -> tuple[str, str, str]:
         raise InvalidValueError(f'invalid key-value pair "{text}": empty key')
     check_text(f'"{name}"', text)
     return name, equals, value
+
+
+def parse_build_contexts(values: Sequence[str]) -> dict[str, str]:
+    """Return --build-context values by name; of one name, the last counts.
+
+    A name is that of an image, in docker's short form: `FROM docker.io/library/alpine:latest` and
+    `COPY --from=alpine` mean the same context "alpine".
+
+    Raises:
+        InvalidValueError: a value is not NAME=VALUE, or the name is none.
+    """
+    found: dict[str, str] = {}
+    for text in values:
+        if not text:
+            continue
+        name, equals, value = text.partition("=")
+        check_text("--build-context", text)
+        if not equals:
+            raise InvalidValueError(f"invalid context value: {text}, expected key=value")
+        found[_context_name(name)] = value
+    return found
+
+
+def _context_name(text: str) -> str:
+    name, at, digest = text.partition("@")
+    try:
+        registry, path, tag = split_reference(name)
+    except InvalidValueError as error:
+        why = error.message.partition(": ")[2]
+        raise InvalidValueError(f"invalid context name {text}: {why}") from error
+    if at and not _DIGEST.fullmatch(digest):
+        raise InvalidValueError(f"invalid context name {text}: invalid reference format")
+    short = familiar_reference(f"{registry}/{path}:{tag}").removesuffix(":latest")
+    return f"{short}{at}{digest}"
 
 
 def parse_platforms(values: Sequence[str]) -> list[str]:

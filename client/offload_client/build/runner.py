@@ -7,10 +7,12 @@ import secrets
 from typing import TYPE_CHECKING
 
 from offload_client.build.admission import admit, leave
-from offload_client.build.contextfiles import ContextFiles, find_context, index_path
+from offload_client.build.contextfiles import ContextFiles, open_context
+from offload_client.build.contextscan import ContextScans
 from offload_client.build.noderun import NodeRun
 from offload_client.build.queuestep import QueueStep
 from offload_client.build.results import Results
+from offload_client.build.resume import Resume
 from offload_client.build.spec import build_spec, effective_outputs
 from offload_client.build.vcs import branch_and_revision
 from offload_client.bytepipe import in_thread
@@ -73,7 +75,16 @@ async def run_build(
         OffloadError: with docker's or our documented exit code.
         BrokenPipeError: nobody reads the results any more.
     """
-    files = find_context(invocation, options)
+    async with open_context(invocation, options) as files:
+        await _build(invocation, options, connections, files)
+
+
+async def _build(
+    invocation: Invocation,
+    options: BuildOptions,
+    connections: Connections,
+    files: ContextFiles,
+) -> None:
     settings = resolve_settings(
         invocation, gateway=options.gateway, project=options.project, directory=files.root
     )
@@ -85,8 +96,7 @@ async def run_build(
         build.results.prepare()
         try:
             identity = await connections.identity(invocation, settings.gateway)
-            assigned = await build.admit(identity)
-            result = await build.at_node(identity, assigned)
+            assigned, result = await build.run(identity)
         finally:
             # Whatever went wrong is told by the caller, below the steps.
             if result is None:
@@ -141,6 +151,50 @@ class _Build:
         self._connections = connections
         self._settings = settings
         self.results = Results(invocation, options, outputs, display)
+        self._scans = ContextScans(files.sources, lambda text: display.notice("warning", text))
+        self._last: NodeRun | None = None
+        """What runs in this attempt, once it has a connection to its node."""
+
+    async def run(self, identity: StoredIdentity) -> tuple[Assigned, Result]:
+        """Build; when the connection to the node breaks, build again with what has arrived.
+
+        Raises:
+            NodeLostError: the node was lost, and it did not help to try again.
+            OffloadError: as `admit` and `at_node`.
+        """
+        resume = Resume()
+        while True:
+            assigned: Assigned | None = None
+            try:
+                assigned = await self.admit(identity)
+                return assigned, await self.at_node(identity, assigned)
+            except (NodeLostError, GatewayUnreachableError) as error:
+                last, self._last = self._last, None
+                if not _may_resume(error, last, again=resume.begun):
+                    raise
+                pause = resume.next_pause(progressed=bool(last and last.acknowledged_bytes))
+                if pause is None:
+                    raise
+            if assigned is not None and last is not None:
+                self._display.notice(
+                    "warning",
+                    f"the connection to node {assigned.node_id} was lost; trying again, "
+                    "what has arrived is not sent again",
+                )
+            await self._forget(identity, assigned)
+            await asyncio.sleep(pause)
+
+    async def _forget(self, identity: StoredIdentity, assigned: Assigned | None) -> None:
+        """Give up a lost build and all connections, which may be dead without showing it."""
+        gateway = self._settings.gateway
+        self._connections.drop(gateway, GATEWAY_NAME, identity)
+        if assigned is None:
+            return
+        for endpoint in assigned.endpoints:
+            self._connections.drop(endpoint, assigned.server_name, identity)
+        # The node may not have noticed yet, and its slot may be the only one.
+        channel = await self._connections.gateway(gateway, identity)
+        await leave(channel, assigned.build_id)
 
     async def admit(self, identity: StoredIdentity) -> Assigned:
         """Wait for a node.
@@ -210,16 +264,16 @@ class _Build:
             raise NodeLostError(
                 f"node {assigned.node_id} does not answer at {', '.join(assigned.endpoints)}"
             )
-        environment = self._invocation.environment
-        return NodeRun(
+        self._last = NodeRun(
             channel,
+            lambda: self._connections.beside(channel),
             assigned.build_id,
-            self._files,
+            self._scans,
             self._display,
-            environment=environment,
-            index_path=index_path(self._invocation),
+            environment=self._invocation.environment,
             results=self.results,
         )
+        return self._last
 
     async def _drive(self, run: NodeRun, assigned: Assigned) -> Result:
         start = Start(
@@ -240,6 +294,27 @@ class _Build:
         except BaseExceptionGroup as group:
             raise (find_offload_error(group) or group) from None
         return result
+
+
+def _may_resume(
+    error: NodeLostError | GatewayUnreachableError, last: NodeRun | None, *, again: bool
+) -> bool:
+    """Return whether a new attempt continues the work of the one that failed.
+
+    Args:
+        error: of the last attempt.
+        last: what ran in it; None when it had no connection to a node.
+        again: that was not the first one.
+    """
+    if last is None:
+        # After a loss the network may still be away; before, something is wrong.
+        return again
+    return (
+        isinstance(error, NodeLostError)
+        and error.connection_broke
+        and not last.result.done()
+        and not last.output_began
+    )
 
 
 def _sendable(text: str) -> str:

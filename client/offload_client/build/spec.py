@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from offload_core.contextnames import DOCKERFILE
 from offload_core.errors import InvalidValueError
 from offload_proto.v1.build_spec_pb2 import BuildSpec, Output
 
@@ -61,6 +62,10 @@ def build_spec(
     options: BuildOptions, outputs: Sequence[OutputOption], files: ContextFiles
 ) -> BuildSpec:
     """Return the request for the node."""
+    attributes = {}
+    if files.url and any(item.local_name == DOCKERFILE for item in files.inline):
+        # BuildKit would take the Dockerfile from the context.
+        attributes["dockerfilekey"] = DOCKERFILE
     return BuildSpec(
         tags=options.tags,
         dockerfile_path=files.dockerfile_name,
@@ -71,6 +76,9 @@ def build_spec(
         platforms=options.platforms,
         no_cache=options.no_cache,
         pull=options.pull,
+        frontend_attributes=attributes,
+        context_url=files.url,
+        named_contexts=dict(files.named),
         outputs=[
             Output(type=_TYPES[output.type], attributes=dict(output.attributes))
             for output in outputs

@@ -1,248 +1,204 @@
-"""Sending the content that the node lacks: small files in compressed batches, large in chunks."""
+"""Sending the content that the node lacks, over as many connections as the link needs."""
 
 from __future__ import annotations
 
 import asyncio
-from itertools import groupby
+import contextlib
 from typing import TYPE_CHECKING
 
-from offload_core.errors import ContextChangedError, NodeLostError, OffloadError
-from offload_proto.v1.node_service_pb2 import (
-    BlobBatch,
-    BlobChunk,
-    BlobFailure,
-    RunRequest,
-    UploadRequest,
-)
+import structlog
+
+from offload_client.build.demand import WHOLE, Demand, Wanted, numbers
+from offload_client.build.packing import FEW_BATCHES, PackedBatch, Packer
+from offload_client.build.readahead import Listed, ReadAhead
+from offload_client.build.uploadstream import LinkTimes, UploadStream
+from offload_core.errors import OffloadError, find_offload_error
+from offload_proto.v1.node_service_pb2 import RunRequest
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
-    from pathlib import Path
+    from collections.abc import Awaitable, Callable, Iterable
+    from contextlib import AbstractAsyncContextManager
 
     from grpc import aio
 
-    from offload_client.context.scan import TreeEntry
-    from offload_client.progress.display import Display
-    from offload_client.progress.local import LocalStep
+    from offload_client.build.sendingstep import SendingStep
+    from offload_client.context.listing import ClientListing
+    from offload_client.context.source import ContextSource
 
-BATCH_BYTES = 1 << 20
-"""One zstd frame of about this size; 3.6 times smaller than source files, at 400 MB per CPU s."""
-BATCH_FILES = 4096
-"""Bounds a message of tiny files, whose digests are larger than they are."""
-LARGE_BYTES = 256 << 10
-CHUNK_BYTES = 1 << 20
-WORTH_RATIO = 0.9
-"""Below this a sample counts as compressible."""
-SAMPLE_BYTES = 64 << 10
-COUNTER = "transferring files:"
+MAX_STREAMS = 4
+WIDEN_BYTES = 32 << 20
+"""Less than this is sent before another connection is at full speed."""
+WIDEN_LATENCY_SECONDS = 0.02
+"""One connection fills a shorter link: 8 MiB in 20 ms are 400 MB/s."""
+WIDEN_SAMPLES = 12
+WIDEN_PAUSE_SECONDS = 0.1
+QUIET_SECONDS = 2.0
+"""A connection of our own that has had nothing to do for so long is closed."""
+
+log = structlog.get_logger(__name__)
 
 
 class Uploader:
-    """The upload stream of one build; opened with the first blob that the node asks for."""
+    """The uploads of one build; the first stream is opened when the node asks for something."""
 
     def __init__(
         self,
-        blobs: aio.Channel,
+        channel: aio.Channel,
         metadata: tuple[tuple[str, str], ...],
         say: Callable[[RunRequest], Awaitable[None]],
-        display: Display,
+        step: SendingStep,
+        open_channel: Callable[[], AbstractAsyncContextManager[aio.Channel]],
     ) -> None:
         """Prepare an upload.
 
         Args:
-            blobs: channel to the node.
-            metadata: metadata of the call, with the build's id.
+            channel: to the node, for the first stream.
+            metadata: metadata of the calls, with the build's id.
             say: sends a message on the control stream.
-            display: shows a step with what was sent, as soon as something is.
+            step: shows what is sent.
+            open_channel: opens another connection to the node, for one more stream.
         """
-        self._channel = blobs
+        self._channel = channel
         self._metadata = metadata
         self._say = say
-        self._display = display
-        self._step: LocalStep | None = None
-        self._sent_bytes = 0
+        self._step = step
+        self._open_channel = open_channel
+        self._listed: dict[int, Listed] = {}
+        self._demand = Demand()
+        self._asked = asyncio.Event()
+        # One message waits while others are written; what is read ahead waits before it.
+        self._ready: asyncio.Queue[PackedBatch] = asyncio.Queue(1)
+        self._streams: list[UploadStream] = []
+        self._tasks = asyncio.TaskGroup()
         self._wanted_bytes = 0
-        self._failure: Exception | None = None
-        self._files: dict[bytes, tuple[Path, TreeEntry]] = {}
-        self._wanted: asyncio.Queue[list[bytes]] = asyncio.Queue()
-        self._compress = _compressor()
+        self._packed_bytes = 0
+        self.acknowledged_bytes = 0
+        """What the node has for good, before compression."""
+        self.connections = 1
+        """Streams that run or are being opened."""
+        self._may_widen = True
+        self._widened_at = float("-inf")
+        self._times = LinkTimes()
 
-    def offer(self, root: Path, entries: list[TreeEntry]) -> None:
+    def offer(self, request_id: int, source: ContextSource, listing: ClientListing) -> None:
         """Remember where content can be read that the node may ask for."""
-        for entry in entries:
-            if entry.sha256:
-                self._files.setdefault(entry.sha256, (root, entry))
+        self._listed[request_id] = Listed(source, listing)
 
-    def want(self, digests: list[bytes]) -> None:
-        """Queue blobs for sending."""
-        self._wanted.put_nowait(digests)
+    def want(
+        self,
+        request_id: int,
+        entries: Iterable[int],
+        chunks: Iterable[tuple[int, Iterable[int]]] = (),
+    ) -> None:
+        """Queue blobs for sending.
+
+        Args:
+            request_id: names the listing.
+            entries: files, or chunk lists of large files, by number in the listing.
+            chunks: pieces of large files: entry and numbers in its chunk list.
+        """
+        self._demand.add(Wanted(request_id, WHOLE, numbers(entries)))
+        for entry, pieces in chunks:
+            self._demand.add(Wanted(request_id, entry, numbers(pieces)))
+        self._asked.set()
 
     async def run(self) -> None:
         """Send until cancelled.
 
         Raises:
-            NodeLostError: the stream to the node broke.
-            ContextError: the directory of the build context cannot be opened any more.
+            NodeLostError: the first stream to the node broke.
+            ContextError: a source of the build context cannot be opened any more.
+            OffloadError: the node refused the upload.
         """
-        import grpc
-
-        from offload_core.status import error_from_rpc
-        from offload_proto.v1.node_service_pb2_grpc import BlobsServiceStub
-
-        first = await self._wanted.get()
-        self._wanted.put_nowait(first)
-        call = BlobsServiceStub(self._channel).Upload(self._requests(), metadata=self._metadata)
+        await self._asked.wait()
         try:
-            async for _ in call:
-                pass
-            raise self._failure or NodeLostError("the node ended the upload of the build context")
-        except grpc.RpcError as error:
-            raise error_from_rpc(
-                error,  # type: ignore[arg-type]
-                peer="the node",
-                unreachable=NodeLostError,
-            ) from error
-        finally:
-            call.cancel()
-            self.close()
+            with ReadAhead(self._demand, self._listed) as ahead, Packer() as packer:
+                async with self._tasks:
+                    self._tasks.create_task(self._fill(ahead, packer))
+                    self._tasks.create_task(self._first_stream())
+        except BaseExceptionGroup as group:
+            raise (find_offload_error(group) or group) from None
 
-    def close(self) -> None:
-        """End the step."""
-        if self._step is not None:
-            self._step.progress_done(COUNTER)
-            self._step.done()
-            self._step = None
-            self._sent_bytes = self._wanted_bytes = 0
-
-    def _count(self, sent_bytes: int) -> None:
-        if self._step is None:
-            self._step = self._display.local_step(
-                "[offload] sending new files of the build context"
-            )
-        self._sent_bytes += sent_bytes
-        self._step.progress(COUNTER, self._sent_bytes, self._wanted_bytes)
-
-    async def _requests(self) -> AsyncIterator[UploadRequest]:
-        # gRPC would turn an error in here into a cancelled call without a word.
-        try:
-            async for message in self._messages():
-                yield message
-        except (OffloadError, OSError) as error:
-            self._failure = error
-
-    async def _messages(self) -> AsyncIterator[UploadRequest]:
+    async def _fill(self, ahead: ReadAhead, packer: Packer) -> None:
         while True:
-            queued = await self._wanted.get()
-            while not self._wanted.empty():
-                queued = queued + self._wanted.get_nowait()
-            # One content may be wanted under several names; it travels once.
-            digests = list(dict.fromkeys(queued))
-            self._wanted_bytes += sum(map(self._size, digests))
-            small = [item for item in digests if self._size(item) <= LARGE_BYTES]
-            large = [item for item in digests if self._size(item) > LARGE_BYTES]
-            async for message in self._batches(small):
-                yield message
-            for digest in large:
-                async for message in self._chunks(digest):
-                    yield message
-            if self._wanted.empty():
-                self.close()
-
-    def _size(self, digest: bytes) -> int:
-        known = self._files.get(digest)
-        return known[1].size_bytes if known else 0
-
-    async def _batches(self, digests: list[bytes]) -> AsyncIterator[UploadRequest]:
-        start = 0
-        while start < len(digests):
-            end, total = start, 0
-            limit = min(len(digests), start + BATCH_FILES)
-            while end < limit and (end == start or total < BATCH_BYTES):
-                total += self._size(digests[end])
-                end += 1
-            batch, failures = await asyncio.to_thread(self._read_batch, digests[start:end])
-            for failure in failures:
+            batch = await ahead.next()
+            for failure in batch.failures:
                 await self._say(RunRequest(blob_failure=failure))
-            if batch.sha256:
-                yield UploadRequest(batch=batch)
-                self._count(sum(batch.sizes))
-            start = end
+            self._wanted_bytes += batch.wanted_bytes
+            self._step.wanted(batch.wanted_bytes)
+            if not batch.sizes:
+                continue
+            self._packed_bytes += batch.total_bytes
+            packed = await packer.pack(batch, compress=self._link_is_slow())
+            del batch
+            await self._ready.put(packed)
+            del packed
 
-    def _read_batch(self, digests: list[bytes]) -> tuple[BlobBatch, list[BlobFailure]]:
-        from offload_client.context.reader import read_small
+    def _link_is_slow(self) -> bool:
+        """Return whether batches pile up, so that the compressor is not what they wait for."""
+        under_way = self._ready.qsize() + sum(stream.batches for stream in self._streams)
+        return not self._times.acknowledgements or under_way >= FEW_BATCHES
 
-        batch = BlobBatch()
-        failures = [_failure(digest, None) for digest in digests if digest not in self._files]
-        known = [digest for digest in digests if digest in self._files]
-        pieces: list[bytes] = []
-        for root, group in groupby(known, key=lambda digest: self._files[digest][0]):
-            members = list(group)
-            contents = read_small(root, [self._files[digest][1] for digest in members])
-            for digest, content in zip(members, contents, strict=True):
-                if isinstance(content, ContextChangedError):
-                    failures.append(_failure(digest, content))
-                    continue
-                pieces.append(content)
-                batch.sha256.append(digest)
-                batch.sizes.append(len(content))
-        batch.data, batch.zstd = self._packed(b"".join(pieces))
-        return batch, failures
+    def _stream(self, channel: aio.Channel) -> UploadStream:
+        stream = UploadStream(
+            channel, self._metadata, self._ready.get, self._on_acknowledged, self._times
+        )
+        self._streams.append(stream)
+        return stream
 
-    async def _chunks(self, digest: bytes) -> AsyncIterator[UploadRequest]:
-        from offload_client.context.reader import read_blob
+    async def _first_stream(self) -> None:
+        await self._stream(self._channel).run()
 
-        root, entry = self._files[digest]
-        reader = read_blob(root, entry, chunk_bytes=CHUNK_BYTES)
-        offset = 0
-        worth: bool | None = None
-        while True:
-            try:
-                data = await asyncio.to_thread(next, reader, None)
-            except ContextChangedError as error:
-                await self._say(RunRequest(blob_failure=_failure(digest, error)))
-                return
-            if data is None:
-                break
-            if worth is None:
-                worth = await asyncio.to_thread(self._compresses, bytes(data[:SAMPLE_BYTES]))
-            size = len(data)
-            packed, zstd = (
-                await asyncio.to_thread(self._packed, bytes(data))
-                if worth
-                else (bytes(data), False)
-            )
-            yield UploadRequest(
-                chunk=BlobChunk(
-                    sha256=digest,
-                    size_bytes=entry.size_bytes,
-                    offset_bytes=offset,
-                    data=packed,
-                    zstd=zstd,
-                )
-            )
-            offset += size
-            self._count(size)
+    async def _further_stream(self) -> None:
+        """Send over a connection of its own; what it loses, the others send."""
+        try:
+            async with self._open_channel() as channel:
+                stream = self._stream(channel)
+                try:
+                    await _run_until_quiet(stream)
+                finally:
+                    self._streams.remove(stream)
+                    self._packed_bytes -= stream.unacknowledged_bytes
+                    self._demand.put_back(stream.unacknowledged())
+        except OffloadError as error:
+            self._may_widen = False
+            log.info("upload.stream.lost", reason=error.message)
+        finally:
+            self.connections -= 1
 
-    def _compresses(self, sample: bytes) -> bool:
-        return self._compress is not None and len(self._compress(sample)) < WORTH_RATIO * len(
-            sample
+    def _on_acknowledged(self, total_bytes: int) -> None:
+        self.acknowledged_bytes += total_bytes
+        self._step.sent(total_bytes)
+        now = asyncio.get_running_loop().time()
+        if self._one_more_helps() and now - self._widened_at >= WIDEN_PAUSE_SECONDS:
+            self._widened_at = now
+            self.connections += 1
+            self._tasks.create_task(self._further_stream())
+
+    def _one_more_helps(self) -> bool:
+        """Return whether one connection more would send a large rest faster.
+
+        Only where the way is long: there a connection is limited by its windows and not by the
+        link. The least latency says so, because that of others is made by the queue before them.
+        """
+        return (
+            self._may_widen
+            and self.connections < MAX_STREAMS
+            and self._ready.full()
+            and self._wanted_bytes - self._packed_bytes >= WIDEN_BYTES
+            and self._times.acknowledgements >= WIDEN_SAMPLES
+            and self._times.least_seconds >= WIDEN_LATENCY_SECONDS
         )
 
-    def _packed(self, data: bytes) -> tuple[bytes, bool]:
-        if not self._compresses(data[:SAMPLE_BYTES]) or self._compress is None:
-            return data, False
-        return self._compress(data), True
 
-
-def _compressor() -> Callable[[bytes], bytes] | None:
+async def _run_until_quiet(stream: UploadStream) -> None:
+    running = asyncio.ensure_future(stream.run())
     try:
-        import zstandard
-    except ImportError:
-        # The package is optional for the client; without it bytes travel as they are.
-        return None
-    return lambda data: zstandard.ZstdCompressor(level=1).compress(data)
-
-
-def _failure(digest: bytes, error: ContextChangedError | None) -> BlobFailure:
-    unknown = "the node asked for a file that is not part of the build context"
-    return BlobFailure(sha256=digest, message=error.message if error else unknown)
+        while stream.quiet_seconds < QUIET_SECONDS:
+            await asyncio.wait((running,), timeout=QUIET_SECONDS / 2)
+            if running.done():
+                running.result()
+    finally:
+        running.cancel()
+        with contextlib.suppress(OffloadError, asyncio.CancelledError):
+            await running

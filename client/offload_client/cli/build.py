@@ -12,6 +12,7 @@ from offload_client.build.options import (
     check_tags,
     check_text,
     parse_build_args,
+    parse_build_contexts,
     parse_labels,
     parse_output,
     parse_platforms,
@@ -32,15 +33,20 @@ Examples:
   offload-build -t registry.example/app:1 --push .
   offload-build -f build/Dockerfile --target test --build-arg VERSION=3 .
   offload-build -o out .
+  offload-build --build-context docs=../docs --build-context alpine=docker-image://alpine:3.20 .
+  git archive HEAD | offload-build -
+  offload-build https://git.example/app.git#main:docker
 """
 
 
 @click.command(
     name="offload-build",
-    help="Build an image from PATH on the pool of remote builder nodes.\n\n" + EXAMPLES,
+    help="Build an image from PATH on the pool of remote builder nodes.\n\n"
+    'PATH is a directory, the URL of a git repository, of a tar archive or of a Dockerfile, or "-" '
+    "for a tar archive or a Dockerfile on standard input.\n\n" + EXAMPLES,
     context_settings={"help_option_names": [], "max_content_width": 100},
 )
-@click.argument("paths", nargs=-1, metavar="PATH")
+@click.argument("paths", nargs=-1, metavar="PATH | URL | -")
 @click.option(
     "--build-arg",
     "build_args",
@@ -49,12 +55,20 @@ Examples:
     help="Set a build-time variable; without a value it is taken from the environment.",
 )
 @click.option(
+    "--build-context",
+    "contexts",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Additional build context: a directory, docker-image://REF, oci-layout://PATH[:TAG], "
+    "or the URL of a git repository or file.",
+)
+@click.option(
     "-f",
     "--file",
     "file",
     default="",
     metavar="FILE",
-    help='Name of the Dockerfile (default: "PATH/Dockerfile").',
+    help='Name of the Dockerfile (default: "PATH/Dockerfile"); "-" reads it from standard input.',
 )
 @click.option("--gateway", metavar="URL", help="Gateway to use instead of the configured one.")
 @click.option("-h", "--help", "help", is_flag=True, help="Show this message and exit.")
@@ -146,7 +160,8 @@ def _options(values: dict[str, Any], invocation: Invocation) -> BuildOptions:
     paths = values["paths"]
     if len(paths) != 1:
         raise InvalidValueError(
-            "'offload-build' requires 1 argument", hint="Usage:  offload-build [OPTIONS] PATH"
+            "'offload-build' requires 1 argument",
+            hint="Usage:  offload-build [OPTIONS] PATH | URL | -",
         )
     outputs = [parse_output(text) for text in values["outputs"]]
     if values["load"]:
@@ -160,6 +175,7 @@ def _options(values: dict[str, Any], invocation: Invocation) -> BuildOptions:
         file=values["file"],
         target=check_text("--target", values["target"]),
         build_args=parse_build_args(values["build_args"], invocation.environment),
+        contexts=parse_build_contexts(values["contexts"]),
         labels=parse_labels(values["labels"]),
         platforms=parse_platforms(values["platforms"]),
         no_cache=values["no_cache"],

@@ -10,16 +10,69 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+from typing import Protocol
 
 from offload_client.context.goglob import clean_path, join_path, match_name
 from offload_core.errors import ContextError
 
 
-def include_patterns(root: str, include: list[str], follow: list[str]) -> list[str] | None:
+class LinkView(Protocol):
+    """Names and links of a tree; paths are relative to its root, "" for the root itself."""
+
+    def link(self, path: str) -> str | None:
+        """Return the target of a symbolic link; None for anything else, also for nothing.
+
+        Raises:
+            ContextError: it cannot be read.
+        """
+        ...
+
+    def names(self, directory: str) -> list[str]:
+        """Return the sorted names in a directory; none where there is no directory.
+
+        Raises:
+            ContextError: it cannot be read.
+        """
+        ...
+
+
+class DirectoryLinks:
+    """The `LinkView` of a directory of this machine."""
+
+    def __init__(self, root: str) -> None:
+        """Look below `root`, a resolved path."""
+        self._root = root
+
+    def link(self, path: str) -> str | None:
+        """Return the target of a symbolic link."""
+        absolute = f"{self._root}/{path}"
+        try:
+            if not stat.S_ISLNK(os.lstat(absolute).st_mode):
+                return None
+            return str(Path(absolute).readlink())
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise _unreadable(path, error) from error
+
+    def names(self, directory: str) -> list[str]:
+        """Return the sorted names in a directory."""
+        try:
+            with os.scandir(f"{self._root}/{directory}") as listing:
+                return sorted(item.name for item in listing)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise _unreadable(directory or ".", error) from error
+
+
+def include_patterns(
+    root: str | LinkView, include: list[str], follow: list[str]
+) -> list[str] | None:
     """Return the include patterns of a request; None when everything is wanted.
 
     Args:
-        root: resolved path of the context's root.
+        root: resolved path of the context's root, or a view of another kind of tree.
         include: the request's include patterns.
         follow: the request's followpaths.
 
@@ -32,17 +85,17 @@ def include_patterns(root: str, include: list[str], follow: list[str]) -> list[s
     return patterns or None
 
 
-def follow_links(root: str, paths: list[str]) -> list[str] | None:
+def follow_links(root: str | LinkView, paths: list[str]) -> list[str] | None:
     """Return the paths and all they lead to, sorted; None when the root itself is among them.
 
     Args:
-        root: resolved path of the context's root.
+        root: resolved path of the context's root, or a view of another kind of tree.
         paths: relative paths; elements may have wildcards.
 
     Raises:
         ContextError: a link or directory on the way cannot be read.
     """
-    resolver = _Resolver(root)
+    resolver = _Resolver(DirectoryLinks(root) if isinstance(root, str) else root)
     for path in paths:
         resolver.add(path)
     return _without_covered(sorted(resolver.resolved))
@@ -62,8 +115,8 @@ def _without_covered(paths: list[str]) -> list[str] | None:
 
 
 class _Resolver:
-    def __init__(self, root: str) -> None:
-        self._root = root
+    def __init__(self, view: LinkView) -> None:
+        self._view = view
         self.resolved: set[str] = set()
 
     def add(self, path: str) -> None:
@@ -94,29 +147,15 @@ class _Resolver:
         if wildcards and _has_wildcards(name):
             return [
                 target
-                for found in self._names(parent)
+                for found in self._view.names(parent)
                 if match_name(name, found)
                 for target in self._targets(join_path(parent, found), wildcards=False)
             ]
-        absolute = f"{self._root}/{path}"
-        try:
-            if not stat.S_ISLNK(os.lstat(absolute).st_mode):
-                return []
-            link = clean_path(str(Path(absolute).readlink()))
-        except (FileNotFoundError, NotADirectoryError):
+        found_link = self._view.link(path)
+        if found_link is None:
             return []
-        except OSError as error:
-            raise _unreadable(path, error) from error
+        link = clean_path(found_link)
         return [link if link.startswith("/") else join_path("/", parent, link)]
-
-    def _names(self, directory: str) -> list[str]:
-        try:
-            with os.scandir(f"{self._root}/{directory}") as listing:
-                return sorted(item.name for item in listing)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        except OSError as error:
-            raise _unreadable(directory or ".", error) from error
 
 
 def _has_wildcards(name: str) -> bool:

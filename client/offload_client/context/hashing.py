@@ -8,31 +8,46 @@ import os
 import stat
 from typing import TYPE_CHECKING, NamedTuple
 
+from offload_client.context.chunking import Chunker
 from offload_client.context.entries import NO_XATTRS
 from offload_client.context.rootdir import open_beside
+from offload_core.chunklist import MAX_LIST_BYTES, encode_chunks, is_chunked
 from offload_core.errors import ContextChangedError, ContextError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_BUFFER_BYTES = 1 << 20
 _ATTEMPTS = 3
+_NO_FILE = frozenset({errno.EISDIR, errno.ESPIPE})
+"""What reading a directory or a named pipe in the place of a file gives."""
 _UNSUPPORTED = frozenset({errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM})
 
 
 class HashedFile(NamedTuple):
-    """Digest, status and extended attributes of one and the same content."""
+    """Digest, status and extended attributes of one and the same content.
+
+    Attributes:
+        sha256: of the content, or of the chunk list for a large file.
+        status: the file's.
+        xattrs: those that belong to the content.
+        chunk_list: encoded; None for a file that is not large.
+    """
 
     sha256: bytes
     status: os.stat_result
     xattrs: Mapping[str, bytes]
+    chunk_list: bytes | None
 
 
 class FileHasher:
-    """Hashes regular files; owns one buffer, so for one thread at a time."""
+    """Hashes regular files; for one thread at a time; closed by its owner."""
 
     def __init__(self) -> None:
-        self._buffer = memoryview(bytearray(_BUFFER_BYTES))
+        self._chunker = Chunker()
+
+    def close(self) -> None:
+        """Free what large files need; harmless when done twice."""
+        self._chunker.close()
 
     def hash_file(
         self, directory_fd: int, name: str, path: str, status: os.stat_result
@@ -46,7 +61,7 @@ class FileHasher:
             status: as it was listed.
 
         Raises:
-            ContextError: it cannot be read.
+            ContextError: it cannot be read, or its chunk list would be too long.
             ContextChangedError: it keeps changing, or is no regular file any more.
         """
         try:
@@ -59,35 +74,61 @@ class FileHasher:
             raise unreadable(path, error) from error
         try:
             for _ in range(_ATTEMPTS):
-                digest, length = self._digest(fd, status.st_size)
+                digest, length, chunk_list = self._digest(fd, status.st_size)
                 after = os.fstat(fd)
                 if length == status.st_size and _same(after, status):
-                    return HashedFile(digest, after, read_xattrs(fd))
+                    if chunk_list is not None and len(chunk_list) > MAX_LIST_BYTES:
+                        raise ContextError(
+                            f'"{shown(path)}" is too large for a build context',
+                            hint="list it in .dockerignore, or fetch it in a step of the build",
+                        )
+                    return HashedFile(digest, after, read_xattrs(fd), chunk_list)
                 if not stat.S_ISREG(after.st_mode):
                     break
                 status = after
-                os.lseek(fd, 0, os.SEEK_SET)
         except OSError as error:
+            if error.errno in _NO_FILE:
+                raise changed(path, "it is no regular file any more") from error
             raise unreadable(path, error) from error
         finally:
             os.close(fd)
         raise changed(path, "it changes while it is read")
 
-    def _digest(self, fd: int, size: int) -> tuple[bytes, int]:
-        if size < _BUFFER_BYTES:
-            # Small files, the great majority: one read and one call of the hash function.
-            data = os.read(fd, size + 1)
-            if len(data) == size:
-                return hashlib.sha256(data).digest(), size
-            os.lseek(fd, 0, os.SEEK_SET)
-        digest = hashlib.sha256()
-        length = 0
-        while read := os.readv(fd, [self._buffer]):
-            digest.update(self._buffer[:read])
-            length += read
-            if length > size:
-                break
-        return digest.digest(), length
+    def _digest(self, fd: int, size: int) -> tuple[bytes, int, bytes | None]:
+        """Return digest, number of bytes found, and the chunk list of a large file."""
+        if not is_chunked(size):
+            data = read_whole(fd, size)
+            return hashlib.sha256(data).digest(), len(data), None
+        chunks, length = self._chunker.cut(fd, size)
+        chunk_list = encode_chunks(chunks)
+        return hashlib.sha256(chunk_list).digest(), length, chunk_list
+
+
+def read_whole(fd: int, size_bytes: int) -> bytes:
+    """Return the content of a file, and of one that grew at least a byte more than its old size.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    data = os.pread(fd, size_bytes + 1, 0)
+    if len(data) >= size_bytes:
+        return data
+    return data + read_at(fd, len(data), size_bytes + 1 - len(data))
+
+
+def read_at(fd: int, offset: int, size_bytes: int) -> bytes:
+    """Return so many bytes from a place in a file, fewer only where it ends.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    data = os.pread(fd, size_bytes, offset)
+    while len(data) < size_bytes:
+        more = os.pread(fd, size_bytes - len(data), offset + len(data))
+        if not more:
+            break
+        data += more
+    return data
 
 
 def _same(one: os.stat_result, other: os.stat_result) -> bool:

@@ -39,6 +39,9 @@ _PATTERN_CHARS = frozenset("*[]?^\\")
 _UNANCHORING = frozenset("|{")
 """In an expression these can undo the "/" before them, or the anchor at its start."""
 
+_TAILLESS = "*[]?^|{}"
+"""Characters of a pattern that are, or may be, more than themselves in its expression."""
+
 _ANY_ELEMENT = re.compile(".*", re.DOTALL)
 
 _Shape = list["re.Pattern[str] | str | None"]
@@ -124,6 +127,8 @@ class _Run:
     broken: tuple[str, str] | None = None
     regexp: re.Pattern[str] | None = None
     anywhere: re.Pattern[str] | None = None
+    tails: tuple[str, ...] = ()
+    """One of them is the end of every path that `regexp` matches; "" when nothing is known."""
 
     def matches(self, path: str) -> bool:
         if path in self.paths:
@@ -132,7 +137,11 @@ class _Run:
             return True
         if self.beginnings and path.startswith(self.beginnings):
             return True
-        if self.regexp is not None and self.regexp.match(path) is not None:
+        if (
+            self.regexp is not None
+            and path.endswith(self.tails)
+            and self.regexp.match(path) is not None
+        ):
             return True
         if self.anywhere is not None and self.anywhere.search(path) is not None:
             return True
@@ -152,12 +161,27 @@ class _Run:
                 self.paths.add(text[3:])
         else:
             self.expressions.append(expression)
+            self.tails += (_literal_tail(text),)
 
     def finish(self) -> None:
         # These may have lost the anchor at their start. Searching is slow, and they are rare.
         loose = [text for text in self.expressions if not _UNANCHORING.isdisjoint(text)]
         self.anywhere = _one_of(loose)
         self.regexp = _one_of([text for text in self.expressions if text not in loose])
+
+
+def _literal_tail(pattern: str) -> str:
+    """Return the end that a path must have to match: what follows the last special character."""
+    if "\\" in pattern:
+        # What it takes with it can be long.
+        return ""
+    at = max(pattern.rfind(char) for char in _TAILLESS)
+    tail = pattern[at + 1 :]
+    if pattern[at] == "*":
+        # "**/" also stands for nothing.
+        tail = tail.removeprefix("/")
+    # Other characters can stand for bytes that are no UTF-8.
+    return tail if tail.isascii() else ""
 
 
 def _one_of(expressions: list[str]) -> re.Pattern[str] | None:

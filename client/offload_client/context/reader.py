@@ -1,7 +1,7 @@
-"""Delivers the bytes of entries that a scan has listed, and never other bytes than listed.
+"""Delivers the bytes of files that a scan has listed, or says which file changed since.
 
-A file can change between scan and reading. The last piece of a file is handed out only after the
-digest of the whole has been checked, so that no one ever holds a complete file that is wrong.
+Nothing is hashed here a second time: size and modification time before and after reading are
+those that were listed, and the other side verifies every blob against its digest.
 """
 
 from __future__ import annotations
@@ -9,32 +9,49 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import stat
 from typing import TYPE_CHECKING, Self
 
-from offload_client.context.hashing import changed
+from offload_client.context.chunking import Chunker
+from offload_client.context.hashing import changed, read_at, read_whole
 from offload_client.context.rootdir import RootDirectory
-from offload_core.errors import ContextChangedError
+from offload_client.context.statindex import StatIndex
+from offload_core.chunklist import encode_chunks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import MutableMapping
     from pathlib import Path
     from types import TracebackType
 
-    from offload_client.context.entries import TreeEntry
+    from offload_client.context.source import ListedContent
+    from offload_core.errors import ContextChangedError
 
-CHUNK_BYTES = 1 << 20
 
+class DirectoryReader:
+    """Reads files below one root; for one thread at a time; closed by its owner."""
 
-class BlobReader:
-    """Reads many files below one root; for one thread at a time; closed by its owner."""
-
-    def __init__(self, root: Path) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        chunk_lists: MutableMapping[bytes, bytes] | None = None,
+        index_path: Path | None = None,
+    ) -> None:
         """Open the root.
 
+        Args:
+            root: root of the build context.
+            chunk_lists: those that are known, by digest; those made here are added.
+            index_path: stat index that may know others; None for none.
+
         Raises:
-            ContextError: it cannot be opened.
+            ContextError: the root cannot be opened.
         """
         self._root = RootDirectory(root)
+        self._chunk_lists = {} if chunk_lists is None else chunk_lists
+        self._index = StatIndex(index_path, root) if index_path is not None else None
+        self._large_path = ""
+        self._large_fd = -1
 
     def __enter__(self) -> Self:
         return self
@@ -48,108 +65,121 @@ class BlobReader:
         self.close()
 
     def close(self) -> None:
-        """Close all descriptors."""
+        """Close all descriptors; harmless when done twice."""
+        self._forget_large()
         self._root.close()
+        if self._index is not None:
+            self._index.close()
 
-    def read(self, entry: TreeEntry) -> bytes:
-        """Return the whole content of an entry.
+    def read(self, file: ListedContent) -> bytes:
+        """Return the content of a file that is not large.
 
         Raises:
             ContextChangedError: the file is not what was listed.
         """
-        return b"".join(self.chunks(entry, chunk_bytes=entry.size_bytes + 1))
-
-    def read_small(self, entries: Iterable[TreeEntry]) -> list[bytes | ContextChangedError]:
-        """Return the contents of several entries; one that changed does not spoil the others."""
-        contents: list[bytes | ContextChangedError] = []
-        for entry in entries:
-            try:
-                contents.append(self.read(entry))
-            except ContextChangedError as error:
-                contents.append(error)
-        return contents
-
-    def chunks(self, entry: TreeEntry, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
-        """Yield the content of an entry in pieces; nothing for an empty file.
-
-        Args:
-            entry: a regular file with a digest.
-            chunk_bytes: upper bound of a piece.
-
-        Raises:
-            ContextChangedError: the file is not what was listed; the last piece was not yielded.
-        """
-        if entry.sha256 is None:
-            raise ValueError(f"{entry.path} is no regular file")
+        fd = self._open(file)
         try:
-            fd = self._root.open_file(entry.path)
+            _check(fd, file)
+            data = read_whole(fd, file.size_bytes)
+            _check(fd, file)
         except OSError as error:
-            raise _lost(entry, error) from error
-        try:
-            yield from _verified(fd, entry, entry.sha256, chunk_bytes)
+            raise _lost(file, error) from error
         finally:
             os.close(fd)
+        if len(data) != file.size_bytes:
+            raise _resized(file, len(data))
+        return data
+
+    def read_chunk(self, file: ListedContent, offset: int, size: int) -> bytes:
+        """Return a piece of a file, `size` bytes from `offset` on.
+
+        The file stays open for the next piece.
+
+        Raises:
+            ContextChangedError: the file is not what was listed.
+        """
+        fd = self._open_large(file)
+        try:
+            data = read_at(fd, offset, size)
+            _check(fd, file)
+        except OSError as error:
+            raise _lost(file, error) from error
+        if len(data) != size:
+            raise _resized(file, offset + len(data))
+        return data
+
+    def chunk_list(self, file: ListedContent) -> bytes:
+        """Return the encoded chunk list of a large file, whose SHA-256 is `file.sha256`.
+
+        It is the one that the scan made or that the index has; else the file is read again.
+
+        Raises:
+            ContextChangedError: the file is not what was listed.
+        """
+        data = self._chunk_lists.get(file.sha256)
+        if data is None and self._index is not None:
+            data = self._index.chunk_list(file.sha256)
+        if data is None:
+            data = self._cut(file)
+        self._chunk_lists[file.sha256] = data
+        return data
+
+    def _cut(self, file: ListedContent) -> bytes:
+        fd = self._open_large(file)
+        try:
+            with Chunker() as chunker:
+                chunks, size = chunker.cut(fd, file.size_bytes)
+            _check(fd, file)
+        except OSError as error:
+            raise _lost(file, error) from error
+        if size != file.size_bytes:
+            raise _resized(file, size)
+        data = encode_chunks(chunks)
+        if hashlib.sha256(data).digest() != file.sha256:
+            raise changed(file.path, "its content is another")
+        return data
+
+    def _open(self, file: ListedContent) -> int:
+        try:
+            return self._root.open_file(file.path)
+        except OSError as error:
+            raise _lost(file, error) from error
+
+    def _open_large(self, file: ListedContent) -> int:
+        if self._large_fd < 0 or self._large_path != file.path:
+            self._forget_large()
+            self._large_fd = self._open(file)
+            self._large_path = file.path
+            try:
+                _check(self._large_fd, file)
+            except BaseException:
+                self._forget_large()
+                raise
+        return self._large_fd
+
+    def _forget_large(self) -> None:
+        if self._large_fd >= 0:
+            os.close(self._large_fd)
+            self._large_fd = -1
 
 
-def _verified(fd: int, entry: TreeEntry, sha256: bytes, chunk_bytes: int) -> Iterator[bytes]:
-    digest = hashlib.sha256()
-    left = entry.size_bytes
-    while True:
-        # One byte more than should be there, to see a file that grew.
-        data = _read(fd, entry, min(chunk_bytes, left + 1))
-        if len(data) > left:
-            raise changed(entry.path, "it grew")
-        if not data and left:
-            raise changed(entry.path, "it shrank")
-        digest.update(data)
-        left -= len(data)
-        if left == 0:
-            break
-        yield data
-    if data and len(data) == chunk_bytes and _read(fd, entry, 1):
-        raise changed(entry.path, "it grew")
-    if digest.digest() != sha256:
-        raise changed(entry.path, "its content is another")
-    if data:
-        yield data
+def _check(fd: int, file: ListedContent) -> None:
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        raise changed(file.path, "it is no regular file any more")
+    if status.st_size != file.size_bytes:
+        raise _resized(file, status.st_size)
+    if status.st_mtime_ns != file.modified_at_ns:
+        raise changed(file.path, "it was written")
 
 
-def _read(fd: int, entry: TreeEntry, size: int) -> bytes:
-    try:
-        return os.read(fd, size)
-    except OSError as error:
-        raise _lost(entry, error) from error
+def _resized(file: ListedContent, size_bytes: int) -> ContextChangedError:
+    return changed(file.path, "it grew" if size_bytes > file.size_bytes else "it shrank")
 
 
-def _lost(entry: TreeEntry, error: OSError) -> ContextChangedError:
+def _lost(file: ListedContent, error: OSError) -> ContextChangedError:
     if error.errno == errno.ENOENT:
-        return changed(entry.path, "it is gone")
+        return changed(file.path, "it is gone")
     if error.errno in {errno.ELOOP, errno.ENOTDIR}:
-        return changed(entry.path, "a symbolic link took its place")
-    return changed(entry.path, f"it cannot be read any more ({error.strerror})")
-
-
-def read_blob(root: Path, entry: TreeEntry, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
-    """Yield the content of one entry in pieces; for many small files use a `BlobReader`.
-
-    Args:
-        root: root of the build context.
-        entry: a regular file with a digest.
-        chunk_bytes: upper bound of a piece.
-
-    Raises:
-        ContextError: the root cannot be opened.
-        ContextChangedError: the file is not what was listed; the last piece was not yielded.
-    """
-    with BlobReader(root) as reader:
-        yield from reader.chunks(entry, chunk_bytes=chunk_bytes)
-
-
-def read_small(root: Path, entries: Iterable[TreeEntry]) -> list[bytes | ContextChangedError]:
-    """Return the contents of several small files, in order; an error in the place of a changed one.
-
-    Raises:
-        ContextError: the root cannot be opened.
-    """
-    with BlobReader(root) as reader:
-        return reader.read_small(entries)
+        return changed(file.path, "a symbolic link took its place")
+    return changed(file.path, f"it cannot be read any more ({error.strerror})")

@@ -57,13 +57,14 @@ class LocalStep:
             self._name = name
             self._emit(ProgressBatch(vertices=[self._vertex()]))
 
-    def progress(self, counter: str, current: int, total: int = 0) -> None:
+    def progress(self, counter: str, current: int, total: int = 0, *, note: str = "") -> None:
         """Set a counter below the step.
 
         Args:
             counter: what is counted, for example "transferring context:".
             current: bytes so far.
             total: bytes at the end; 0 when unknown.
+            note: shown behind the numbers, for example a rate.
         """
         if self._ended:
             return
@@ -71,18 +72,18 @@ class LocalStep:
         now = time.monotonic()
         if state is None:
             state = self._counters[counter] = _LocalCounter(counter, _clock.now_ns())
-        elif now < state.next_emit:
-            state.current, state.total = current, total
+        state.current, state.total, state.note = current, total, note
+        if now < state.next_emit:
             return
-        state.current, state.total = current, total
         state.next_emit = now + _COUNTER_INTERVAL_SECONDS
-        self._emit(ProgressBatch(statuses=[state.message(self._digest, done=False)]))
+        self._emit(ProgressBatch(statuses=[state.message(self._digest, _clock.now_ns())]))
 
     def progress_done(self, counter: str) -> None:
         """End a counter with the value that it has."""
         state = self._counters.pop(counter, None)
         if state is not None:
-            self._emit(ProgressBatch(statuses=[state.message(self._digest, done=True)]))
+            done_ns = _clock.now_ns()
+            self._emit(ProgressBatch(statuses=[state.message(self._digest, done_ns, done_ns)]))
 
     def log(self, text: str) -> None:
         """Print a line below the step."""
@@ -96,9 +97,14 @@ class LocalStep:
         warning = VertexWarning(vertex=self._digest, level=1, short=text.encode())
         self._emit(ProgressBatch(warnings=[warning]))
 
-    def done(self, *, cached: bool = False) -> None:
-        """End the step; nothing happens when it has ended."""
-        self._end(cached=cached, error="")
+    def done(self, *, cached: bool = False, seconds_ago: float = 0.0) -> None:
+        """End the step; nothing happens when it has ended.
+
+        Args:
+            cached: it had nothing to do.
+            seconds_ago: it had ended before, which is known only now.
+        """
+        self._end(cached=cached, error="", seconds_ago=seconds_ago)
 
     def fail(self, error: str) -> None:
         """End the step with an error."""
@@ -124,7 +130,7 @@ class LocalStep:
         else:
             self.cancel()
 
-    def _end(self, *, cached: bool, error: str) -> None:
+    def _end(self, *, cached: bool, error: str, seconds_ago: float = 0.0) -> None:
         if self._ended:
             return
         self._ended = True
@@ -132,11 +138,14 @@ class LocalStep:
         vertex = self._vertex()
         vertex.cached = cached
         vertex.error = error
-        _set(vertex.completed_at, _clock.now_ns())
+        now = _clock.now_ns()
+        ended_ns = max(now - int(seconds_ago * NANOSECONDS), self._started_ns)
+        _set(vertex.completed_at, ended_ns)
+        done_ns = None if error else ended_ns
         self._emit(
             ProgressBatch(
                 vertices=[vertex],
-                statuses=[s.message(self._digest, done=not error) for s in states.values()],
+                statuses=[state.message(self._digest, now, done_ns) for state in states.values()],
             )
         )
 
@@ -151,16 +160,22 @@ class _LocalCounter:
         self.id = counter
         self.current = 0
         self.total = 0
+        self.note = ""
         self.next_emit = 0.0
         self._started_ns = started_ns
 
-    def message(self, digest: str, *, done: bool) -> VertexStatus:
-        status = VertexStatus(id=self.id, vertex=digest, current=self.current, total=self.total)
-        now = _clock.now_ns()
-        _set(status.timestamp, now)
+    def message(self, digest: str, now_ns: int, done_ns: int | None = None) -> VertexStatus:
+        status = VertexStatus(
+            id=self.id,
+            vertex=digest,
+            name=self.note,
+            current=self.current,
+            total=self.total,
+        )
+        _set(status.timestamp, now_ns)
         _set(status.started_at, self._started_ns)
-        if done:
-            _set(status.completed_at, now)
+        if done_ns is not None:
+            _set(status.completed_at, max(done_ns, self._started_ns))
         return status
 
 

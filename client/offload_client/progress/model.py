@@ -192,6 +192,8 @@ class BuildView:
             counter = step.counters[status.id] = Counter(status.id, anchor=now)
         counter.current = status.current
         counter.total = status.total
+        if local:
+            counter.note = status.name
         counter.timestamp_ns = nanoseconds(status.timestamp)
         if status.HasField("started_at"):
             start = nanoseconds(status.started_at)

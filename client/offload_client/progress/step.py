@@ -23,6 +23,8 @@ class Counter:
     current: int = 0
     total: int = 0
     """Expected end value; 0 when unknown."""
+    note: str = ""
+    """Shown behind the numbers; of steps of the client."""
     timestamp_ns: int = 0
     started_ns: int | None = None
     completed_ns: int | None = None
@@ -39,10 +41,11 @@ class Counter:
         return max(0.0, now - self.anchor, known)
 
     def amount(self) -> str:
-        """Return "1.5MB / 3MB", "1.5MB" or nothing."""
+        """Return "1.5MB / 3MB (11MB/s)", "1.5MB" or nothing."""
+        amount = format_bytes(self.current) if self.current or self.total else ""
         if self.total:
-            return f"{format_bytes(self.current)} / {format_bytes(self.total)}"
-        return format_bytes(self.current) if self.current else ""
+            amount += f" / {format_bytes(self.total)}"
+        return f"{amount} ({self.note})" if self.note else amount
 
 
 @dataclass(slots=True)

@@ -176,6 +176,26 @@ class BuildSpec(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class NamedContextsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     TAGS_FIELD_NUMBER: _builtins.int
     DOCKERFILE_PATH_FIELD_NUMBER: _builtins.int
     TARGET_FIELD_NUMBER: _builtins.int
@@ -187,6 +207,8 @@ class BuildSpec(_message.Message):
     PULL_FIELD_NUMBER: _builtins.int
     FRONTEND_ATTRIBUTES_FIELD_NUMBER: _builtins.int
     DEFINITION_FIELD_NUMBER: _builtins.int
+    CONTEXT_URL_FIELD_NUMBER: _builtins.int
+    NAMED_CONTEXTS_FIELD_NUMBER: _builtins.int
     dockerfile_path: _builtins.str
     """Path of the Dockerfile below the "dockerfile" local source."""
     target: _builtins.str
@@ -198,6 +220,10 @@ class BuildSpec(_message.Message):
     definition: _builtins.str
     """Tells this build apart from others of its project: the paths of context and Dockerfile below
     the root of the repository, else the name of the directory.
+    """
+    context_url: _builtins.str
+    """A build context that BuildKit fetches itself: the URL of a git repository, an archive or a
+    Dockerfile. Empty for the local source "context".
     """
     @_builtins.property
     def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -223,6 +249,13 @@ class BuildSpec(_message.Message):
     def frontend_attributes(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Further frontend attributes with BuildKit's names; the node accepts only known ones."""
 
+    @_builtins.property
+    def named_contexts(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """--build-context by name, in BuildKit's form: "local:NAME" for the local source NAME of the
+        client, "docker-image://REF", "oci-layout://NAME@DIGEST" for the layout "oci:NAME" of the
+        client, or a URL.
+        """
+
     def __init__(
         self,
         *,
@@ -237,10 +270,12 @@ class BuildSpec(_message.Message):
         pull: _builtins.bool = ...,
         frontend_attributes: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         definition: _builtins.str = ...,
+        context_url: _builtins.str = ...,
+        named_contexts: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_args", b"build_args", "definition", b"definition", "dockerfile_path", b"dockerfile_path", "frontend_attributes", b"frontend_attributes", "labels", b"labels", "no_cache", b"no_cache", "outputs", b"outputs", "platforms", b"platforms", "pull", b"pull", "tags", b"tags", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_args", b"build_args", "context_url", b"context_url", "definition", b"definition", "dockerfile_path", b"dockerfile_path", "frontend_attributes", b"frontend_attributes", "labels", b"labels", "named_contexts", b"named_contexts", "no_cache", b"no_cache", "outputs", b"outputs", "platforms", b"platforms", "pull", b"pull", "tags", b"tags", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

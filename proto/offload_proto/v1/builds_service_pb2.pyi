@@ -343,6 +343,9 @@ class BuildStats(_message.Message):
     CONTEXT_SENT_BYTES_FIELD_NUMBER: _builtins.int
     RETURNED_BYTES_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    CONTEXT_WIRE_BYTES_FIELD_NUMBER: _builtins.int
+    CONTEXT_SHARED_BYTES_FIELD_NUMBER: _builtins.int
+    CONTEXT_REFUSED_BLOBS_FIELD_NUMBER: _builtins.int
     steps_total: _builtins.int
     """Steps that ran or were cached."""
     steps_cached: _builtins.int
@@ -357,6 +360,12 @@ class BuildStats(_message.Message):
     """Bytes of results that the client fetched."""
     warnings: _builtins.int
     """Warnings of the build."""
+    context_wire_bytes: _builtins.int
+    """Bytes of the context as they travelled, after compression."""
+    context_shared_bytes: _builtins.int
+    """Bytes of it that came from the shared store, where another node had put them."""
+    context_refused_blobs: _builtins.int
+    """Pieces of content that were refused because they do not hash to their digest."""
     def __init__(
         self,
         *,
@@ -367,10 +376,13 @@ class BuildStats(_message.Message):
         context_sent_bytes: _builtins.int = ...,
         returned_bytes: _builtins.int = ...,
         warnings: _builtins.int = ...,
+        context_wire_bytes: _builtins.int = ...,
+        context_shared_bytes: _builtins.int = ...,
+        context_refused_blobs: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_bytes", b"context_bytes", "context_files", b"context_files", "context_sent_bytes", b"context_sent_bytes", "returned_bytes", b"returned_bytes", "steps_cached", b"steps_cached", "steps_total", b"steps_total", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_bytes", b"context_bytes", "context_files", b"context_files", "context_refused_blobs", b"context_refused_blobs", "context_sent_bytes", b"context_sent_bytes", "context_shared_bytes", b"context_shared_bytes", "context_wire_bytes", b"context_wire_bytes", "returned_bytes", b"returned_bytes", "steps_cached", b"steps_cached", "steps_total", b"steps_total", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

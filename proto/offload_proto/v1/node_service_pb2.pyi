@@ -29,18 +29,19 @@ class RunRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     START_FIELD_NUMBER: _builtins.int
-    CONTEXT_ENTRIES_FIELD_NUMBER: _builtins.int
+    CONTEXT_LISTING_FIELD_NUMBER: _builtins.int
     CONTEXT_FAILURE_FIELD_NUMBER: _builtins.int
     CREDENTIALS_REPLY_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
     DONE_FIELD_NUMBER: _builtins.int
     BLOB_FAILURE_FIELD_NUMBER: _builtins.int
+    CONTEXT_PAGE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def start(self) -> Global___Start:
         """First message."""
 
     @_builtins.property
-    def context_entries(self) -> Global___ContextEntries:
+    def context_listing(self) -> Global___ContextListing:
         """Answer to ContextRequest; several with the same id, the last has last set."""
 
     @_builtins.property
@@ -63,22 +64,27 @@ class RunRequest(_message.Message):
     def blob_failure(self) -> Global___BlobFailure:
         """A blob that was asked for cannot be delivered: the file changed while it was read."""
 
+    @_builtins.property
+    def context_page(self) -> Global___ContextPage:
+        """Answer to NeedPages; one message per page."""
+
     def __init__(
         self,
         *,
         start: Global___Start | None = ...,
-        context_entries: Global___ContextEntries | None = ...,
+        context_listing: Global___ContextListing | None = ...,
         context_failure: Global___ContextFailure | None = ...,
         credentials_reply: Global___CredentialsReply | None = ...,
         cancel: Global___CancelRun | None = ...,
         done: Global___Done | None = ...,
         blob_failure: Global___BlobFailure | None = ...,
+        context_page: Global___ContextPage | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["blob_failure", b"blob_failure", "cancel", b"cancel", "context_entries", b"context_entries", "context_failure", b"context_failure", "credentials_reply", b"credentials_reply", "done", b"done", "message", b"message", "start", b"start"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blob_failure", b"blob_failure", "cancel", b"cancel", "context_failure", b"context_failure", "context_listing", b"context_listing", "context_page", b"context_page", "credentials_reply", b"credentials_reply", "done", b"done", "message", b"message", "start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob_failure", b"blob_failure", "cancel", b"cancel", "context_entries", b"context_entries", "context_failure", b"context_failure", "credentials_reply", b"credentials_reply", "done", b"done", "message", b"message", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob_failure", b"blob_failure", "cancel", b"cancel", "context_failure", b"context_failure", "context_listing", b"context_listing", "context_page", b"context_page", "credentials_reply", b"credentials_reply", "done", b"done", "message", b"message", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["start", "context_entries", "context_failure", "credentials_reply", "cancel", "done", "blob_failure"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["start", "context_listing", "context_failure", "credentials_reply", "cancel", "done", "blob_failure", "context_page"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -155,112 +161,228 @@ class InlineFile(_message.Message):
 Global___InlineFile: _TypeAlias = InlineFile  # noqa: Y015
 
 @_typing.final
-class ContextEntry(_message.Message):
-    """ContextEntry is one file, directory or link of the build context."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    @_typing.final
-    class XattrsEntry(_message.Message):
-        DESCRIPTOR: _descriptor.Descriptor
-
-        KEY_FIELD_NUMBER: _builtins.int
-        VALUE_FIELD_NUMBER: _builtins.int
-        key: _builtins.str
-        value: _builtins.bytes
-        def __init__(
-            self,
-            *,
-            key: _builtins.str = ...,
-            value: _builtins.bytes = ...,
-        ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
-        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-        def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-    PATH_FIELD_NUMBER: _builtins.int
-    MODE_FIELD_NUMBER: _builtins.int
-    SIZE_BYTES_FIELD_NUMBER: _builtins.int
-    MODIFIED_AT_UNIX_NS_FIELD_NUMBER: _builtins.int
-    LINK_NAME_FIELD_NUMBER: _builtins.int
-    SHA256_FIELD_NUMBER: _builtins.int
-    XATTRS_FIELD_NUMBER: _builtins.int
-    DEVICE_MAJOR_FIELD_NUMBER: _builtins.int
-    DEVICE_MINOR_FIELD_NUMBER: _builtins.int
-    path: _builtins.str
-    """Relative, with "/" as separator, clean, UTF-8."""
-    mode: _builtins.int
-    """Go's os.FileMode encoding, as BuildKit's fsutil uses it on the wire."""
-    size_bytes: _builtins.int
-    """Bytes of a regular file, else 0."""
-    modified_at_unix_ns: _builtins.int
-    """Modification time in nanoseconds since 1970 UTC."""
-    link_name: _builtins.str
-    """Target of a symbolic link, or the first path of a hard link."""
-    sha256: _builtins.bytes
-    """SHA-256 of a regular file, 32 bytes; empty for anything else."""
-    device_major: _builtins.int
-    """Major number of a device."""
-    device_minor: _builtins.int
-    """Minor number of a device."""
-    @_builtins.property
-    def xattrs(self) -> _containers.ScalarMap[_builtins.str, _builtins.bytes]:
-        """Extended attributes that belong to the content."""
-
-    def __init__(
-        self,
-        *,
-        path: _builtins.str = ...,
-        mode: _builtins.int = ...,
-        size_bytes: _builtins.int = ...,
-        modified_at_unix_ns: _builtins.int = ...,
-        link_name: _builtins.str = ...,
-        sha256: _builtins.bytes = ...,
-        xattrs: _abc.Mapping[_builtins.str, _builtins.bytes] | None = ...,
-        device_major: _builtins.int = ...,
-        device_minor: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_major", b"device_major", "device_minor", b"device_minor", "link_name", b"link_name", "mode", b"mode", "modified_at_unix_ns", b"modified_at_unix_ns", "path", b"path", "sha256", b"sha256", "size_bytes", b"size_bytes", "xattrs", b"xattrs"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ContextEntry: _TypeAlias = ContextEntry  # noqa: Y015
-
-@_typing.final
-class ContextEntries(_message.Message):
-    """ContextEntries are entries in BuildKit's order."""
+class ContextListing(_message.Message):
+    """ContextListing names the pages of a listing, in BuildKit's order. A page is a serialised
+    ListingPage; which entries share a page depends on their paths only, so a page whose entries
+    did not change has the digest that it had.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
-    ENTRIES_FIELD_NUMBER: _builtins.int
+    PAGES_FIELD_NUMBER: _builtins.int
     LAST_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     """Identifier of the ContextRequest."""
+    pages: _builtins.bytes
+    """SHA-256 of each page, 32 bytes each, one after the other; they follow those of the messages
+    before.
+    """
     last: _builtins.bool
     """No more follow."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.int = ...,
+        pages: _builtins.bytes = ...,
+        last: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["last", b"last", "pages", b"pages", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ContextListing: _TypeAlias = ContextListing  # noqa: Y015
+
+@_typing.final
+class ContextPage(_message.Message):
+    """ContextPage is one page, or only its times when only these were asked for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    PAGE_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    ZSTD_FIELD_NUMBER: _builtins.int
+    MODIFIED_AT_DELTAS_NS_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.int
+    """Identifier of the ContextRequest."""
+    page: _builtins.int
+    """Number of the page in the listing, from 0."""
+    data: _builtins.bytes
+    """The serialised ListingPage, compressed as said; empty when it was not asked for."""
+    zstd: _builtins.bool
+    """data is one zstd frame with its content size."""
     @_builtins.property
-    def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContextEntry]:
-        """Entries; a parent comes before its children."""
+    def modified_at_deltas_ns(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Modification time of each entry in nanoseconds since 1970 UTC, as the difference to the entry
+        before, the first to 0.
+        """
 
     def __init__(
         self,
         *,
         request_id: _builtins.int = ...,
-        entries: _abc.Iterable[Global___ContextEntry] | None = ...,
-        last: _builtins.bool = ...,
+        page: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+        zstd: _builtins.bool = ...,
+        modified_at_deltas_ns: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "last", b"last", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "modified_at_deltas_ns", b"modified_at_deltas_ns", "page", b"page", "request_id", b"request_id", "zstd", b"zstd"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___ContextEntries: _TypeAlias = ContextEntries  # noqa: Y015
+Global___ContextPage: _TypeAlias = ContextPage  # noqa: Y015
+
+@_typing.final
+class ListingPage(_message.Message):
+    """ListingPage is a run of entries: files, directories and links of a local source, column by
+    column. Modification times are no part of it: they are no content.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATHS_FIELD_NUMBER: _builtins.int
+    MODES_FIELD_NUMBER: _builtins.int
+    SIZES_BYTES_FIELD_NUMBER: _builtins.int
+    DIGESTS_FIELD_NUMBER: _builtins.int
+    LINKS_FIELD_NUMBER: _builtins.int
+    ATTRIBUTES_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
+    paths: _builtins.bytes
+    """Relative paths, clean, UTF-8, with "/" as separator, joined by NUL."""
+    digests: _builtins.bytes
+    """32 bytes for each entry that has content: a regular file that is not empty and no hard link.
+    SHA-256 of the file, or, for a file of more than 4 MiB, of its chunk list: SHA-256 and size
+    (32 bits, little-endian) of each of its pieces in order.
+    """
+    @_builtins.property
+    def modes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Go's os.FileMode encoding, as BuildKit's fsutil uses it on the wire; one per entry."""
+
+    @_builtins.property
+    def sizes_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Bytes of a regular file, else 0; one per entry."""
+
+    @_builtins.property
+    def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___EntryLink]:
+        """Targets of symbolic links, first paths of hard links."""
+
+    @_builtins.property
+    def attributes(self) -> _containers.RepeatedCompositeFieldContainer[Global___EntryAttribute]:
+        """Extended attributes that belong to the content."""
+
+    @_builtins.property
+    def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___EntryDevice]:
+        """Devices."""
+
+    def __init__(
+        self,
+        *,
+        paths: _builtins.bytes = ...,
+        modes: _abc.Iterable[_builtins.int] | None = ...,
+        sizes_bytes: _abc.Iterable[_builtins.int] | None = ...,
+        digests: _builtins.bytes = ...,
+        links: _abc.Iterable[Global___EntryLink] | None = ...,
+        attributes: _abc.Iterable[Global___EntryAttribute] | None = ...,
+        devices: _abc.Iterable[Global___EntryDevice] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attributes", b"attributes", "devices", b"devices", "digests", b"digests", "links", b"links", "modes", b"modes", "paths", b"paths", "sizes_bytes", b"sizes_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListingPage: _TypeAlias = ListingPage  # noqa: Y015
+
+@_typing.final
+class EntryLink(_message.Message):
+    """EntryLink is where a link leads."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTRY_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    entry: _builtins.int
+    """Number of the entry in its page."""
+    target: _builtins.str
+    """Target of a symbolic link, or the first path of a hard link."""
+    def __init__(
+        self,
+        *,
+        entry: _builtins.int = ...,
+        target: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EntryLink: _TypeAlias = EntryLink  # noqa: Y015
+
+@_typing.final
+class EntryAttribute(_message.Message):
+    """EntryAttribute is an extended attribute."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTRY_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    entry: _builtins.int
+    """Number of the entry in its page."""
+    name: _builtins.str
+    """Name, for example "user.note"."""
+    value: _builtins.bytes
+    """Value."""
+    def __init__(
+        self,
+        *,
+        entry: _builtins.int = ...,
+        name: _builtins.str = ...,
+        value: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry", "name", b"name", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EntryAttribute: _TypeAlias = EntryAttribute  # noqa: Y015
+
+@_typing.final
+class EntryDevice(_message.Message):
+    """EntryDevice says which device it is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTRY_FIELD_NUMBER: _builtins.int
+    MAJOR_FIELD_NUMBER: _builtins.int
+    MINOR_FIELD_NUMBER: _builtins.int
+    entry: _builtins.int
+    """Number of the entry in its page."""
+    major: _builtins.int
+    """Major number."""
+    minor: _builtins.int
+    """Minor number."""
+    def __init__(
+        self,
+        *,
+        entry: _builtins.int = ...,
+        major: _builtins.int = ...,
+        minor: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry", "major", b"major", "minor", b"minor"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EntryDevice: _TypeAlias = EntryDevice  # noqa: Y015
 
 @_typing.final
 class ContextFailure(_message.Message):
@@ -298,21 +420,25 @@ class BlobFailure(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    SHA256_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ENTRY_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
-    sha256: _builtins.bytes
-    """SHA-256 of the blob."""
+    request_id: _builtins.int
+    """Identifier of the ContextRequest whose listing has the entry."""
+    entry: _builtins.int
+    """Number of the entry in the listing."""
     message: _builtins.str
-    """One sentence."""
+    """One sentence that names the file."""
     def __init__(
         self,
         *,
-        sha256: _builtins.bytes = ...,
+        request_id: _builtins.int = ...,
+        entry: _builtins.int = ...,
         message: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "sha256", b"sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry", "message", b"message", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -400,6 +526,7 @@ class RunResponse(_message.Message):
     OUTPUT_READY_FIELD_NUMBER: _builtins.int
     RESULT_FIELD_NUMBER: _builtins.int
     NOTICE_FIELD_NUMBER: _builtins.int
+    NEED_PAGES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def progress(self) -> _events_pb2.ProgressBatch:
         """What happens."""
@@ -410,7 +537,7 @@ class RunResponse(_message.Message):
 
     @_builtins.property
     def need_blobs(self) -> Global___NeedBlobs:
-        """Blobs that the node lacks."""
+        """Content that the node lacks."""
 
     @_builtins.property
     def credentials_request(self) -> Global___CredentialsRequest:
@@ -430,6 +557,10 @@ class RunResponse(_message.Message):
         reachable; the build goes on without it".
         """
 
+    @_builtins.property
+    def need_pages(self) -> Global___NeedPages:
+        """Pages of a listing that the node lacks."""
+
     def __init__(
         self,
         *,
@@ -440,12 +571,13 @@ class RunResponse(_message.Message):
         output_ready: Global___OutputReady | None = ...,
         result: Global___Result | None = ...,
         notice: Global___Notice | None = ...,
+        need_pages: Global___NeedPages | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["context_request", b"context_request", "credentials_request", b"credentials_request", "message", b"message", "need_blobs", b"need_blobs", "notice", b"notice", "output_ready", b"output_ready", "progress", b"progress", "result", b"result"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["context_request", b"context_request", "credentials_request", b"credentials_request", "message", b"message", "need_blobs", b"need_blobs", "need_pages", b"need_pages", "notice", b"notice", "output_ready", b"output_ready", "progress", b"progress", "result", b"result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_request", b"context_request", "credentials_request", b"credentials_request", "message", b"message", "need_blobs", b"need_blobs", "notice", b"notice", "output_ready", b"output_ready", "progress", b"progress", "result", b"result"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_request", b"context_request", "credentials_request", b"credentials_request", "message", b"message", "need_blobs", b"need_blobs", "need_pages", b"need_pages", "notice", b"notice", "output_ready", b"output_ready", "progress", b"progress", "result", b"result"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["progress", "context_request", "need_blobs", "credentials_request", "output_ready", "result", "notice"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["progress", "context_request", "need_blobs", "credentials_request", "output_ready", "result", "notice", "need_pages"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -465,7 +597,7 @@ class ContextRequest(_message.Message):
     request_id: _builtins.int
     """Chosen by the node."""
     local_name: _builtins.str
-    """"context", "dockerfile", or the name of a named context."""
+    """"context", "dockerfile", the name of a named context, or "oci:NAME" for an OCI layout."""
     @_builtins.property
     def include_patterns(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """BuildKit's include patterns; empty for all."""
@@ -496,28 +628,102 @@ class ContextRequest(_message.Message):
 Global___ContextRequest: _TypeAlias = ContextRequest  # noqa: Y015
 
 @_typing.final
-class NeedBlobs(_message.Message):
-    """NeedBlobs asks for content."""
+class NeedPages(_message.Message):
+    """NeedPages asks for pages of a listing."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    SHA256_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    PAGES_FIELD_NUMBER: _builtins.int
+    TIMES_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.int
+    """Identifier of the ContextRequest."""
     @_builtins.property
-    def sha256(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """SHA-256 digests, 32 bytes each; each is asked for once."""
+    def pages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Numbers of the pages that the node has never seen; they come with their times."""
+
+    @_builtins.property
+    def times(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Numbers of pages of which the node lacks the times only."""
 
     def __init__(
         self,
         *,
-        sha256: _abc.Iterable[_builtins.bytes] | None = ...,
+        request_id: _builtins.int = ...,
+        pages: _abc.Iterable[_builtins.int] | None = ...,
+        times: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["sha256", b"sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pages", b"pages", "request_id", b"request_id", "times", b"times"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NeedPages: _TypeAlias = NeedPages  # noqa: Y015
+
+@_typing.final
+class NeedBlobs(_message.Message):
+    """NeedBlobs asks for content, which travels through BlobsService.Upload."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    CHUNKS_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.int
+    """Identifier of the ContextRequest."""
+    @_builtins.property
+    def entries(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Numbers of entries in the listing: wanted is the file, or, for a file of more than 4 MiB, its
+        chunk list.
+        """
+
+    @_builtins.property
+    def chunks(self) -> _containers.RepeatedCompositeFieldContainer[Global___NeedChunks]:
+        """Pieces of large files."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.int = ...,
+        entries: _abc.Iterable[_builtins.int] | None = ...,
+        chunks: _abc.Iterable[Global___NeedChunks] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "entries", b"entries", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___NeedBlobs: _TypeAlias = NeedBlobs  # noqa: Y015
+
+@_typing.final
+class NeedChunks(_message.Message):
+    """NeedChunks asks for pieces of one large file."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTRY_FIELD_NUMBER: _builtins.int
+    CHUNKS_FIELD_NUMBER: _builtins.int
+    entry: _builtins.int
+    """Number of the entry in the listing."""
+    @_builtins.property
+    def chunks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Numbers of the pieces in the file's chunk list."""
+
+    def __init__(
+        self,
+        *,
+        entry: _builtins.int = ...,
+        chunks: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "entry", b"entry"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NeedChunks: _TypeAlias = NeedChunks  # noqa: Y015
 
 @_typing.final
 class CredentialsRequest(_message.Message):
@@ -805,34 +1011,28 @@ class UploadRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     BATCH_FIELD_NUMBER: _builtins.int
-    CHUNK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def batch(self) -> Global___BlobBatch:
-        """Several small blobs."""
-
-    @_builtins.property
-    def chunk(self) -> Global___BlobChunk:
-        """A piece of a large one."""
+        """Several blobs."""
 
     def __init__(
         self,
         *,
         batch: Global___BlobBatch | None = ...,
-        chunk: Global___BlobChunk | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "chunk", b"chunk", "message", b"message"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "chunk", b"chunk", "message", b"message"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["batch", "chunk"]  # noqa: Y015
-    _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UploadRequest: _TypeAlias = UploadRequest  # noqa: Y015
 
 @_typing.final
 class BlobBatch(_message.Message):
-    """BlobBatch is the concatenation of small blobs."""
+    """BlobBatch is the concatenation of blobs: files, chunk lists and pieces of large files. It has
+    at most 1 MiB before compression, or one blob.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -843,7 +1043,7 @@ class BlobBatch(_message.Message):
     data: _builtins.bytes
     """The bytes, compressed as said."""
     zstd: _builtins.bool
-    """data is one zstd frame."""
+    """data is one zstd frame with its content size."""
     @_builtins.property
     def sha256(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """SHA-256 of each, in order."""
@@ -869,53 +1069,15 @@ class BlobBatch(_message.Message):
 Global___BlobBatch: _TypeAlias = BlobBatch  # noqa: Y015
 
 @_typing.final
-class BlobChunk(_message.Message):
-    """BlobChunk is a piece of a blob; the pieces of one blob come in order."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    SHA256_FIELD_NUMBER: _builtins.int
-    SIZE_BYTES_FIELD_NUMBER: _builtins.int
-    OFFSET_BYTES_FIELD_NUMBER: _builtins.int
-    DATA_FIELD_NUMBER: _builtins.int
-    ZSTD_FIELD_NUMBER: _builtins.int
-    sha256: _builtins.bytes
-    """SHA-256 of the whole blob."""
-    size_bytes: _builtins.int
-    """Size of the whole blob."""
-    offset_bytes: _builtins.int
-    """Position of this piece, uncompressed."""
-    data: _builtins.bytes
-    """The bytes, compressed as said."""
-    zstd: _builtins.bool
-    """data is one zstd frame."""
-    def __init__(
-        self,
-        *,
-        sha256: _builtins.bytes = ...,
-        size_bytes: _builtins.int = ...,
-        offset_bytes: _builtins.int = ...,
-        data: _builtins.bytes = ...,
-        zstd: _builtins.bool = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "offset_bytes", b"offset_bytes", "sha256", b"sha256", "size_bytes", b"size_bytes", "zstd", b"zstd"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___BlobChunk: _TypeAlias = BlobChunk  # noqa: Y015
-
-@_typing.final
 class UploadResponse(_message.Message):
-    """UploadResponse acknowledges."""
+    """UploadResponse acknowledges one UploadRequest; they come in the order of the requests."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     STORED_BLOBS_FIELD_NUMBER: _builtins.int
     STORED_BYTES_FIELD_NUMBER: _builtins.int
     stored_blobs: _builtins.int
-    """Blobs that are verified and stored since the last response."""
+    """Blobs that were verified and stored."""
     stored_bytes: _builtins.int
     """Their bytes."""
     def __init__(

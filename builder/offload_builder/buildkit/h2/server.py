@@ -84,6 +84,14 @@ class ServerCall:
             pieces.append(message)
         await self._write(pieces)
 
+    async def send_framed(self, data: bytes) -> None:
+        """Send messages that have their prefixes already.
+
+        Raises:
+            GrpcError: the peer ended the call.
+        """
+        await self._write([data])
+
     async def send_joined(self, pieces: Sequence[bytes | memoryview], size: int) -> None:
         """Send one message that is the `pieces` in a row, `size` bytes in all.
 

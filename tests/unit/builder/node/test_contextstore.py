@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from offload_builder.node.contextstore import ContextStore
-from offload_core.errors import ContextChangedError, NotFoundError
+from offload_builder.node.contextstore import ANY_SIZE, ContextStore
+from offload_core.errors import ContextChangedError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -54,12 +54,53 @@ async def test_what_was_stored_is_there(store):
 async def test_wrong_bytes_are_never_stored(store, tmp_path):
     with pytest.raises(ContextChangedError):
         await store.run(store.store_sync, [(sha(b"good"), b"evil")])
-    with pytest.raises(ContextChangedError), store.begin_sync(sha(b"good")) as blob:
-        blob.write(b"go")
-        blob.write(b"0d")
-        blob.commit()
     assert await missing(store, b"good") == [sha(b"good")]
     assert list((tmp_path / "context").iterdir()) == []
+
+
+async def test_blob_of_another_size_counts_as_missing_and_is_replaced(store):
+    await put(store, b"whole")
+    digest = sha(b"whole")
+    assert await store.run(store.missing_sync, [digest, digest], [5, ANY_SIZE]) == []
+    os.truncate(store.path(digest), 3)
+    assert await store.run(store.missing_sync, [digest, digest], [5, ANY_SIZE]) == [digest]
+    await put(store, b"whole")
+    assert content_of(store, digest) == b"whole"
+    os.truncate(store.path(digest), 0)
+    assert await missing(store, b"whole") == [digest]
+
+
+async def test_blob_that_is_there_is_not_written_again(store):
+    await put(store, b"same")
+    before = os.stat(store.path(sha(b"same")))
+    await put(store, b"same")
+    assert os.stat(store.path(sha(b"same"))) == before
+
+
+def read(store: ContextStore, data: bytes, size: int = ANY_SIZE, *, verify: bool) -> bytes | None:
+    return store.read_sync(sha(data), size, verify=verify)
+
+
+async def test_reading_verifies_what_it_is_told_to(store):
+    await put(store, b"data", b"other")
+    assert read(store, b"data", verify=True) == read(store, b"data", 4, verify=False) == b"data"
+    assert read(store, b"nothing", verify=True) is None
+    with open(store.path(sha(b"data")), "r+b") as file:
+        file.write(b"dat?")
+    assert read(store, b"data", 4, verify=False) == b"dat?"
+    assert read(store, b"data", 4, verify=True) is None
+    assert await missing(store, b"data") == [sha(b"data")]
+    # A wrong size is looked into although nothing is to be verified.
+    os.truncate(store.path(sha(b"other")), 4)
+    assert read(store, b"other", 5, verify=False) is None
+    assert await missing(store, b"other") == [sha(b"other")]
+
+
+async def test_whole_blob_survives_a_reader_that_expects_another_size(store):
+    await put(store, b"data")
+    with pytest.raises(UsageError, match="size"):
+        read(store, b"data", 9, verify=False)
+    assert await missing(store, b"data") == []
 
 
 async def test_trim_deletes_the_longest_unused_and_spares_leases(store):

@@ -2,141 +2,155 @@
 
 from __future__ import annotations
 
-import hashlib
+import asyncio
+import os
 from typing import TYPE_CHECKING
 
 import pytest
+import structlog
 import zstandard
 
-from offload_builder.node.clientlink import ClientLink
-from offload_builder.node.contextstore import ContextStore
-from offload_builder.node.uploads import Upload
-from offload_core.errors import ContextChangedError, NodeLostError, UsageError
-from offload_proto.v1.builds_service_pb2 import BuildStats
-from offload_proto.v1.node_service_pb2 import BlobBatch, BlobChunk, UploadRequest
+from offload_core.errors import ContextChangedError, UsageError
+from offload_proto.v1.node_service_pb2 import BlobBatch, UploadRequest
+from tests.fixtures.contentclients import Project, batch, sha
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
 
-def sha(data: bytes) -> bytes:
-    return hashlib.sha256(data).digest()
-
-
-class Case:
-    def __init__(self, store: ContextStore) -> None:
-        self.store = store
-        self.link = ClientLink()
-        self.stats = BuildStats()
-
-    async def want(self, *contents: bytes) -> None:
-        await self.link.request_blobs({sha(data): len(data) for data in contents})
-
-    async def send(self, *requests: UploadRequest) -> list[tuple[int, int]]:
-        async def stream() -> AsyncIterator[UploadRequest]:
-            for request in requests:
-                yield request
-
-        upload = Upload(self.store, self.link, self.stats)
-        return [(r.stored_blobs, r.stored_bytes) async for r in upload.run(stream())]
-
-    async def stored(self, *contents: bytes) -> bool:
-        return not await self.store.run(self.store.missing_sync, [sha(data) for data in contents])
-
-
 @pytest.fixture
-async def case(tmp_path: Path) -> AsyncIterator[Case]:
-    async with ContextStore(tmp_path / "context", keep_bytes=1 << 30) as store:
-        found = Case(store)
-        yield found
-        found.link.lose(NodeLostError("over"))
-
-
-def batch(*contents: bytes, zstd: bool = False) -> UploadRequest:
-    data = b"".join(contents)
-    return UploadRequest(
-        batch=BlobBatch(
-            sha256=[sha(item) for item in contents],
-            sizes=[len(item) for item in contents],
-            data=zstandard.compress(data) if zstd else data,
-            zstd=zstd,
-        )
-    )
-
-
-def chunks(data: bytes, size: int) -> list[UploadRequest]:
-    return [
-        UploadRequest(
-            chunk=BlobChunk(
-                sha256=sha(data),
-                size_bytes=len(data),
-                offset_bytes=start,
-                data=data[start : start + size],
-            )
-        )
-        for start in range(0, len(data), size)
-    ]
+async def project(tmp_path: Path) -> AsyncIterator[Project]:
+    async with Project(tmp_path / "context") as opened:
+        yield opened
 
 
 @pytest.mark.parametrize("zstd", [False, True])
-async def test_batch_is_stored_and_announced(case, zstd):
-    await case.want(b"one", b"two")
-    assert await case.send(batch(b"one", b"two", zstd=zstd)) == [(2, 6)]
-    await case.link.arrival(sha(b"one"))
-    assert await case.stored(b"one", b"two")
-    assert case.stats.context_sent_bytes == 6
+async def test_batch_is_stored_announced_and_counted(project, zstd):
+    client = project.client(b"one" * 100, b"two" * 100)
+    reading = asyncio.ensure_future(client.read_all())
+    assert await client.questions() == client.files
+    sent = batch(*client.files, zstd=zstd)
+    assert await client.upload(sent) == [(2, 600)]
+    assert await reading == client.files
+    assert await project.missing(*client.files) == []
+    assert client.stats.context_sent_bytes == 600
+    assert client.stats.context_wire_bytes == len(sent.batch.data)
+    assert (client.stats.context_wire_bytes < 600) is zstd
 
 
-async def test_blobs_that_nobody_wants_are_not_stored(case):
-    await case.want(b"one")
-    assert await case.send(batch(b"one", b"unasked")) == [(1, 10)]
-    assert not await case.stored(b"unasked")
+async def test_one_answer_per_request_in_order(project):
+    client = project.client(b"a", b"bb", b"ccc")
+    await client.content.request(client.wanted())
+    requests = [batch(b"a"), batch(b"bb", b"ccc"), batch()]
+    assert await client.upload(*requests) == [(1, 1), (2, 5), (0, 0)]
 
 
-async def test_large_file_in_chunks(case):
-    data = bytes(range(256)) * 4000
-    await case.want(data)
-    answers = await case.send(*chunks(data, 100_000))
-    assert answers[-1] == (1, len(data))
-    assert await case.stored(data)
-
-
-async def test_upload_that_breaks_off_leaves_nothing_and_can_be_repeated(case, tmp_path):
-    data = b"y" * 1000
-    await case.want(data)
-    await case.send(*chunks(data, 300)[:2])
-    await case.store.run(lambda: None)
-    assert list((tmp_path / "context").glob("new-*")) == []
-    assert case.link.wanted(sha(data))
-    await case.send(*chunks(data, 300))
-    assert await case.stored(data)
-
-
-async def test_wrong_content_fails_all_that_wait(case):
-    await case.want(b"good", b"other")
-    wrong = batch(b"good")
-    wrong.batch.data = b"evil"
-    with pytest.raises(ContextChangedError):
-        await case.send(wrong)
-    for data in (b"good", b"other"):
-        with pytest.raises(ContextChangedError):
-            await case.link.arrival(sha(data))
-        assert not await case.stored(data)
-
-
-async def test_pieces_of_two_files_may_not_mix(case):
-    one, two = b"1" * 1000, b"2" * 1000
-    await case.want(one, two)
-    with pytest.raises(UsageError, match="out of order"):
-        await case.send(chunks(one, 500)[0], chunks(two, 500)[1])
-
-
-async def test_nothing_is_taken_after_the_build(case):
-    data = b"z" * 100
-    await case.want(data)
-    case.link.lose(NodeLostError("the build is over"))
+async def test_content_that_was_never_asked_for_ends_the_build(project):
+    client = project.client(b"one")
+    await client.content.request(client.wanted())
     with pytest.raises(UsageError, match="not asked for"):
-        await case.send(*chunks(data, 100))
-    assert await case.send(batch(data)) == [(0, 100)]
-    assert not await case.stored(data)
+        await client.upload(batch(b"one", b"unasked"))
+    assert len(await project.missing(b"one", b"unasked")) == 2
+    with pytest.raises(UsageError, match="not asked for"):
+        await client.read(client.wanted()[0])
+
+
+async def test_content_that_has_come_in_another_way_is_taken_silently(project):
+    client = project.client(b"one")
+    await client.content.request(client.wanted())
+    assert await client.upload(batch(b"one"), batch(b"one")) == [(1, 3), (1, 3)]
+
+
+async def test_wrong_content_fails_only_its_file_and_is_counted_and_logged(project):
+    client = project.client(b"good", b"other")
+    files = client.wanted()
+    await client.content.request(files)
+    with structlog.testing.capture_logs() as logs:
+        answer = await client.upload(
+            batch(b"evil", b"other", digests=[sha(b"good"), sha(b"other")])
+        )
+    assert answer == [(1, 5)]
+    assert [entry["event"] for entry in logs] == ["context.blob.refused"]
+    assert client.stats.context_refused_blobs == 1
+    assert client.stats.context_sent_bytes == 5
+    assert await client.read(files[1]) == b"other"
+    with pytest.raises(ContextChangedError, match=r'^"dir/file0" of the build context changed'):
+        await client.read(files[0])
+    assert await project.missing(b"good") == [sha(b"good")]
+
+
+async def test_nothing_is_taken_after_the_build(project):
+    client = project.client(b"late")
+    await client.content.request(client.wanted())
+    await client.leave()
+    assert await client.upload(batch(b"late")) == [(0, 0)]
+    assert await project.missing(b"late") == [sha(b"late")]
+
+
+def message(**values: object) -> UploadRequest:
+    return UploadRequest(batch=BlobBatch(**values))
+
+
+def bomb(unpacked: int) -> bytes:
+    return zstandard.compress(bytes(unpacked))
+
+
+A = sha(b"a")
+HOSTILE = {
+    "no sizes": (message(sha256=[A], data=b"a"), "malformed"),
+    "negative size": (message(sha256=[A], sizes=[-1], data=b"a"), "malformed"),
+    "short digest": (message(sha256=[b"x"], sizes=[1], data=b"a"), "malformed"),
+    "sizes beyond the data": (message(sha256=[A], sizes=[2**60], data=b"a"), "add up"),
+    "data beyond the sizes": (message(sha256=[A], sizes=[1], data=b"aa"), "add up"),
+    "not zstd": (message(sha256=[A], sizes=[1], data=b"a", zstd=True), "damaged"),
+    "half a frame": (message(sha256=[A], sizes=[1], data=bomb(1)[:-1], zstd=True), "damaged"),
+    "more than a frame": (
+        message(sha256=[A], sizes=[1], data=zstandard.compress(b"a") + b"x", zstd=True),
+        "damaged",
+    ),
+    "zip bomb that says so": (
+        message(sha256=[A], sizes=[1 << 30], data=bomb(1 << 30), zstd=True),
+        "add up",
+    ),
+    "zip bomb that does not": (
+        message(sha256=[A], sizes=[1], data=bomb(64 << 20), zstd=True),
+        "add up",
+    ),
+    "frame without its size": (
+        message(
+            sha256=[A],
+            sizes=[1],
+            data=zstandard.ZstdCompressor(write_content_size=False).compress(b"a"),
+            zstd=True,
+        ),
+        "add up",
+    ),
+    "frame of another size than it says": (
+        message(sha256=[A], sizes=[1], data=bomb(1)[:5] + bomb(900)[6:], zstd=True),
+        "(damaged|add up)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+async def test_hostile_batch_ends_its_build_with_a_sentence(project, case):
+    request, sentence = HOSTILE[case]
+    client = project.client(b"a")
+    await client.content.request(client.wanted())
+    with pytest.raises(UsageError, match=sentence):
+        await client.upload(request)
+    with pytest.raises(UsageError, match=sentence):
+        await client.read(client.wanted()[0])
+    assert await project.missing(b"a") == [A]
+
+
+async def test_many_streams_of_one_build_store_the_same_tree_together(project):
+    client = project.client(*(os.urandom(3000) for _ in range(200)))
+    await client.content.request(client.wanted())
+    parts = [client.files[start::4] for start in range(4)]
+    await asyncio.gather(
+        *(client.upload(*(batch(*part[at : at + 10]) for at in range(0, 50, 10))) for part in parts)
+    )
+    assert await client.read_all() == client.files
+    assert client.stats.context_sent_bytes == 600_000

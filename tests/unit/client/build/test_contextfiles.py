@@ -106,12 +106,6 @@ def test_what_cannot_be_read_is_named(tree: Path, path: str, file: str, problem:
     assert caught.value.exit_code == 1
 
 
-@pytest.mark.parametrize("path", ["-", "https://x/y.git", "git@host:x", "github.com/a/b"])
-def test_remote_contexts_are_refused(tree: Path, path: str) -> None:
-    with pytest.raises(InvalidValueError, match="not supported yet"):
-        find(tree, path)
-
-
 def test_directory_that_looks_remote_is_a_directory(tree: Path) -> None:
     (tree / "github.com" / "a").mkdir(parents=True)
     (tree / "github.com" / "a" / "Dockerfile").write_text("FROM a\n")

@@ -1,116 +1,26 @@
-"""The upload stream against a real gRPC server: everything asked for arrives, once, whole."""
+"""The upload against a real gRPC server: everything asked for arrives, once, whole."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import io
 import os
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
-import zstandard
-from grpc import aio
 
-from offload_client.build import upload as module
-from offload_client.build.upload import Uploader
-from offload_client.context.scan import scan_context
-from offload_client.progress.display import make_display
+from offload_client.build.packing import encode_upload
+from offload_client.build.readahead import BATCH_BLOBS, BATCH_BYTES
+from offload_client.build.uploadstream import LEAST_WINDOW_BYTES
 from offload_core.errors import ContextError, NodeLostError
 from offload_core.tls import MAX_MESSAGE_BYTES
-from offload_proto.v1.node_service_pb2 import RunRequest, UploadResponse
-from offload_proto.v1.node_service_pb2_grpc import (
-    BlobsServiceServicer,
-    add_BlobsServiceServicer_to_server,
-)
+from offload_proto.v1.node_service_pb2 import BlobBatch, UploadRequest
+from tests.fixtures.uploadreceiver import receiving, sending
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from offload_client.context.entries import TreeEntry
-
-
-class Receiver(BlobsServiceServicer):
-    """Unpacks and verifies what comes."""
-
-    def __init__(self) -> None:
-        self.blobs: dict[bytes, int] = {}
-        self.largest_message = 0
-        self.messages = 0
-        self._parts: dict[bytes, bytes] = {}
-        self.end = asyncio.Event()
-
-    async def Upload(self, request_iterator: Any, context: Any) -> Any:
-        async for request in request_iterator:
-            self.messages += 1
-            self.largest_message = max(self.largest_message, request.ByteSize())
-            if request.WhichOneof("message") == "batch":
-                batch = request.batch
-                data = io.BytesIO(unpacked(batch.data, batch.zstd))
-                for digest, size in zip(batch.sha256, batch.sizes, strict=True):
-                    self._take(digest, data.read(size))
-                assert not data.read()
-            else:
-                chunk = request.chunk
-                parts = self._parts.get(chunk.sha256, b"")
-                assert chunk.offset_bytes == len(parts)
-                parts += unpacked(chunk.data, chunk.zstd)
-                self._parts[chunk.sha256] = parts
-                if len(parts) == chunk.size_bytes:
-                    self._take(chunk.sha256, self._parts.pop(chunk.sha256))
-            if self.end.is_set():
-                return
-            yield UploadResponse()
-
-    def _take(self, digest: bytes, data: bytes) -> None:
-        assert hashlib.sha256(data).digest() == digest
-        self.blobs[digest] = self.blobs.get(digest, 0) + 1
-
-
-def unpacked(data: bytes, zstd: bool) -> bytes:
-    return zstandard.ZstdDecompressor().decompress(data) if zstd else data
-
-
-class Running:
-    """An uploader at work."""
-
-    def __init__(self, receiver: Receiver, channel: aio.Channel, root: Path) -> None:
-        self.receiver = receiver
-        self.said: list[RunRequest] = []
-        self.display = make_display("plain", io.BytesIO(), {})
-        self.uploader = Uploader(channel, (), self._say, self.display)
-        self.entries: list[TreeEntry] = list(scan_context(root, warn=lambda _: None))
-        self.digests = [entry.sha256 for entry in self.entries if entry.sha256]
-        self.uploader.offer(root, self.entries)
-        self.task = asyncio.create_task(self.uploader.run())
-
-    async def _say(self, message: RunRequest) -> None:
-        self.said.append(message)
-
-    async def until(self, count: int) -> None:
-        async with asyncio.timeout(20):
-            while len(self.receiver.blobs) + len(self.said) < count and not self.task.done():
-                await asyncio.sleep(0.005)
-
-
-@asynccontextmanager
-async def uploading(root: Path, socket: Path) -> AsyncIterator[Running]:
-    server = aio.server(options=(("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),))
-    receiver = Receiver()
-    add_BlobsServiceServicer_to_server(receiver, server)
-    server.add_insecure_port(f"unix:{socket}")
-    await server.start()
-    async with aio.insecure_channel(f"unix:{socket}") as channel:
-        running = Running(receiver, channel, root)
-        try:
-            yield running
-        finally:
-            running.task.cancel()
-            await asyncio.wait((running.task,))
-            running.display.finish(None)
-            await server.stop(None)
+TEXT = b"".join(b"line %d of a source file\n" % number for number in range(30_000))
 
 
 @pytest.fixture
@@ -119,69 +29,166 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "c"
 
 
-async def test_empty_small_and_large_files_arrive_whole(root: Path, tmp_path: Path) -> None:
-    (root / "empty").write_bytes(b"")
-    (root / "text").write_bytes(b"word " * 1000)
-    (root / "edge").write_bytes(os.urandom(module.LARGE_BYTES))
-    (root / "large").write_bytes(os.urandom(module.CHUNK_BYTES * 3))
-    (root / "zeros").write_bytes(bytes(module.CHUNK_BYTES * 2 + 1))
-    async with uploading(root, tmp_path / "s") as running:
-        running.uploader.want(running.digests)
-        await running.until(5)
-        assert running.receiver.blobs == dict.fromkeys(running.digests, 1)
-        assert running.said == []
+async def test_files_of_all_sizes_arrive_once_and_in_bounded_batches(root: Path) -> None:
+    (root / "text").write_bytes(TEXT[:5000])
+    for number in range(20):
+        (root / f"small{number}").write_bytes(os.urandom(100_000))
+    (root / "edge").write_bytes(os.urandom(BATCH_BYTES))
+    (root / "above").write_bytes(os.urandom(BATCH_BYTES + 1))
+    (root / "four").write_bytes(os.urandom(4 << 20))
+    (root / "large").write_bytes(os.urandom((4 << 20) + 1))
+    async with receiving() as (receiver, address), sending(root, receiver, address) as sender:
+        count = sender.want_all()
+        await sender.until(count)
+        expected = {*sender.digests().values(), *sender.pieces("large")}
+        assert receiver.blobs == dict.fromkeys(expected, 1)
+        assert sender.said == []
+        for blobs, size, _ in receiver.batches:
+            assert size <= BATCH_BYTES or blobs == 1
 
 
-async def test_thousands_of_tiny_files_travel_in_few_bounded_messages(
-    root: Path, tmp_path: Path
-) -> None:
-    for number in range(9000):
+async def test_thousands_of_tiny_files_travel_in_few_bounded_messages(root: Path) -> None:
+    for number in range(10_000):
         (root / str(number)).write_text(str(number))
-    async with uploading(root, tmp_path / "s") as running:
-        running.uploader.want(running.digests)
-        await running.until(9000)
-        assert len(running.receiver.blobs) == 9000
-        assert running.receiver.messages == 3
-        assert running.receiver.largest_message < MAX_MESSAGE_BYTES / 4
+    async with receiving() as (receiver, address), sending(root, receiver, address) as sender:
+        await sender.until(sender.want_all())
+        assert len(receiver.blobs) == 10_000
+        assert [blobs for blobs, _, _ in receiver.batches] == [BATCH_BLOBS, BATCH_BLOBS, 1808]
+        assert receiver.message_bytes < MAX_MESSAGE_BYTES / 4
 
 
-async def test_content_that_is_asked_for_twice_at_once_travels_once(
-    root: Path, tmp_path: Path
-) -> None:
-    (root / "a").write_bytes(os.urandom(module.LARGE_BYTES + 1))
-    (root / "b").write_bytes((root / "a").read_bytes())
-    async with uploading(root, tmp_path / "s") as running:
-        running.uploader.want(running.digests + running.digests[:1])
-        await running.until(1)
-        assert running.receiver.blobs == {running.digests[0]: 1}
+async def test_blobs_arrive_in_the_order_in_which_they_are_wanted(root: Path) -> None:
+    for number in range(50):
+        (root / f"{number:02}").write_bytes(os.urandom(60_000))
+    async with receiving() as (receiver, address), sending(root, receiver, address) as sender:
+        entries = sender.entries()
+        wanted = entries[25:] + entries[:25]
+        sender.uploader.want(1, wanted[:7])
+        sender.uploader.want(1, wanted[7:])
+        await sender.until(50)
+        assert receiver.order == [sender.listing.content(number).sha256 for number in wanted]
+        await sender.acknowledged(50 * 60_000)
+        assert sender.uploader.acknowledged_bytes == 50 * 60_000
 
 
-async def test_unknown_and_changed_content_is_refused_by_name(root: Path, tmp_path: Path) -> None:
-    (root / "good").write_text("good")
+async def test_single_pieces_of_a_large_file_can_be_wanted(root: Path) -> None:
+    (root / "large").write_bytes(os.urandom(9 << 20))
+    async with receiving() as (receiver, address), sending(root, receiver, address) as sender:
+        pieces = sender.pieces("large")
+        assert len(pieces) > 4
+        sender.uploader.want(1, [], [(sender.entry("large"), [3, 1])])
+        await sender.until(2)
+        assert receiver.order == [pieces[3], pieces[1]]
+
+
+async def test_changed_file_is_named_and_the_others_are_sent(root: Path) -> None:
     (root / "bad").write_text("bad")
-    async with uploading(root, tmp_path / "s") as running:
+    (root / "good").write_text("good")
+    (root / "large").write_bytes(os.urandom(5 << 20))
+    async with receiving() as (receiver, address), sending(root, receiver, address) as sender:
         (root / "bad").write_text("changed meanwhile")
-        running.uploader.want([*running.digests, b"\1" * 32])
-        await running.until(3)
-        failures = {item.blob_failure.sha256: item.blob_failure.message for item in running.said}
-        assert "not part of the build context" in failures[b"\1" * 32]
-        assert any('"bad"' in text for text in failures.values())
-        assert list(running.receiver.blobs) == [hashlib.sha256(b"good").digest()]
+        (root / "large").write_bytes(os.urandom(5 << 20))
+        sender.uploader.want(1, [sender.entry("bad"), sender.entry("good")])
+        sender.uploader.want(1, [], [(sender.entry("large"), [0, 1, 2])])
+        await sender.until(3)
+        failures = {item.blob_failure.entry: item.blob_failure for item in sender.said}
+        # One sentence for all pieces.
+        assert failures.keys() == {sender.entry("bad"), sender.entry("large")}
+        assert len(sender.said) == 2
+        for name in ("bad", "large"):
+            failure = failures[sender.entry(name)]
+            assert failure.request_id == 1
+            assert f'"{name}"' in failure.message
+        assert receiver.order == [hashlib.sha256(b"good").digest()]
+
+
+async def test_what_is_not_listed_is_refused_and_the_rest_is_sent(root: Path) -> None:
+    (root / "empty").touch()
+    (root / "file").write_text("file")
+    async with receiving() as (receiver, address), sending(root, receiver, address) as sender:
+        sender.uploader.want(1, [99])
+        sender.uploader.want(2, [0])
+        sender.uploader.want(1, [], [(1, [0]), (7, [0])])
+        sender.uploader.want(1, [sender.entry("file")])
+        await sender.until(4)
+        found = [(item.blob_failure.request_id, item.blob_failure.entry) for item in sender.said]
+        assert found == [(1, 99), (2, 0), (1, 1), (1, 7)]
+        for item in sender.said:
+            assert "not part of the build context" in item.blob_failure.message
 
 
 async def test_context_that_vanishes_is_an_error_and_no_hang(root: Path, tmp_path: Path) -> None:
     (root / "x").write_text("x")
-    async with uploading(root, tmp_path / "s") as running:
+    async with receiving() as (receiver, address), sending(root, receiver, address) as sender:
         root.rename(tmp_path / "moved")
-        running.uploader.want(running.digests)
+        sender.want_all()
         with pytest.raises(ContextError):
-            await asyncio.wait_for(asyncio.shield(running.task), 10)
+            await asyncio.wait_for(asyncio.shield(sender.task), 10)
 
 
-async def test_node_that_ends_the_upload_is_an_error(root: Path, tmp_path: Path) -> None:
+async def test_node_that_ends_the_upload_is_an_error(root: Path) -> None:
     (root / "x").write_text("x")
-    async with uploading(root, tmp_path / "s") as running:
-        running.receiver.end.set()
-        running.uploader.want(running.digests)
-        with pytest.raises(NodeLostError):
-            await asyncio.wait_for(asyncio.shield(running.task), 10)
+    async with receiving() as (receiver, address), sending(root, receiver, address) as sender:
+        receiver.end = True
+        sender.want_all()
+        with pytest.raises(NodeLostError, match="ended the upload") as caught:
+            await asyncio.wait_for(asyncio.shield(sender.task), 10)
+        assert not caught.value.connection_broke
+
+
+async def test_node_that_does_not_read_holds_the_reading_back(root: Path) -> None:
+    for number in range(40):
+        (root / f"{number:02}").write_bytes(os.urandom(BATCH_BYTES))
+    async with receiving() as (receiver, address), sending(root, receiver, address) as sender:
+        receiver.reading.clear()
+        sender.uploader.want(1, sender.entries())
+        await asyncio.sleep(0.5)
+        # What has been read can be told from what has not by changing all.
+        for number in range(40):
+            (root / f"{number:02}").write_bytes(b"changed")
+        receiver.reading.set()
+        await sender.until(40)
+        assert len(receiver.order) <= (LEAST_WINDOW_BYTES >> 20) + 9
+        assert len(sender.said) == 40 - len(receiver.order)
+
+
+async def test_slow_link_gets_compressed_batches(root: Path) -> None:
+    for number in range(30):
+        (root / str(number)).write_bytes(b"%d" % number + TEXT[: 1 << 19])
+    async with receiving() as (receiver, address), sending(root, receiver, address) as sender:
+        receiver.pause = 0.05
+        await sender.until(sender.want_all())
+        assert all(zstd for _, _, zstd in receiver.batches)
+        assert receiver.message_bytes < receiver.received_bytes / 3
+
+
+async def test_fast_link_gets_what_waits_for_nothing_as_it_is(root: Path) -> None:
+    for number in range(12):
+        (root / f"{number:02}").write_bytes(b"%d" % number + TEXT[:300_000])
+    async with receiving() as (receiver, address), sending(root, receiver, address) as sender:
+        for sent, number in enumerate(sender.entries()):
+            sender.uploader.want(1, [number])
+            await sender.until(sent + 1)
+            await sender.acknowledged(sum(size for _, size, _ in receiver.batches))
+        # Of the first nothing was known yet.
+        assert [zstd for _, _, zstd in receiver.batches] == [True] + [False] * 11
+
+
+async def test_content_that_does_not_become_smaller_is_never_compressed(root: Path) -> None:
+    for number in range(12):
+        (root / str(number)).write_bytes(os.urandom(500_000))
+    async with receiving() as (receiver, address), sending(root, receiver, address) as sender:
+        receiver.pause = 0.02
+        await sender.until(sender.want_all())
+        assert not any(zstd for _, _, zstd in receiver.batches)
+
+
+def test_message_is_what_protobuf_makes() -> None:
+    contents = [b"one", b"", b"x" * 300_000]
+    sizes = [len(content) for content in contents]
+    digests = [hashlib.sha256(content).digest() for content in contents]
+    for zstd in (False, True):
+        made = UploadRequest.FromString(encode_upload(digests, sizes, contents, zstd=zstd))
+        assert made == UploadRequest(
+            batch=BlobBatch(sha256=digests, sizes=sizes, data=b"".join(contents), zstd=zstd)
+        )

@@ -8,6 +8,7 @@ from pathlib import Path
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from offload_client.context.entries import tree_entries
 from offload_client.context.patterns import PatternMatcher
 from offload_client.context.scan import scan_context
 from offload_core.filemode import MODE_DIR
@@ -41,7 +42,7 @@ def _component_key(path: str) -> list[bytes]:
 
 def _scan(root: Path, include: list[str], exclude: list[str]) -> list[tuple[str, int]]:
     found = scan_context(root, include=include, exclude=exclude, warn=lambda _: None)
-    return [(entry.path, entry.mode) for entry in found]
+    return [(entry.path, entry.mode) for entry in tree_entries(found)]
 
 
 def _filtered(root: Path, include: list[str], exclude: list[str]) -> list[str]:

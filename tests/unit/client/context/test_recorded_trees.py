@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from offload_client.context.entries import TreeEntry, tree_entries
 from offload_client.context.followpaths import follow_links
-from offload_client.context.scan import TreeEntry, scan_context
+from offload_client.context.scan import scan_context
 from offload_core.errors import ContextError
 from offload_core.filemode import MODE_SYMLINK, is_regular
 
@@ -47,16 +48,15 @@ def _as_fsutil(entries: list[TreeEntry]) -> list[tuple[str, int, int, str]]:
 
 def _scan(root: Path, row: dict[str, Any]) -> list[tuple[str, int, int, str]] | str:
     try:
-        entries = list(
-            scan_context(
-                root,
-                include=row.get("include") or (),
-                exclude=row.get("exclude") or (),
-                follow=row.get("follow") or (),
-                normalise_modes=False,
-                warn=_no_warning,
-            )
+        found = scan_context(
+            root,
+            include=row.get("include") or (),
+            exclude=row.get("exclude") or (),
+            follow=row.get("follow") or (),
+            normalise_modes=False,
+            warn=_no_warning,
         )
+        entries = list(tree_entries(found))
     except ContextError:
         return "failed"
     return _as_fsutil(entries)

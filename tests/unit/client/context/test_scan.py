@@ -8,22 +8,27 @@ import socket
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from offload_client.context import digests, dirscan, hashing
+from offload_client.context.entries import TreeEntry, tree_entries
 from offload_client.context.hashing import FileHasher
-from offload_client.context.scan import TreeEntry, scan_context
+from offload_client.context.scan import scan_context
 from offload_client.context.statindex import StatIndex
+from offload_core.chunklist import CHUNKED_ABOVE_BYTES, decode_chunks
 from offload_core.errors import ContextChangedError, ContextError
 from offload_core.filemode import MODE_DIR, MODE_NAMED_PIPE, MODE_SETUID, MODE_SYMLINK
 
 
 def _scan(root: Path, **options: object) -> dict[str, TreeEntry]:
     options.setdefault("warn", _no_warning)
-    return {entry.path: entry for entry in scan_context(root, **options)}  # type: ignore[arg-type]
+    found = scan_context(root, **options)  # type: ignore[arg-type]
+    return {entry.path: entry for entry in tree_entries(found)}
 
 
 def _no_warning(text: str) -> None:
@@ -186,13 +191,146 @@ def _write_during_reading(
 ) -> None:
     digest = FileHasher._digest
 
-    def disturbed(self: FileHasher, fd: int, size: int) -> tuple[bytes, int]:
+    def disturbed(self: FileHasher, fd: int, size: int) -> tuple[bytes, int, bytes | None]:
         result = digest(self, fd, size)
         if contents:
             path.write_bytes(contents.pop(0))
         return result
 
     monkeypatch.setattr(FileHasher, "_digest", disturbed)
+
+
+LARGE = CHUNKED_ABOVE_BYTES + 1
+
+
+def test_digest_of_a_large_file_is_that_of_its_chunk_list(tmp_path: Path) -> None:
+    data = os.urandom(LARGE)
+    (tmp_path / "at").write_bytes(data[:-1])
+    (tmp_path / "above").write_bytes(data)
+    chunk_lists: dict[bytes, bytes] = {}
+    found = _scan(tmp_path, chunk_lists=chunk_lists)
+    assert found["at"].sha256 == hashlib.sha256(data[:-1]).digest()
+    ((sha256, chunk_list),) = chunk_lists.items()
+    assert found["above"].sha256 == sha256 == hashlib.sha256(chunk_list).digest()
+    assert found["above"].size_bytes == LARGE
+    at = 0
+    for chunk in decode_chunks(chunk_list, LARGE):
+        assert hashlib.sha256(data[at : at + chunk.size_bytes]).digest() == chunk.sha256
+        at += chunk.size_bytes
+
+
+def test_same_bytes_have_the_same_digest_whatever_the_name_and_holes(tmp_path: Path) -> None:
+    with (tmp_path / "sparse").open("wb") as file:
+        file.write(b"start")
+        file.truncate(3 * LARGE)
+    (tmp_path / "full").write_bytes(b"start" + bytes(3 * LARGE - 5))
+    found = _scan(tmp_path)
+    assert found["sparse"].sha256 == found["full"].sha256
+
+
+def test_chunk_list_that_does_not_fit_into_a_message_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hashing, "MAX_LIST_BYTES", 100)
+    (tmp_path / "huge").write_bytes(os.urandom(LARGE))
+    with pytest.raises(ContextError, match='"huge" is too large'):
+        _scan(tmp_path)
+
+
+def test_file_with_two_names_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "a").write_bytes(b"same")
+    (tmp_path / "b").hardlink_to(tmp_path / "d" / "a")
+    read: list[str] = []
+    hash_file = FileHasher.hash_file
+
+    def recording(self: FileHasher, fd: int, name: str, path: str, status: os.stat_result):  # type: ignore[no-untyped-def]
+        read.append(path)
+        return hash_file(self, fd, name, path, status)
+
+    monkeypatch.setattr(FileHasher, "hash_file", recording)
+    assert _scan(tmp_path)["b"].sha256 == hashlib.sha256(b"same").digest()
+    assert read == ["b"]
+
+
+kinds = st.sampled_from(["file", "empty", "noted", "linked", "symlink", "directory"])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.dictionaries(st.sampled_from("abcdefghij"), kinds), st.integers(1, 4))
+def test_batches_and_a_known_index_change_nothing(
+    tmp_path_factory: pytest.TempPathFactory, kinds: dict[str, str], batch: int
+) -> None:
+    base = tmp_path_factory.mktemp("tree")
+    root = base / "root"
+    root.mkdir()
+    for name, kind in kinds.items():
+        path = root / name
+        if kind == "directory":
+            path.mkdir()
+        elif kind == "symlink":
+            path.symlink_to("a")
+        else:
+            path.write_bytes(b"" if kind == "empty" else name.encode())
+        if kind == "noted":
+            os.setxattr(path, "user.note", name.encode())
+        elif kind == "linked":
+            (root / f"{name}-too").hardlink_to(path)
+    expected = _scan(root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digests, "DIRECT_FILES", -1)
+        patch.setattr(digests, "GRANULARITY_NS", -(10**12))
+        for size in (batch, 2048, batch):
+            patch.setattr(dirscan, "_BATCH_ENTRIES", size)
+            with StatIndex(base / "index.db", root) as index:
+                assert list(_scan(root, index=index).items()) == list(expected.items())
+
+
+@pytest.mark.parametrize("size", [LARGE, LARGE + 1_000_000, 3, 0])
+def test_large_file_that_changes_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    (tmp_path / "f").write_bytes(os.urandom(LARGE))
+    content = os.urandom(size)
+    _write_during_reading(monkeypatch, tmp_path / "f", [content])
+    entry = _scan(tmp_path)["f"]
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "f").write_bytes(content)
+    assert entry.sha256 == _scan(tmp_path / "again")["f"].sha256
+    assert entry.size_bytes == size
+
+
+def _before_reading(monkeypatch: pytest.MonkeyPatch, change: Callable[[], object]) -> None:
+    hash_file = FileHasher.hash_file
+
+    def disturbed(self: FileHasher, fd: int, name: str, path: str, status: os.stat_result):  # type: ignore[no-untyped-def]
+        change()
+        return hash_file(self, fd, name, path, status)
+
+    monkeypatch.setattr(FileHasher, "hash_file", disturbed)
+
+
+def test_file_that_vanishes_before_it_is_read_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "abc":
+        (tmp_path / name).write_bytes(name.encode())
+    _before_reading(monkeypatch, lambda: (tmp_path / "b").unlink(missing_ok=True))
+    assert list(_scan(tmp_path)) == ["a", "c"]
+
+
+def test_special_file_in_place_of_a_file_is_an_error_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "f").write_bytes(b"content")
+
+    def replace() -> None:
+        (tmp_path / "f").unlink()
+        os.mkfifo(tmp_path / "f")
+
+    _before_reading(monkeypatch, replace)
+    with pytest.raises(ContextChangedError, match=r'"f".*no regular file'):
+        _scan(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"two", b"longer than before", b""])
@@ -220,13 +358,14 @@ def test_file_that_never_stops_changing_is_an_error(
 UNPRIVILEGED = """
 import os, sys
 from pathlib import Path
+from offload_client.context.entries import tree_entries
 from offload_client.context.scan import scan_context
 from offload_core.errors import ContextError
 os.setgid(65534)
 os.setuid(65534)
 try:
     found = scan_context(Path(sys.argv[1]), exclude=sys.argv[2:], warn=print)
-    print([entry.path for entry in found])
+    print([entry.path for entry in tree_entries(found)])
 except ContextError as error:
     print(error.message)
 """
@@ -281,10 +420,19 @@ def test_digests_are_those_of_the_contents(
 def test_importing_the_package_stays_cheap() -> None:
     code = (
         "import sys; import offload_client.context.scan, offload_client.context.reader, "
-        "offload_client.context.ignorefile; print(*sys.modules)"
+        "offload_client.context.source, offload_client.context.ignorefile; print(*sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
     loaded = set(done.stdout.split())
-    assert not loaded & {"sqlite3", "grpc", "click", "structlog", "asyncio", "google.protobuf"}
+    assert "pyfastcdc" not in loaded
+    assert not loaded & {
+        "sqlite3",
+        "grpc",
+        "click",
+        "structlog",
+        "asyncio",
+        "logging",
+        "google.protobuf",
+    }

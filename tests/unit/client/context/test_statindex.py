@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import sqlite3
@@ -15,10 +16,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload_client.context import digests, statindex
+from offload_client.context import digests, indexfile, statindex
+from offload_client.context.entries import tree_entries
 from offload_client.context.hashing import FileHasher
+from offload_client.context.indexrows import IndexedFile, KnownFiles, pack_files
 from offload_client.context.scan import scan_context
-from offload_client.context.statindex import GRANULARITY_NS, IndexedFile, StatIndex
+from offload_client.context.statindex import GRANULARITY_NS, StatIndex
+from offload_core.chunklist import CHUNKED_ABOVE_BYTES, decode_chunks
 
 OLD_NS = GRANULARITY_NS + 1_000_000_000
 
@@ -51,7 +55,7 @@ def _later(monkeypatch: pytest.MonkeyPatch, by_ns: int = OLD_NS) -> None:
 def _scan(root: Path, database: Path, **options: object) -> dict[str, bytes | None]:
     with StatIndex(database, root) as index:
         found = scan_context(root, index=index, warn=print, **options)  # type: ignore[arg-type]
-        return {entry.path: entry.sha256 for entry in found}
+        return {entry.path: entry.sha256 for entry in tree_entries(found)}
 
 
 @pytest.fixture
@@ -172,7 +176,10 @@ def _digest(path: Path) -> bytes:
     return hashlib.sha256(path.read_bytes()).digest()
 
 
-def test_database_that_is_garbage_is_replaced(root: Path, database: Path) -> None:
+def test_database_that_is_garbage_is_replaced(
+    root: Path, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _later(monkeypatch)
     database.parent.mkdir()
     database.write_bytes(b"this is no database" * 1000)
     expected = {"d": None, "f": _digest(root / "f"), "d/g": _digest(root / "d" / "g")}
@@ -212,14 +219,15 @@ def test_damaged_row_counts_as_absent(
 def test_locked_database_is_no_error(
     root: Path, database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(statindex, "_LOCK_WAIT_SECONDS", 0.05)
+    _later(monkeypatch)
+    monkeypatch.setattr(indexfile, "_LOCK_WAIT_SECONDS", 0.05)
     first = _scan(root, database)
     connection = sqlite3.connect(database, isolation_level=None)
     connection.execute("BEGIN EXCLUSIVE")
     (root / "f").write_bytes(b"new")
     with StatIndex(database, root) as index:
         found = scan_context(root, index=index, warn=print)
-        second = {entry.path: entry.sha256 for entry in found}
+        second = {entry.path: entry.sha256 for entry in tree_entries(found)}
         assert "locked" in index.problem
     connection.execute("ROLLBACK")
     connection.close()
@@ -229,7 +237,7 @@ def test_locked_database_is_no_error(
 def test_database_in_a_place_that_cannot_be_made_is_no_error(root: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with StatIndex(tmp_path / "file" / "index.db", root) as index:
-        found = list(scan_context(root, index=index, warn=print))
+        found = list(tree_entries(scan_context(root, index=index, warn=print)))
         assert index.problem
     assert len(found) == 3
 
@@ -277,33 +285,73 @@ def test_filtered_scan_keeps_what_is_known_of_other_files(
 def test_vanished_files_and_unused_directories_are_forgotten(
     root: Path, database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    _later(monkeypatch)
     _scan(root, database)
     (root / "f").rename(root / "renamed")
     _scan(root, database)
     with StatIndex(database, root) as index:
-        assert set(index.directory("")) == {"renamed"}
+        assert set(index.directory("").files()) == {"renamed"}
     day = statindex._today()
     monkeypatch.setattr(statindex, "_today", lambda: day + statindex.KEEP_DAYS + 1)
     (root / "d" / "g").write_bytes(b"new")
     _scan(root, database, include=["d"])
     with StatIndex(database, root) as index:
-        assert index.directory("") == {}
-        assert set(index.directory("d")) == {"g"}
+        assert index.directory("").files() == {}
+        assert set(index.directory("d").files()) == {"g"}
 
 
 def test_row_survives_packing_with_attributes(tmp_path: Path) -> None:
     files = {
-        "a": IndexedFile(1, 2, 3, 4, 5, b"\1" * 32),
-        "b": IndexedFile(-1, -2, 3, 2**64 - 1, 5, b"\2" * 32, {"user.x": b"", "user.y": b"\0v"}),
-        os.fsdecode(b"\xff"): IndexedFile(0, 0, 0, 0, 0, b"\3" * 32),
+        "b": IndexedFile(-1, -2, 3, 2**64 - 1, b"\2" * 32, {"user.x": b"", "user.y": b"\0v"}),
+        "a": IndexedFile(1, 2, 3, 4, b"\1" * 32),
+        os.fsdecode(b"\xff"): IndexedFile(0, 0, 0, 0, b"\3" * 32),
     }
     with StatIndex(tmp_path / "index.db", tmp_path) as index:
-        assert index.directory("x") == {}
+        assert index.directory("x").files() == {}
         index.remember("x", files)
         index.remember("empty", {})
     with StatIndex(tmp_path / "index.db", tmp_path) as index:
-        assert index.directory("x") == files
-        assert index.directory("empty") == {}
+        assert index.directory("x").files() == files
+        assert index.directory("x").xattrs == {"b": {"user.x": b"", "user.y": b"\0v"}}
+        assert index.directory("empty").files() == {}
+
+
+def _status(size: int, mtime: int, ctime: int, inode: int) -> os.stat_result:
+    return os.stat_result(
+        (0o100644, inode, 1, 1, 0, 0, size, 0, 0, 0, 0.0, 0.0, 0.0, 0, mtime, ctime)
+    )
+
+
+names = st.text(alphabet="abé", min_size=1, max_size=3)
+numbers = st.tuples(*[st.integers(min_value=0, max_value=2)] * 4)
+
+
+@given(
+    st.dictionaries(names, numbers, max_size=12),
+    st.dictionaries(names, numbers, max_size=12),
+    st.integers(min_value=1, max_value=5),
+)
+def test_digest_is_found_for_the_same_name_and_status_and_for_nothing_else(
+    known: dict[str, tuple[int, int, int, int]],
+    asked: dict[str, tuple[int, int, int, int]],
+    batch: int,
+) -> None:
+    def digest(name: str, status: tuple[int, ...]) -> bytes:
+        return hashlib.sha256(repr((name, status)).encode()).digest()
+
+    row = KnownFiles(
+        pack_files({name: IndexedFile(*of, digest(name, of)) for name, of in known.items()})
+    )
+    for files in (asked, known):
+        ordered = sorted(files)
+        found: list[bytes | None] = []
+        for start in range(0, len(ordered), batch):
+            part = ordered[start : start + batch]
+            found += row.digests(part, [_status(*files[name]) for name in part])
+        assert found == [
+            digest(name, files[name]) if known.get(name) == files[name] else None
+            for name in ordered
+        ]
 
 
 PROCESS = """
@@ -313,6 +361,7 @@ from offload_client.context import digests
 from offload_client.context.scan import scan_context
 from offload_client.context.statindex import StatIndex
 digests.DIRECT_FILES = -1
+digests.GRANULARITY_NS = -(10**12)
 root, database = Path(sys.argv[1]), Path(sys.argv[2])
 for _ in range(5):
     with StatIndex(database, root) as index:
@@ -327,5 +376,95 @@ def test_processes_share_a_database(root: Path, database: Path) -> None:
     errors = [process.communicate(timeout=60)[1] for process in running]
     assert [process.returncode for process in running] == [0] * len(running), errors
     with StatIndex(database, root) as index:
-        assert index.directory("f") == {}
-        assert set(index.directory("")) == {"f"}
+        assert index.directory("f").files() == {}
+        assert set(index.directory("").files()) == {"f"}
+
+
+LARGE = CHUNKED_ABOVE_BYTES + 1
+
+
+def _chunk_lists(database: Path) -> dict[bytes, bytes]:
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        return dict(connection.execute("SELECT sha256, data FROM chunk_lists"))
+
+
+def test_chunk_list_of_a_large_file_is_remembered(
+    root: Path, database: Path, read_files: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _later(monkeypatch)
+    (root / "large").write_bytes(os.urandom(LARGE))
+    digest = _scan(root, database)["large"]
+    assert digest is not None
+    read_files.clear()
+    assert _scan(root, database)["large"] == digest
+    assert read_files == []
+    with StatIndex(database, root) as index:
+        data = index.chunk_list(digest)
+        assert data is not None
+        assert hashlib.sha256(data).digest() == digest
+        assert sum(chunk.size_bytes for chunk in decode_chunks(data, LARGE)) == LARGE
+        assert index.chunk_list(bytes(32)) is None
+
+
+def test_damaged_chunk_list_counts_as_absent(
+    root: Path, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _later(monkeypatch)
+    (root / "large").write_bytes(bytes(LARGE))
+    digest = _scan(root, database)["large"]
+    with contextlib.closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute("UPDATE chunk_lists SET data = X'00'")
+    with StatIndex(database, root) as index:
+        assert digest is not None
+        assert index.chunk_list(digest) is None
+
+
+def test_asking_for_a_chunk_list_makes_no_database(root: Path, database: Path) -> None:
+    with StatIndex(database, root) as index:
+        assert index.chunk_list(bytes(32)) is None
+    assert not database.exists()
+
+
+def test_chunk_lists_in_use_are_kept_and_others_forgotten(
+    root: Path, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _later(monkeypatch)
+    for name in ("kept", "dropped"):
+        (root / name).write_bytes(os.urandom(LARGE))
+    first = _scan(root, database)
+    assert set(_chunk_lists(database)) == {first["kept"], first["dropped"]}
+    (root / "dropped").unlink()
+    day = statindex._today()
+    for days in (20, 40):
+        monkeypatch.setattr(statindex, "_today", lambda days=days: day + days)
+        (root / "f").write_bytes(b"%d" % days)
+        _scan(root, database)
+    assert set(_chunk_lists(database)) == {first["kept"]}
+
+
+def test_chunk_lists_have_a_bound_and_the_longest_unused_go_first(
+    root: Path, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(statindex, "CHUNK_LISTS_BYTES", 100)
+    day = statindex._today()
+    lists = [bytes([number]) * 36 for number in range(4)]
+    for number, data in enumerate(lists):
+        monkeypatch.setattr(statindex, "_today", lambda number=number: day + number)
+        with StatIndex(database, root) as index:
+            index.directory("")
+            index.remember_chunk_list(hashlib.sha256(data).digest(), data)
+    assert set(_chunk_lists(database).values()) == set(lists[2:])
+
+
+def test_database_of_an_older_format_is_replaced(
+    root: Path, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _later(monkeypatch)
+    database.parent.mkdir()
+    with contextlib.closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute("CREATE TABLE directories (old BLOB)")
+        connection.execute("PRAGMA user_version = 1")
+    _scan(root, database)
+    with StatIndex(database, root) as index:
+        assert set(index.directory("").files()) == {"f"}
+        assert not index.problem

@@ -1,0 +1,159 @@
+"""Bounds what a project's packs take in the shared store.
+
+A pack counts as used when it was stored and on each day on which a node reads from it; the node
+then writes an empty object next to it, the mark of use. A pack that was not used for long enough
+is deleted, and beyond the bound of bytes those that were not used for longest. Readers may still
+know a deleted pack: for them its blobs are a miss, which is a question to the client and no fault.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+import structlog
+
+from offload_cache.keys import pack_key, pack_prefix
+from offload_cache.packs.refresh import MAX_PACKS
+from offload_core.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from concurrent.futures import Executor
+
+    from offload_cache.objectstore import ObjectInfo, ObjectStore
+    from offload_cache.packs.catalog import PackCatalog
+
+_log = structlog.get_logger(__name__)
+
+_ORPHAN_GRACE = timedelta(days=1)
+"""A pack whose index is not there yet may be under way; one whose index is gone may be read."""
+_FREED_SHARE = 0.1
+"""Beyond the bound so much more is freed that it does not come to this with every pack."""
+_LIST_SECONDS = 60.0
+
+
+@dataclass(slots=True)
+class SweepPlan:
+    """What to delete, by name of the pack.
+
+    Attributes:
+        packs: index first, then the pack.
+        marks: marks of use whose pack is gone.
+        stored_bytes: of the packs that stay.
+    """
+
+    packs: list[str] = field(default_factory=list)
+    marks: list[str] = field(default_factory=list)
+    stored_bytes: int = 0
+
+
+def plan_sweep(
+    indexes: Mapping[str, ObjectInfo],
+    packs: Mapping[str, ObjectInfo],
+    marks: Mapping[str, ObjectInfo],
+    *,
+    now: datetime,
+    keep_bytes: int,
+    keep_seconds: float,
+) -> SweepPlan:
+    """Decide what to delete.
+
+    Args:
+        indexes: by name; listed before the packs, so that each index had its pack.
+        packs: by name.
+        marks: of use, by name.
+        now: in UTC.
+        keep_bytes: bound of all packs together.
+        keep_seconds: how long a pack may go unused.
+    """
+    plan = SweepPlan(
+        packs=sorted(indexes.keys() - packs.keys()), marks=sorted(marks.keys() - packs.keys())
+    )
+    used_at = {
+        name: max(found[name].modified_at for found in (indexes, packs, marks) if name in found)
+        for name in packs
+    }
+    plan.stored_bytes = sum(pack.size_bytes for pack in packs.values())
+    target = keep_bytes
+    if plan.stored_bytes > keep_bytes:
+        target = int(keep_bytes * (1 - _FREED_SHARE))
+    expired = now - timedelta(seconds=keep_seconds)
+    for name in sorted(packs, key=lambda name: (used_at[name], name)):
+        orphan = name not in indexes and used_at[name] < now - _ORPHAN_GRACE
+        if orphan or used_at[name] < expired or plan.stored_bytes > target:
+            plan.packs.append(name)
+            plan.stored_bytes -= packs[name].size_bytes
+    return plan
+
+
+class PackSweeper:
+    """Enforces the bounds of one project."""
+
+    def __init__(
+        self,
+        objects: ObjectStore,
+        project_id: str,
+        catalog: PackCatalog,
+        threads: Executor,
+        *,
+        keep_bytes: int,
+        keep_seconds: float,
+    ) -> None:
+        self._objects = objects
+        self._project_id = project_id
+        self._catalog = catalog
+        self._threads = threads
+        self._keep_bytes = keep_bytes
+        self._keep_seconds = keep_seconds
+
+    async def sweep(self) -> SweepPlan:
+        """Delete what the bounds do not allow; several nodes may do so at once.
+
+        Raises:
+            CacheUnavailableError: the shared store does not answer.
+        """
+        indexes = await self._list("index")
+        packs = await self._list("packs")
+        marks = await self._list("used")
+        plan = plan_sweep(
+            indexes,
+            packs,
+            marks,
+            now=datetime.now(UTC),
+            keep_bytes=self._keep_bytes,
+            keep_seconds=self._keep_seconds,
+        )
+        for name in plan.packs:
+            # Index first: nobody learns of a pack that is going.
+            for kind, found in (("index", indexes), ("packs", packs), ("used", marks)):
+                if name in found:
+                    await self._objects.delete(pack_key(self._project_id, kind, name))
+        for name in plan.marks:
+            await self._objects.delete(pack_key(self._project_id, "used", name))
+        if plan.packs:
+            await asyncio.get_running_loop().run_in_executor(
+                self._threads, self._catalog.forget, plan.packs
+            )
+            _log.info(
+                "context.packs.deleted",
+                project_id=self._project_id,
+                packs=len(plan.packs),
+                kept_bytes=plan.stored_bytes,
+            )
+        return plan
+
+    async def _list(self, kind: str) -> dict[str, ObjectInfo]:
+        prefix = pack_prefix(self._project_id, kind)
+        found = await self._objects.list_objects(prefix, limit=MAX_PACKS, timeout=_LIST_SECONDS)
+        named: dict[str, ObjectInfo] = {}
+        for info in found:
+            name = info.key.removeprefix(prefix)
+            try:
+                pack_key(self._project_id, kind, name)
+            except UsageError:
+                continue  # nothing of ours
+            named[name] = info
+        return named
