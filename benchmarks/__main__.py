@@ -55,7 +55,11 @@ def _parser(names: list[str]) -> argparse.ArgumentParser:
     run.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     run.add_argument("--runs", type=_positive, metavar="N", help="counted runs of every case")
     run.add_argument(
-        "--case", action="append", default=[], metavar="CASE", help="only this case; repeatable"
+        "--case",
+        action="append",
+        default=[],
+        metavar="CASE",
+        help="only this case, or those that begin with it; repeatable",
     )
     return parser
 
@@ -70,8 +74,9 @@ def _positive(text: str) -> int:
 def _describe(benchmark: Benchmark) -> None:
     print(f"{benchmark.name}: {benchmark.summary}")
     for case in benchmark.cases:
-        goal = "" if case.goal is None else f" (goal {case.goal:g})"
-        print(f"  {case.name:24} {case.ours}, against {case.peer}{goal}")
+        peer = f", against {case.peer}" if case.peer else ""
+        goal = f" (goal {case.goals})" if case.goals else ""
+        print(f"  {case.name:28} {case.ours}{peer}{goal}")
 
 
 def _run(benchmark: Benchmark, options: argparse.Namespace) -> int:

@@ -10,6 +10,8 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-TIMEOUT_SECONDS = 300.0
+TIMEOUT_SECONDS = 600.0
+Place = Callable[[], AbstractContextManager[object]]
+"""Where commands run: entered around the start of each. `nullcontext` is here."""
 _STEP = re.compile(r"^#(\d+) \[[^\]]*\b\d+/\d+\] (?!FROM )", re.MULTILINE)
 # A step whose cached layers are fetched shows the layers, not "CACHED".
 _CACHED = re.compile(r"^#(\d+) (?:CACHED|sha256:[0-9a-f]{64} )", re.MULTILINE)
@@ -58,13 +62,19 @@ class Finished:
         return set(_STEP.findall(self.output)), set(_CACHED.findall(self.output))
 
 
-def run(command: Sequence[str | Path], *, environment: Mapping[str, str], folder: Path) -> Finished:
+def run(
+    command: Sequence[str | Path],
+    *,
+    environment: Mapping[str, str],
+    folder: Path,
+    place: Place = nullcontext,
+) -> Finished:
     """Run a command from process start to exit; its output is no terminal.
 
     Raises:
         BenchmarkError: it failed or took too long; with its output.
     """
-    with tempfile.TemporaryFile(dir=folder) as output:
+    with tempfile.TemporaryFile(dir=folder) as output, place():
         # A file, not a pipe: nobody has to read while the command runs.
         began = time.perf_counter()
         process = subprocess.Popen(

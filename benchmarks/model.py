@@ -26,9 +26,10 @@ class Case:
     Attributes:
         name: short, in kebab-case.
         ours: what we run, for people.
-        peer: what it is compared with.
-        goal: the ratio ours/peer should not be above this; None without a goal.
+        peer: what it is compared with; empty for a figure of ours alone.
+        goal: the ratio ours/peer should not be above this; None without such a goal.
         unit: of the figures; less is better.
+        limit: no figure of ours should be above this, in `unit`; None without such a goal.
     """
 
     name: str
@@ -36,10 +37,20 @@ class Case:
     peer: str
     goal: float | None = None
     unit: str = "s"
+    limit: float | None = None
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
             raise ValueError(f"{self.name!r} is not in kebab-case")
+        if self.goal is not None and not self.peer:
+            raise ValueError(f"{self.name} has a ratio as its goal, but nothing to compare with")
+
+    @property
+    def goals(self) -> str:
+        """The goals in words, ratio first; empty without any."""
+        ratio = [] if self.goal is None else [f"<= {self.goal:g}"]
+        absolute = [] if self.limit is None else [f"<= {self.limit:g} {self.unit}"]
+        return " and ".join(ratio + absolute)
 
 
 @dataclass(frozen=True)
@@ -62,10 +73,25 @@ class Benchmark:
                 return case
         raise BenchmarkError(f"benchmark {self.name} has no case {name!r}")
 
+    def select(self, name: str) -> list[Case]:
+        """Return the case of this name, or else those that begin with it: `memory` is `memory-*`.
+
+        Raises:
+            BenchmarkError: there is none.
+        """
+        if all(case.name != name for case in self.cases):
+            group = [case for case in self.cases if case.name.startswith(f"{name}-")]
+            if group:
+                return group
+        return [self.case(name)]
+
 
 @dataclass(frozen=True)
 class Row:
-    """The figures of a case; `ours[i]` and `peer[i]` were taken in the same round."""
+    """The figures of a case; `ours[i]` and `peer[i]` were taken in the same round.
+
+    `peer` is empty when the case has none.
+    """
 
     benchmark: str
     case: Case
@@ -73,16 +99,26 @@ class Row:
     peer: Sequence[float]
 
     @property
-    def ratio(self) -> float:
-        """Median of ours over median of the peer's; below 1 we are better."""
+    def ratio(self) -> float | None:
+        """Median of ours over median of the peer's; below 1 we are better; None without a peer."""
+        if not self.peer:
+            return None
         return statistics.median(self.ours) / statistics.median(self.peer)
 
     @property
     def paired(self) -> list[float]:
         """The ratio of each round; its spread says how far the median can be trusted."""
+        if not self.peer:
+            return []
         return [ours / peer for ours, peer in zip(self.ours, self.peer, strict=True)]
 
     @property
     def met(self) -> bool | None:
-        """Whether the goal is reached; None without a goal."""
-        return None if self.case.goal is None else self.ratio <= self.case.goal
+        """Whether the goals are reached; None without a goal."""
+        goals = []
+        if self.case.goal is not None:
+            goals.append(self.ratio is not None and self.ratio <= self.case.goal)
+        if self.case.limit is not None:
+            # A bound is for every run, not for the middle one.
+            goals.append(max(self.ours) <= self.case.limit)
+        return all(goals) if goals else None

@@ -3,36 +3,46 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from benchmarks.commands import Finished, run
+from benchmarks.commands import Finished, Place, run
 from benchmarks.daemons import TOOLS, tool_environment
 from benchmarks.model import BenchmarkError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from benchmarks.buildkitport import TlsFiles
+
 # Our builds make no provenance attestation either; leaving it out makes both do the same work.
 SAME_WORK = ("--provenance=false",)
 
 
 class Buildx:
-    """A user of `docker buildx` with a configuration of their own."""
+    """A user of `docker buildx` with a configuration of their own.
 
-    def __init__(self, home: Path) -> None:
+    Args:
+        home: for it.
+        place: where the commands run.
+    """
+
+    def __init__(self, home: Path, place: Place = nullcontext) -> None:
         docker = shutil.which("docker")
         if docker is None:
             raise BenchmarkError("the docker command line is not installed; run 'make tools'")
         self._docker = docker
         self._home = home
+        self._place = place
         plugins = home / "docker" / "cli-plugins"
         plugins.mkdir(parents=True)
         (plugins / "docker-buildx").symlink_to(TOOLS / "buildx")
         self._environment = tool_environment(home, DOCKER_CONFIG=str(home / "docker"))
 
-    def create(self, builder: str, address: str) -> None:
-        """Make a builder for a BuildKit at unix://PATH."""
-        self._run("create", "--name", builder, "--driver", "remote", address)
+    def create(self, builder: str, address: str, tls: TlsFiles | None = None) -> None:
+        """Make a builder for a BuildKit at unix://PATH, or with TLS at tcp://HOST:PORT."""
+        options = [] if tls is None else ["--driver-opt", tls.driver_options]
+        self._run("create", "--name", builder, "--driver", "remote", *options, address)
 
     def build(
         self, builder: str, context: Path, *arguments: str, docker_host: str = ""
@@ -48,15 +58,24 @@ class Buildx:
             [self._docker, "buildx", *arguments],
             environment=self._environment | environment,
             folder=self._home,
+            place=self._place,
         )
 
 
-def buildctl(home: Path, address: str, context: Path, *arguments: str) -> Finished:
+def buildctl(
+    home: Path,
+    address: str,
+    context: Path,
+    *arguments: str,
+    tls: TlsFiles | None = None,
+    place: Place = nullcontext,
+) -> Finished:
     """Run `buildctl build` of a Dockerfile."""
     return run(
-        [TOOLS / "buildctl", "--addr", address, "build", "--frontend", "dockerfile.v0",
-         "--local", f"context={context}", "--local", f"dockerfile={context}",
-         "--progress", "plain", *arguments],
+        [TOOLS / "buildctl", "--addr", address, *(tls.flags if tls else ()), "build",
+         "--frontend", "dockerfile.v0", "--local", f"context={context}",
+         "--local", f"dockerfile={context}", "--progress", "plain", *arguments],
         environment=tool_environment(home),
         folder=home,
+        place=place,
     )  # fmt: skip

@@ -12,11 +12,11 @@ import subprocess
 import sys
 import time
 import tomllib
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from benchmarks.commands import Finished, run
+from benchmarks.commands import Finished, Place, run
 from benchmarks.daemons import Daemon, tool_environment
 from benchmarks.model import BenchmarkError
 from benchmarks.settle import wait_quiet
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 BIN = Path(sys.executable).parent
 WAIT_SECONDS = 60.0
+PUBLISH_SECONDS = 300.0
 SETTLED = frozenset(("published", "unchanged", "skipped"))
 
 
@@ -36,17 +37,28 @@ class Pool:
     Args:
         work: for its data.
         minio: holds the shared cache in bucket `offload`.
+        host: address on which gateway and nodes listen.
+        buildkitd: program for the nodes to run; theirs when None.
     """
 
-    def __init__(self, work: Path, minio: MinioServer) -> None:
+    def __init__(
+        self,
+        work: Path,
+        minio: MinioServer,
+        *,
+        host: str = "127.0.0.1",
+        buildkitd: Path | None = None,
+    ) -> None:
         self._work = work
         self._minio = minio
+        self._host = host
+        self._buildkitd = buildkitd
         self._stack = ExitStack()
         self._environment = tool_environment(work)
         self._nodes: dict[str, Daemon] = {}
         self._gateway: Daemon
         self._token = ""
-        self.address = f"127.0.0.1:{free_port()}"
+        self.address = f"{host}:{free_port()}"
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -70,7 +82,7 @@ class Pool:
 
     def start_node(self, name: str, viewer: Member) -> None:
         """Start a node with an empty data directory, and return when it takes builds."""
-        address = f"127.0.0.1:{free_port()}"
+        address = f"{self._host}:{free_port()}"
         settings = {
             "gateway": self.address,
             "data": str(self._work / name),
@@ -83,6 +95,8 @@ class Pool:
             "s3_access_key": self._minio.access_key,
             "s3_secret_key": self._minio.secret_key,
         }
+        if self._buildkitd is not None:
+            settings["buildkitd"] = str(self._buildkitd)
         node = Daemon(
             name,
             [BIN / "offload-builder", "node"],
@@ -117,9 +131,25 @@ class Pool:
         """Wait until gateway and nodes rest."""
         wait_quiet([self._gateway.pid, *(node.pid for node in self._nodes.values())])
 
-    def member(self, name: str) -> Member:
+    def node_pid(self, name: str) -> int:
+        """Return the process id of a node's agent; its BuildKit is a child of it."""
+        return self._nodes[name].pid
+
+    def member(self, name: str, place: Place = nullcontext) -> Member:
         """Return a new member who is logged in; a context manager."""
-        return Member(self._work / f"member-{name}", self.address, self._make_token("member", name))
+        member = Member(self._work / f"member-{name}", place)
+        member.login(self.address, self._make_token("member", name))
+        return member
+
+    def runner(self, name: str, place: Place = nullcontext) -> Member:
+        """Return a pipeline: an empty home and a token in the environment; a context manager."""
+        member = Member(self._work / f"runner-{name}", place)
+        member.environment |= {
+            "CI": "true",
+            "OFFLOAD_GATEWAY": self.address,
+            "OFFLOAD_TOKEN": self._make_token("member", name),
+        }
+        return member
 
     def _make_token(self, role: str, name: str) -> str:
         done = run(
@@ -133,14 +163,23 @@ class Pool:
 
 
 class Member:
-    """One user with a home of their own; a context manager that ends their resident helper."""
+    """One user with a home of their own; a context manager that ends their resident helper.
 
-    def __init__(self, home: Path, gateway: str, token: str) -> None:
+    Args:
+        home: their home directory, which is made.
+        place: where their commands run.
+    """
+
+    def __init__(self, home: Path, place: Place = nullcontext) -> None:
         self._home = home
+        self._place = place
         self._runtime = home / "run"
         self._runtime.mkdir(parents=True, mode=0o700)
         # A terminal's environment: with XDG_RUNTIME_DIR, without CI.
         self.environment = tool_environment(home, XDG_RUNTIME_DIR=str(self._runtime))
+
+    def login(self, gateway: str, token: str) -> None:
+        """Log in at a gateway, HOST:PORT."""
         self._offload("login", f"https://{gateway}", "--token", token)
 
     def __enter__(self) -> Self:
@@ -170,6 +209,7 @@ class Member:
             [BIN / "offload-build", *arguments, str(context)],
             environment=environment,
             folder=self._home,
+            place=self._place,
         )
 
     def wait_helper(self) -> None:
@@ -180,9 +220,20 @@ class Member:
                 raise BenchmarkError("the resident helper did not start")
             time.sleep(0.05)
 
+    def helper_pid(self) -> int:
+        """Return the process id of the resident helper; it has to run.
+
+        Raises:
+            BenchmarkError: it does not.
+        """
+        for path in (self._runtime / "offload").glob("*.sock"):
+            with contextlib.suppress(OSError):
+                return _listener(path)
+        raise BenchmarkError("the resident helper does not run")
+
     def wait_published(self) -> None:
         """Wait until the cache of the latest builds is where every node can read it."""
-        deadline = time.monotonic() + WAIT_SECONDS
+        deadline = time.monotonic() + PUBLISH_SECONDS
         while True:
             latest = self._json("builds", "-n", "5", "--format", "json")
             states = {build["cache_state"] for build in latest}
@@ -201,14 +252,15 @@ class Member:
         return json.loads(self._offload(*arguments))
 
     def _offload(self, *arguments: str) -> str:
-        done = subprocess.run(
-            [BIN / "offload", *arguments],
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=WAIT_SECONDS,
-            check=False,
-        )
+        with self._place():
+            done = subprocess.run(
+                [BIN / "offload", *arguments],
+                env=self.environment,
+                capture_output=True,
+                text=True,
+                timeout=WAIT_SECONDS,
+                check=False,
+            )
         if done.returncode != 0:
             raise BenchmarkError(f"offload {arguments[0]} failed: {done.stderr}")
         return done.stdout
@@ -223,8 +275,19 @@ def _listens(address: str) -> bool:
 
 def _end_listener(path: Path) -> None:
     """End the process that listens on a unix socket."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as knock:
+    with contextlib.suppress(OSError):
+        os.kill(_listener(path), signal.SIGTERM)
+
+
+def _listener(path: Path) -> int:
+    """Return the process that listens on a unix socket.
+
+    Raises:
+        OSError: nobody does.
+    """
+    with socket.socket(socket.AF_UNIX) as knock:
         knock.settimeout(5.0)
         knock.connect(str(path))
         credentials = knock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        os.kill(struct.unpack("3i", credentials)[0], signal.SIGTERM)
+    pid: int = struct.unpack("3i", credentials)[0]
+    return pid

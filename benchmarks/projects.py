@@ -57,15 +57,24 @@ def data_project(folder: Path) -> Path:
     return _project(folder, DATA)
 
 
-def _project(folder: Path, dockerfile: str) -> Path:
+def add_busybox(folder: Path) -> None:
+    """Put a static busybox into a context.
+
+    Raises:
+        BenchmarkError: the machine has none.
+    """
     busybox = shutil.which("busybox")
     if busybox is None:
         raise BenchmarkError("busybox is not installed; run 'make tools'")
+    shutil.copy2(busybox, folder / "busybox")
+
+
+def _project(folder: Path, dockerfile: str) -> Path:
     source = folder / "src"
     source.mkdir(parents=True)
     (folder / "Dockerfile").write_text(dockerfile)
     (folder / "salt").write_text("none")
-    shutil.copy2(busybox, folder / "busybox")
+    add_busybox(folder)
     for number in range(20):
         (source / f"part{number:02}.txt").write_text(f"part {number}\n" * 200)
     return folder

@@ -17,9 +17,10 @@ HEADINGS = ("case", "ours", "peer", "unit", "ratio", "per round", "runs", "goal"
 
 def row_line(row: Row) -> str:
     """Return a row as one line, for the progress."""
-    ours, peer = statistics.median(row.ours), statistics.median(row.peer)
-    goal = "" if row.case.goal is None else f", goal {row.case.goal:g}"
-    return f"{row.case.name}: {ours:.3f} against {peer:.3f} {row.case.unit}, {row.ratio:.2f}{goal}"
+    text = f"{row.case.name}: {statistics.median(row.ours):.3f} {row.case.unit}"
+    if row.ratio is not None:
+        text += f" against {statistics.median(row.peer):.3f} {row.case.unit}, {_ratio(row.ratio)}"
+    return f"{text}, goal {row.case.goals}" if row.case.goals else text
 
 
 def format_table(rows: Sequence[Row]) -> str:
@@ -32,17 +33,18 @@ def format_table(rows: Sequence[Row]) -> str:
 
 
 def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return the rows as plain data; `ours` and `peer` are medians."""
+    """Return the rows as plain data; `ours` and `peer` are medians, null without a peer."""
     return [
         {
             "benchmark": row.benchmark,
             "case": row.case.name,
             "ours": round(statistics.median(row.ours), 4),
-            "peer": round(statistics.median(row.peer), 4),
+            "peer": round(statistics.median(row.peer), 4) if row.peer else None,
             "unit": row.case.unit,
-            "ratio": round(row.ratio, 4),
+            "ratio": None if row.ratio is None else round(row.ratio, 4),
             "runs": len(row.ours),
             "goal": row.case.goal,
+            "limit": row.case.limit,
         }
         for row in rows
     ]
@@ -59,19 +61,26 @@ def machine() -> str:
 
 def _cells(row: Row) -> tuple[str, ...]:
     paired = row.paired
-    goal = row.case.goal
     return (
         row.case.name,
         _figure(row.ours),
         _figure(row.peer),
         row.case.unit,
-        f"{row.ratio:.2f}",
-        f"{min(paired):.2f} - {max(paired):.2f}",
+        "" if row.ratio is None else _ratio(row.ratio),
+        f"{_ratio(min(paired))} - {_ratio(max(paired))}" if paired else "",
         str(len(row.ours)),
-        "" if goal is None else f"<= {goal:g}",
+        row.case.goals,
         {None: "", True: "met", False: "missed"}[row.met],
     )
 
 
+def _ratio(value: float) -> str:
+    if value >= 0.1:
+        return f"{value:.2f}"
+    return f"{value:.3f}" if value >= 0.001 else "< 0.001"
+
+
 def _figure(values: Sequence[float]) -> str:
+    if not values:
+        return ""
     return f"{statistics.median(values):.3f} ({min(values):.3f} - {max(values):.3f})"

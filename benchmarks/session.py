@@ -36,7 +36,7 @@ class Session:
         self.benchmark = benchmark
         self.work = work
         self.rows: list[Row] = []
-        self._cases = [benchmark.case(name).name for name in cases]
+        self._cases = [case.name for name in cases for case in benchmark.select(name)]
         self._runs = runs
         self._began = time.monotonic()
 
@@ -71,8 +71,8 @@ class Session:
 
         return interleave(contestants, runs=self._runs or runs, warmups=warmups, show=show)
 
-    def report(self, case: str, ours: Sequence[float], peer: Sequence[float]) -> None:
-        """Keep the figures of a case, unless it was not asked for."""
+    def report(self, case: str, ours: Sequence[float], peer: Sequence[float] = ()) -> None:
+        """Keep the figures of a case, unless it was not asked for; `peer` only if it has one."""
         if self.wants(case):
             row = Row(self.benchmark.name, self.benchmark.case(case), list(ours), list(peer))
             self.rows.append(row)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from benchmarks.model import BenchmarkError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
 WINDOW_SECONDS = 0.25
 BUSY_SHARE = 0.12
@@ -36,21 +36,43 @@ def wait_quiet(roots: Iterable[int]) -> None:
 
 
 def _cpu_seconds(roots: Iterable[int]) -> float:
-    return sum(_one(pid) for root in roots for pid in _tree(root))
+    return sum(_one(pid) for root in roots for pid in descendants(root))
 
 
-def _tree(root: int) -> list[int]:
+def descendants(root: int, *, without: Collection[str] = ()) -> list[int]:
+    """Return a process and all that descend from it.
+
+    Args:
+        root: the process.
+        without: names of programs to leave out, with all that descend from them.
+    """
     found, queue = [], [root]
     while queue:
         pid = queue.pop()
+        if without and _name(pid) in without:
+            continue
         found.append(pid)
-        # Children are listed under the thread that started them.
-        for listing in Path(f"/proc/{pid}/task").glob("*/children"):
-            try:
-                queue += map(int, listing.read_text().split())
-            except OSError:
-                continue
+        queue += children(pid)
     return found
+
+
+def children(pid: int) -> list[int]:
+    """Return the processes that a process has started and that have not ended."""
+    found: list[int] = []
+    # They are listed under the thread that started them.
+    for listing in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            found += map(int, listing.read_text().split())
+        except OSError:
+            continue
+    return found
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
 
 
 def _one(pid: int) -> float:

@@ -253,7 +253,7 @@ def test_empty_node_gets_the_content_of_another_from_the_shared_store(tmp_path: 
 
 def wait_packed(pool: Pool, size: int) -> None:
     """Wait until the bucket holds so many bytes of build contexts, and the index of each pack."""
-    context = pool.data / "minio/offload/projects/default/context"
+    context = pool.data / "minio/s3/offload/projects/default/context"
     deadline = time.monotonic() + 30
     while True:
         packs = {path.name for path in context.glob("packs/*")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from offload_core.listing import MAX_PAGE_BYTES, encode_page
 from offload_proto.v1.node_service_pb2 import Failure
 from tests.fixtures.hostileclient import MOMENT_NS, HostileClient, batch_of, page_of
 from tests.fixtures.relayedpool import RelayedPool
-from tests.fixtures.trees import noise, write_files
+from tests.fixtures.trees import noise, of_tar, write_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -181,6 +182,37 @@ async def test_wrong_content_is_refused_logged_and_counted(relayed: RelayedPool)
         await honest.until("need_blobs")
         assert await honest.upload(batch_of(wanted)) == ""
         assert (await honest.until("result")).HasField("success")
+
+
+@pytest.mark.parametrize("behaviour", ["lies", "leaves", "is silent"])
+async def test_others_who_wait_for_the_same_content_get_it(
+    relayed: RelayedPool, tmp_path: Path, behaviour: str
+) -> None:
+    """The first to be asked for content brings it for all; when it does not, others do."""
+    wanted = noise(("awaited", behaviour), 100_000)
+    context = write_files(
+        tmp_path / "c", {"Dockerfile": "FROM scratch\nCOPY data /\n", "data": wanted}
+    )
+    member = relayed.member()
+    async with client(relayed) as hostile:
+        await hostile.list(page_of(("file", wanted)))
+        await hostile.until("need_blobs")
+        honest = asyncio.create_task(
+            asyncio.to_thread(member.build, "-o", f"type=tar,dest={tmp_path}/out.tar", context)
+        )
+        await asyncio.sleep(2)
+        if behaviour == "is silent":
+            done, _ = await asyncio.wait((honest,), timeout=20)
+            assert done, "the build waits for a client that has nothing to do with it"
+        else:
+            assert not honest.done()
+        if behaviour == "lies":
+            digest = hashlib.sha256(wanted).digest()
+            await hostile.upload(batch_of(noise("lie", 100_000), sha256=[digest]))
+            await hostile.refused()
+    result = await honest
+    assert result.returncode == 0, result.stderr
+    assert of_tar(tmp_path / "out.tar")["data"].sha256 == hashlib.sha256(wanted).hexdigest()
 
 
 def hostile_batches(wanted: bytes) -> dict[str, tuple[Any, str]]:

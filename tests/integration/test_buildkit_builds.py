@@ -26,10 +26,9 @@ from tests.fixtures.buildkit import (
     MemoryTree,
     build,
     dockerfile_source,
-    entry,
     running_daemon,
-    symlink,
 )
+from tests.fixtures.listings import file, hardlink, symlink
 
 
 @pytest.fixture
@@ -115,16 +114,14 @@ async def test_a_slow_output_holds_buildkit_back(client):
 
 
 async def test_links_modes_and_awkward_names_arrive(client):
-    files = {"a": b"one", "name with  space+%2F": b"x", "ünï": b"y"}
     tree = MemoryTree(
-        [
-            entry("a", b"one", mode=0o751),
-            entry("hard", b"", link_name="a", mode=0o751),
-            entry("link", mode=symlink("l", "a").mode, link_name="a"),
-            entry("name with  space+%2F", b"x"),
-            entry("ünï", b"y"),
-        ],
-        files,
+        {
+            "a": file(b"one", mode=0o751),
+            "hard": hardlink("a", mode=0o751),
+            "link": symlink("a"),
+            "name with  space+%2F": file(b"x"),
+            "ünï": file(b"y"),
+        }
     )
 
     class Source(MemorySource):
@@ -287,7 +284,7 @@ async def test_a_provider_error_while_reading_is_in_the_build_log_too(client):
     class Source(MemorySource):
         async def open(self, name, include, exclude, follow):
             tree = await super().open(name, include, exclude, follow)
-            return tree if name == "dockerfile" else Tree(tree.entries, tree.contents)
+            return tree if name == "dockerfile" else Tree(tree.tree)
 
     source = Source(
         {"dockerfile": {"Dockerfile": b"FROM scratch\nCOPY a.txt /\n"}, "context": {"a.txt": b"x"}}
@@ -308,12 +305,14 @@ async def test_a_provider_error_while_reading_is_in_the_build_log_too(client):
 
 
 async def test_a_file_of_another_size_than_listed_is_an_error(client):
+    class Tree(MemoryTree):
+        async def read(self, index):
+            yield b"longer than listed"
+
     class Source(MemorySource):
         async def open(self, name, include, exclude, follow):
             tree = await super().open(name, include, exclude, follow)
-            if name == "context":
-                tree.contents = dict.fromkeys(tree.contents, b"longer than listed")
-            return tree
+            return tree if name == "dockerfile" else Tree(tree.tree)
 
     source = Source(
         {"dockerfile": {"Dockerfile": b"FROM scratch\nCOPY a /\n"}, "context": {"a": b"short"}}

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from offload_builder.buildkit.contentstore import READ
 from offload_client.build.contextfiles import find_context
 from offload_client.build.options import BuildOptions, parse_build_contexts
 from offload_client.invocation import Invocation
@@ -118,10 +117,14 @@ async def test_large_and_sparse_files_in_an_archive(same, tmp_path):
         sparse.write(b"x")
         sparse.truncate(9_000_000)
     packed = subprocess.run(
-        ["tar", "--sparse", "-C", tmp_path / "t", "-c", "."], check=True, capture_output=True
+        ["tar", "--format=pax", "--sparse", "-C", tmp_path / "t", "-c", "."],
+        check=True,
+        capture_output=True,
     ).stdout
     assert len(packed) < 12_000_000
-    await same("-", packed)
+    # Stock buildx loses its connection over standard input of this size.
+    expected = await same.stock.build(tmp_path, "t")
+    assert await same.ours("-", packed) == expected
 
 
 async def test_selected_files_of_an_archive_through_links(same):
@@ -137,9 +140,7 @@ async def test_selected_files_of_an_archive_through_links(same):
 
 
 async def test_dockerfile_on_standard_input(same):
-    assert await same("-", b"FROM scratch\nWORKDIR /w\n") == {
-        "w/": (tarfile.DIRTYPE, "0o755", "", b"")
-    } or True
+    assert set(await same("-", b"FROM scratch\nWORKDIR /w\n")) == {"w"}
     found = await same("ctx", b"FROM scratch\nCOPY f /g\n", given="-")
     assert found["g"][3] == b"of the context"
 
@@ -154,7 +155,7 @@ def served(tmp_path):
     members = [file(name, text) for name, text in first.items()]
     write_files(
         tmp_path / "srv",
-        {"c.tar.gz": gzip.compress(archive(*members)), "D.txt": "FROM scratch\nCOPY D* /d\n"},
+        {"c.tar.gz": gzip.compress(archive(*members)), "D.txt": "FROM scratch\nWORKDIR /w\n"},
     )
     with web_server(tmp_path / "srv") as url:
         yield url
@@ -170,7 +171,8 @@ async def test_git_repository_over_http(same, served, work):
     (work / "D.local").write_text("FROM scratch\nCOPY ignored /here\n")
     assert "here" in await same(url, given=str(work / "D.local"))
     assert "here" in await same(url, (work / "D.local").read_bytes(), given="-")
-    assert "here" in await same(url, given=f"{served}/D.txt") if False else True
+    (work.parent / "srv" / "D.dev").write_text("FROM scratch\nCOPY ignored /web\n")
+    assert "web" in await same(url, given=f"{served}/D.dev")
 
 
 async def test_git_daemon(same, tmp_path, served):
@@ -200,9 +202,7 @@ async def test_git_daemon(same, tmp_path, served):
 async def test_archive_and_dockerfile_over_http(same, served):
     found = await same(f"{served}/c.tar.gz")
     assert found["ignored"][3] == b"x"
-    assert "sub-f" not in found
-    await same(f"{served}/c.tar.gz", given="sub/dir/D.dev") if False else None
-    assert await same(f"{served}/D.txt", named=(f"x={served}/D.txt",)) is not None
+    assert set(await same(f"{served}/D.txt")) == {"w"}
 
 
 async def test_what_cannot_be_fetched_has_buildkits_words(same, served):
@@ -225,11 +225,8 @@ async def test_named_directories(same, work):
 
 
 async def test_named_contexts_of_every_remote_kind(same, served, work):
-    (work / "named" / "Dockerfile").write_text(
-        "FROM scratch\nCOPY --from=repo sub/dir/f /a\nCOPY --from=tarball context /b\n"
-        "COPY --from=nothing . /c/\nCOPY --from=https://x.example/r.git f /d\n"
-    )
-    named = (f"repo={served}/app.git#v1", f"tarball={served}/c.tar.gz", "nothing=docker-image://scratch")
+    tarball, image = f"tarball={served}/c.tar.gz", "nothing=docker-image://scratch"
+    named = (f"repo={served}/app.git#v1", tarball, image)
     (work / "named" / "Dockerfile").write_text(
         "FROM nothing\nCOPY --from=repo sub/dir/f /a\nCOPY --from=tarball context /b\n"
     )
@@ -249,8 +246,8 @@ async def test_layout_as_base_and_as_source_of_files(same, work, layout):
         'FROM base\nRUN ["/bin/busybox", "sh", "-c", "echo $FROM_LAYOUT > /made"]\n'
         "FROM scratch\nCOPY --from=0 /made /made\nCOPY --from=base:5000/x /big /big\n"
     )
-    text = f"oci-layout://layout:1"
-    found = await same("named", named=(f"base={text}", f"base:5000/x=oci-layout://layout@{digest}"))
+    named = ("base=oci-layout://layout:1", f"base:5000/x=oci-layout://layout@{digest}")
+    found = await same("named", named=named)
     assert found["made"][3] == b"1\n"
     assert len(found["big"][3]) == 9_000_000
     asked = [path for tree in same.source.trees for path in tree.asked]
@@ -274,7 +271,3 @@ async def test_layout_that_lacks_a_blob(same, work, layout):
     (work / "named" / "Dockerfile").write_text("FROM extra\n")
     found = await same.ours("named", named=("extra=oci-layout://layout",))
     assert "not found" in found
-
-
-def test_method_names_are_containerds():
-    assert READ == "/containerd.services.content.v1.Content/Read"

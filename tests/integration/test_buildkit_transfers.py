@@ -8,15 +8,17 @@ import time
 
 import pytest
 
-from offload_builder.buildkit import SessionProviders, SolveResult
+from offload_builder.buildkit import SessionProviders, SolveResult, StatRun
+from offload_builder.buildkit.statframes import stat_frames
+from offload_core.listing import Page
 from tests.fixtures.buildkit import (
     MemorySource,
     MemoryTree,
     build,
     dockerfile_source,
-    entry,
     running_daemon,
 )
+from tests.fixtures.listings import file
 
 
 @pytest.fixture
@@ -47,6 +49,13 @@ async def test_twenty_thousand_small_files(client):
 
 async def test_a_large_file(client):
     class Tree(MemoryTree):
+        def run(self, start, end):
+            page = Page(["big"], [0o644], [512 * 2**20], b"")
+            return StatRun(stat_frames(page, [1]), 1)
+
+        def content_size(self, index):
+            return 512 * 2**20
+
         async def read(self, index):
             block = os.urandom(2**20)
             for _ in range(512):
@@ -55,7 +64,7 @@ async def test_a_large_file(client):
     class Source(MemorySource):
         async def open(self, name, include, exclude, follow):
             if name == "context" and follow != [".dockerignore"]:
-                return Tree([entry("big", b"", size_bytes=512 * 2**20)], {})
+                return Tree({"big": file(b"")})
             return await super().open(name, include, exclude, follow)
 
     source = Source({"dockerfile": {"Dockerfile": b"FROM scratch\nCOPY big /\n"}, "context": {}})
@@ -82,18 +91,18 @@ async def test_files_that_arrive_late_do_not_hold_up_the_others(client):
 
     class Tree(MemoryTree):
         async def read(self, index):
-            path = self.entries[index].path
+            path = self.paths[index]
             if path == "a-late":
                 await asyncio.wait_for(arrived.wait(), 20)
             read.append(index)
             if len(read) == 50:
                 arrived.set()
-            yield self.contents[path]
+            yield self.tree[path].content
 
     class Source(MemorySource):
         async def open(self, name, include, exclude, follow):
             tree = await super().open(name, include, exclude, follow)
-            return tree if name == "dockerfile" else Tree(tree.entries, tree.contents)
+            return tree if name == "dockerfile" else Tree(tree.tree)
 
     files = {"a-late": b"late", **{f"b{n:02}": b"x" for n in range(50)}}
     source = Source({"dockerfile": {"Dockerfile": b"FROM scratch\nCOPY . /\n"}, "context": files})
@@ -106,11 +115,11 @@ async def test_listing_and_requests_overlap(client):
     first_request = asyncio.Event()
 
     class Tree(MemoryTree):
-        async def batches(self):
-            yield self.entries[:1]
+        async def runs(self):
+            yield self.run(0, 1)
             # BuildKit asks for the first file before it has heard of the second.
             await asyncio.wait_for(first_request.wait(), 20)
-            yield self.entries[1:]
+            yield self.run(1, 3)
 
         async def requested(self, indexes):
             first_request.set()
@@ -120,7 +129,7 @@ async def test_listing_and_requests_overlap(client):
             tree = await super().open(name, include, exclude, follow)
             if name == "dockerfile" or follow == [".dockerignore"]:
                 return tree
-            return Tree(tree.entries, tree.contents)
+            return Tree(tree.tree)
 
     source = Source(
         {

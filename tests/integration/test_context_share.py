@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 
+from offload_builder.node.config import NodeConfig
 from offload_builder.node.contextshare import SharingLimits
+from offload_builder.node.project import ProjectPool
 from offload_cache.keys import pack_prefix
+from offload_cache.nodestore import NodeStore
 from offload_cache.s3store import S3Config, S3Store
 from tests.fixtures.minio import MinioServer
 from tests.fixtures.packs import GENEROUS, Blobs, contents, fetch_all, sharing
@@ -513,3 +516,40 @@ async def test_memory_stays_small_while_much_is_packed_and_fetched(pool: Pool) -
             async for _ in groups:
                 peak = max(peak, resident_mib())
     assert peak - before < 200
+
+
+# -- as part of a node
+
+
+@asynccontextmanager
+async def projects(pool: Pool, name: str) -> AsyncIterator[ProjectPool]:
+    async with AsyncExitStack() as stack:
+        config = NodeConfig(gateway="127.0.0.1:1", data=pool.root / name)
+        store = NodeStore(config.data / "cache", objects=pool.store())
+        await stack.enter_async_context(store)
+        yield await stack.enter_async_context(ProjectPool(config, store))
+
+
+async def test_a_node_that_stops_leaves_its_context_content_to_the_others(pool: Pool) -> None:
+    blobs = Blobs()
+    digests = [*blobs.make(50, 2000), *blobs.make(2, 200_000, seed=1)]
+    async with projects(pool, "one") as one:
+        runtime = await one.runtime("web")
+        await runtime.context_store.run(
+            runtime.context_store.store_sync, list(blobs.content.items())
+        )
+        assert runtime.shared_context is not None
+        runtime.shared_context.added(digests)
+    async with projects(pool, "two") as two:
+        shared = (await two.runtime("web")).shared_context
+        assert shared is not None
+        assert await fetch_all(shared, await shared.find(digests)) == contents(blobs, digests)
+        other = (await two.runtime("other")).shared_context
+        assert other is not None
+        assert await other.find(digests) == set()
+
+
+async def test_a_node_on_its_own_shares_nothing(tmp_path: Path) -> None:
+    config = NodeConfig(gateway="127.0.0.1:1", data=tmp_path)
+    async with NodeStore(tmp_path / "cache") as store, ProjectPool(config, store) as pool:
+        assert (await pool.runtime("web")).shared_context is None

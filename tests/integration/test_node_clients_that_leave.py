@@ -11,6 +11,7 @@ import pytest
 
 from offload_proto.v1 import builds_service_pb2 as builds_pb
 from offload_proto.v1 import node_service_pb2 as node_pb
+from tests.fixtures.contentclients import batch
 from tests.fixtures.node import NodePool, RawClient, wait_free
 
 if TYPE_CHECKING:
@@ -44,10 +45,11 @@ async def at_context_request(client: RawClient) -> None:
 
 async def in_upload(client: RawClient) -> None:
     await client.start()
-    wanted = list((await client.until("need_blobs")).sha256)
+    entries = list((await client.until("need_blobs")).entries)
+    assert len(entries) == 2
     call = client.blobs.Upload(metadata=client.metadata)
     client.uploads.append(call)
-    await call.write(client.chunk(wanted[0], 0, 1000))
+    await call.write(batch(client.contents[entries[0]]))
     await asyncio.wait_for(call.read(), 10)
 
 

@@ -12,11 +12,12 @@ import pytest
 
 from offload_builder.node.contextstore import ContextStore
 from offload_builder.node.journal import Journal
-from offload_builder.node.stickytimes import StickyTimes
+from offload_builder.node.stickytimes import ListingKey, StickyTimes
+from offload_builder.node.telling import NewPage, Telling, told_entries
 from offload_core.errors import QuotaExceededError
 from offload_proto.v1.events_pb2 import ProgressBatch, VertexLog
 from tests.fixtures.contentclients import Project
-from offload_proto.v1.node_service_pb2 import ContextEntry
+from tests.fixtures.listings import Tree, encoded, file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,23 +61,36 @@ def test_journal_that_cannot_be_made_is_a_sentence(tmp_path):
             Journal(disk / "log")
 
 
+def tell(times: StickyTimes, key: ListingKey, tree: Tree) -> dict[str, int]:
+    """List a tree to its end; the times that BuildKit is told."""
+    telling = Telling(times, key)
+    telling.open()
+    told = telling.take(
+        [
+            NewPage(page.digest, page.data, page.times)
+            if telling.needs_data(page.digest)
+            else page.digest
+            for page in encoded(tree)
+        ]
+    )
+    telling.finish()
+    return {entry.path: entry.modified_at_ns for page in told for entry in told_entries(page)}
+
+
 def test_times_that_could_not_be_kept_are_not_remembered(tmp_path):
     with small_disk(tmp_path, "size=512k") as disk:
         times = StickyTimes(disk / "times.db")
-        generation = times.generation("k")
-        times.apply("k", [ContextEntry(path="kept", sha256=b"1", modified_at_unix_ns=5)])
+        key = ListingKey(f"k-{times.generation('k')}", "context")
+        assert tell(times, key, {"kept": file(b"1", modified_at_ns=5)}) == {"kept": 5}
+        times.settle(key)
         (disk / "filler").write_bytes(bytes(300 << 10))
-        entries = [ContextEntry(path=f"{n}" * 50, sha256=bytes(32)) for n in range(5000)]
+        many = {f"{number:05}" * 40: file(b"2") for number in range(5000)}
         with pytest.raises(QuotaExceededError, match="disk of the node is full"):
-            times.apply("k", entries)
+            tell(times, key, many)
         (disk / "filler").unlink()
-        again = [
-            ContextEntry(path="kept", sha256=b"1", modified_at_unix_ns=9),
-            ContextEntry(path="0" * 50, sha256=bytes(32), modified_at_unix_ns=77),
-        ]
-        times.apply("k", again)
-        assert [entry.modified_at_unix_ns for entry in again] == [5, 77]
-        assert times.generation("k") == generation
+        # The generation has ended: BuildKit may have been told of what was not kept.
+        renewed = ListingKey(f"k-{times.generation('k')}", "context")
+        assert tell(times, renewed, {"0" * 200: file(b"2", modified_at_ns=77)}) == {"0" * 200: 77}
         times.close()
 
 

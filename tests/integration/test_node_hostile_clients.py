@@ -10,11 +10,13 @@ import grpc
 import pytest
 import zstandard
 
-from offload_core.filemode import MODE_DEVICE, MODE_DIR
+from offload_core.filemode import MODE_CHAR_DEVICE, MODE_DEVICE, MODE_DIR, MODE_SYMLINK
+from offload_core.listing import Page, encode_page
 from offload_core.versions import call_metadata
 from offload_proto.v1 import identity_service_pb2 as identity_pb
 from offload_proto.v1 import node_service_pb2 as node_pb
 from offload_proto.v1.build_spec_pb2 import Output
+from tests.fixtures.contentclients import batch
 from tests.fixtures.node import NodePool, RawClient, wait_free
 
 if TYPE_CHECKING:
@@ -41,59 +43,126 @@ async def refused(client: RawClient, text: str) -> node_pb.Failure:
     return result.failure
 
 
-BAD_ENTRIES = [
-    {"path": "../escape", "sha256": b"x" * 32},
-    {"path": "/etc/passwd", "sha256": b"x" * 32},
-    {"path": "a//b", "sha256": b"x" * 32},
-    {"path": "a\0b", "sha256": b"x" * 32},
-    {"path": "", "sha256": b"x" * 32},
-    {"path": "short", "sha256": b"x"},
-    {"path": "negative", "sha256": b"x" * 32, "size_bytes": -1},
-    {"path": "nothing", "size_bytes": 5},
-    {"path": "link", "link_name": "../../etc/shadow"},
-]
+def one(path: str = "file", **columns: Any) -> bytes:
+    """Return a page of one file; `columns` replace what is right of it."""
+    right = {"paths": [path], "modes": [0o644], "sizes_bytes": [1], "digests": b"x" * 32}
+    return encode_page(Page(**right | columns))
+
+
+def names(*paths: str, mode: int = MODE_DIR | 0o755) -> bytes:
+    """Return a page of directories."""
+    return encode_page(Page(paths, [mode] * len(paths), [0] * len(paths), b""))
+
+
+DEVICE = MODE_DEVICE | MODE_CHAR_DEVICE | 0o666
+BAD_LISTINGS = {
+    "above the root": ([one("../escape")], "bad path"),
+    "absolute": ([one("/etc/passwd")], "bad path"),
+    "empty part": ([one("a//b")], "bad path"),
+    "dot": ([one("./a")], "bad path"),
+    "no path": ([one("")], "bad path"),
+    "too long": ([one("a" * 5000)], "bad path"),
+    "short digest": ([one(digests=b"x")], "damaged listing"),
+    "no digest": ([one(digests=b"")], "damaged listing"),
+    "more modes than paths": ([one(modes=[0o644, 0o644])], "damaged listing"),
+    "no page at all": ([b"\xff" * 50], "damaged listing"),
+    "hard link that leaves": ([one(digests=b"", links={0: "../../etc/shadow"})], "bad path"),
+    "link of no entry": ([one(links={7: "x"})], "damaged listing"),
+    "link that is empty": (
+        [one(modes=[MODE_SYMLINK], sizes_bytes=[0], digests=b"", links={0: ""})],
+        "malformed",
+    ),
+    "out of order": ([names("b", "a")], "out of order"),
+    "twice": ([names("a", "a")], "out of order"),
+    "out of order over pages": ([names("b"), names("a")], "out of order"),
+    "below a file": ([names("a", "a/b", mode=0o644)], "not in a directory"),
+    "below nothing": ([names("a/b")], "not in a directory"),
+    "behind a link": (
+        [
+            encode_page(
+                Page(["a", "a/b"], [MODE_SYMLINK | 0o777, 0o644], [0, 1], b"x" * 32, {0: "/etc"})
+            )
+        ],
+        "not in a directory",
+    ),
+    "device": (
+        [encode_page(Page(["null"], [DEVICE], [0], b"", devices={0: (1, 3)}))],
+        "the device 'null'",
+    ),
+    "attribute that is no content": (
+        [one(xattrs={0: {"trusted.overlay.redirect": b"/etc"}})],
+        "malformed",
+    ),
+}
 
 
 async def test_malformed_listings_end_the_build_with_a_sentence(pool):
     agent = await pool.start_node()
-    for entry in BAD_ENTRIES:
+    for pages, sentence in BAD_LISTINGS.values():
         client = await client_of(pool)
         await client.start()
         request = await client.until("context_request")
-        message = node_pb.ContextEntries(
-            request_id=request.request_id,
-            entries=[node_pb.ContextEntry(**{"mode": 0o644, **entry})],
-            last=True,
-        )
-        await client.send(context_entries=message)
-        await refused(client, "the client sent")
+        await client.list(request.request_id, *pages)
+        await refused(client, sentence)
         client.vanish()
     await wait_free(agent)
 
 
-async def test_unordered_listing_is_refused_by_buildkit_and_no_crash(pool):
+async def test_page_that_is_not_the_announced_one_is_refused(pool):
     agent = await pool.start_node()
     client = await client_of(pool)
-    client.files["a"] = (b"a" * 10, 0o100644)
     await client.start()
     request = await client.until("context_request")
-    message = client.entries(request.request_id)
-    message.entries.reverse()
-    await client.send(context_entries=message)
-    result = await client.until("result")
-    assert result.HasField("failure")
+    await client.list(request.request_id, one("announced"))
+    client._pages = [one("other")]
+    await refused(client, "another page")
     client.vanish()
     await wait_free(agent)
 
 
-async def test_listing_that_nobody_asked_for_ends_the_build(pool):
+async def test_endless_listing_is_refused_by_its_limit(pool):
+    """A hundred million entries have some three million names of pages; two per cent are enough."""
     agent = await pool.start_node()
     client = await client_of(pool)
     await client.start()
-    await client.until("context_request")
-    await client.send(context_entries=node_pb.ContextEntries(request_id=77, last=True))
-    await refused(client, "not asked for")
+    request = await client.until("context_request")
+    some = b"".join(number.to_bytes(32) for number in range(30_000))
+    for _ in range(3):
+        listing = node_pb.ContextListing(request_id=request.request_id, pages=some)
+        await client.send(context_listing=listing)
+    await refused(client, "too large")
     client.vanish()
+    await wait_free(agent)
+
+
+async def test_page_that_unpacks_to_very_much_is_refused(pool):
+    agent = await pool.start_node()
+    client = await client_of(pool)
+    await client.start()
+    request = await client.until("context_request")
+    await client.list(request.request_id, one())
+    await client.until("need_pages")
+    bomb = node_pb.ContextPage(
+        request_id=request.request_id, data=zstandard.compress(bytes(64 << 20)), zstd=True
+    )
+    await client.send(context_page=bomb)
+    await refused(client, "at most")
+    client.vanish()
+    await wait_free(agent)
+
+
+async def test_listing_and_page_that_nobody_asked_for_end_the_build(pool):
+    agent = await pool.start_node()
+    for message in (
+        {"context_listing": node_pb.ContextListing(request_id=77, last=True)},
+        {"context_page": node_pb.ContextPage(request_id=77, data=b"x")},
+    ):
+        client = await client_of(pool)
+        await client.start()
+        await client.until("context_request")
+        await client.send(**message)
+        await refused(client, "not asked for")
+        client.vanish()
     await wait_free(agent)
 
 
@@ -125,36 +194,22 @@ async def upload_error(client: RawClient, *requests: node_pb.UploadRequest) -> s
     return str(caught.value.details())
 
 
-def batch(*contents: bytes, digests: list[bytes] | None = None, **options: Any) -> Any:
-    values = {
-        "sha256": digests or [hashlib.sha256(data).digest() for data in contents],
-        "sizes": [len(data) for data in contents],
-        "data": b"".join(contents),
-    }
-    return node_pb.UploadRequest(batch=node_pb.BlobBatch(**values | options))
-
-
-def chunk(**values: Any) -> node_pb.UploadRequest:
-    return node_pb.UploadRequest(chunk=node_pb.BlobChunk(**values))
+def raw(**values: Any) -> node_pb.UploadRequest:
+    return node_pb.UploadRequest(batch=node_pb.BlobBatch(**values))
 
 
 HOSTILE_UPLOADS = {
-    "no sizes": (lambda d: [batch(b"x", sizes=[])], "malformed"),
-    "negative size": (lambda d: [batch(b"x", sizes=[-1])], "malformed"),
-    "sizes beyond the data": (lambda d: [batch(b"x", sizes=[2**60])], "add up"),
-    "other bytes": (lambda d: [batch(b"evil", digests=[d])], "changed while it was sent"),
-    "not zstd": (lambda d: [batch(b"x", zstd=True)], "damaged"),
+    "no sizes": (lambda d: [raw(sha256=[d], data=b"x")], "malformed"),
+    "negative size": (lambda d: [raw(sha256=[d], sizes=[-1])], "malformed"),
+    "sizes beyond the data": (lambda d: [raw(sha256=[d], sizes=[2**60], data=b"x")], "add up"),
+    "not zstd": (lambda d: [raw(sha256=[d], sizes=[1], data=b"x", zstd=True)], "damaged"),
     "zip bomb": (
-        lambda d: [batch(b"x", data=zstandard.compress(bytes(65 << 20)), zstd=True)],
-        "too large",
+        lambda d: [
+            raw(sha256=[d], sizes=[65 << 20], data=zstandard.compress(bytes(65 << 20)), zstd=True)
+        ],
+        "add up",
     ),
-    "unasked": (lambda d: [chunk(sha256=b"q" * 32, size_bytes=1, data=b"q")], "not asked for"),
-    "other size": (lambda d: [chunk(sha256=d, size_bytes=2**62, data=b"q")], "another size"),
-    "gap": (lambda d: [chunk(sha256=d, size_bytes=2, offset_bytes=1, data=b"q")], "out of order"),
-    "negative offset": (
-        lambda d: [chunk(sha256=d, size_bytes=2, offset_bytes=-1, data=b"q")],
-        "out of order",
-    ),
+    "unasked": (lambda _: [batch(b"nobody wants this")], "not asked for"),
 }
 
 
@@ -164,9 +219,41 @@ async def test_hostile_upload_ends_its_build_with_a_sentence(pool, case):
     agent = await pool.start_node()
     client = await client_of(pool)
     await client.start()
-    wanted = list((await client.until("need_blobs")).sha256)
-    assert sentence in await upload_error(client, *make(wanted[0]))
+    await client.until("need_blobs")
+    digest = hashlib.sha256(client.contents[0]).digest()
+    assert sentence in await upload_error(client, *make(digest))
     await refused(client, sentence)
+    client.vanish()
+    await wait_free(agent)
+
+
+async def test_wrong_content_is_refused_counted_and_named(pool):
+    agent = await pool.start_node()
+    client = await client_of(pool)
+    await client.start()
+    await client.until("need_blobs")
+    call = client.blobs.Upload(metadata=client.metadata)
+    client.uploads.append(call)
+    await call.write(batch(b"evil", digests=[hashlib.sha256(client.contents[0]).digest()]))
+    answer = await call.read()
+    assert (answer.stored_blobs, answer.stored_bytes) == (0, 0)
+    result = await client.until("result")
+    assert result.failure.kind == node_pb.Failure.KIND_CONTEXT_CHANGED
+    assert result.failure.message.startswith('"busybox" of the build context changed')
+    assert result.stats.context_refused_blobs == 1
+    client.vanish()
+    await wait_free(agent)
+
+
+async def test_file_that_the_client_cannot_deliver_ends_the_build_with_its_sentence(pool):
+    agent = await pool.start_node()
+    client = await client_of(pool)
+    await client.start()
+    need = await client.until("need_blobs")
+    failure = node_pb.BlobFailure(request_id=need.request_id, entry=0, message="busybox is gone")
+    await client.send(blob_failure=failure)
+    found = await refused(client, "busybox is gone")
+    assert found.kind == node_pb.Failure.KIND_CONTEXT_CHANGED
     client.vanish()
     await wait_free(agent)
 
@@ -175,29 +262,28 @@ async def test_refused_upload_is_read_on_until_the_result_has_said_why(pool):
     agent = await pool.start_node()
     client = await client_of(pool)
     await client.start()
-    wanted = list((await client.until("need_blobs")).sha256)
+    await client.until("need_blobs")
     call = client.blobs.Upload(metadata=client.metadata)
     client.uploads.append(call)
-    await call.write(batch(b"evil", digests=[wanted[0]]))
     for _ in range(30):
-        await call.write(chunk(sha256=wanted[0], size_bytes=1 << 20, data=bytes(1 << 20)))
-    failure = await refused(client, "changed while it was sent")
-    assert failure.kind == node_pb.Failure.KIND_CONTEXT_CHANGED
+        await call.write(batch(bytes(1 << 20)))
+    await refused(client, "not asked for")
     assert not call.done()
     client.vanish()
     await wait_free(agent)
 
 
-async def test_chunks_beyond_the_listed_size_are_refused(pool):
+async def test_upload_stream_that_breaks_is_followed_by_another(pool):
     agent = await pool.start_node()
     client = await client_of(pool)
-    data, _ = client.files["busybox"]
     await client.start()
-    wanted = list((await client.until("need_blobs")).sha256)
-    whole = client.chunk(wanted[0], 0, len(data) - 1)
-    more = chunk(sha256=wanted[0], size_bytes=len(data), offset_bytes=len(data) - 1, data=b"ab")
-    assert "out of order" in await upload_error(client, whole, more)
-    client.vanish()
+    need = await client.until("need_blobs")
+    broken = client.blobs.Upload(metadata=client.metadata)
+    await broken.wait_for_connection()
+    broken.cancel()
+    await client.upload(need.entries)
+    assert (await client.until("result")).HasField("success")
+    await client.done()
     await wait_free(agent)
 
 
@@ -292,23 +378,6 @@ async def test_wrong_beginnings_of_a_build_are_refused(pool):
     await wait_free(agent)
 
 
-async def test_device_and_directory_entries_are_built(pool):
-    agent = await pool.start_node()
-    client = await client_of(pool, "COPY dir /dir\nRUN test -c /dir/null\n")
-    await client.start()
-    request = await client.until("context_request")
-    message = client.entries(request.request_id)
-    message.entries.add(path="dir", mode=MODE_DIR | 0o755, modified_at_unix_ns=10**18)
-    message.entries.add(
-        path="dir/null", mode=MODE_DEVICE | (1 << 21) | 0o666, device_major=1, device_minor=3
-    )
-    await client.send(context_entries=message)
-    result = await client.until("result")
-    assert result.HasField("success"), result
-    await client.done()
-    await wait_free(agent)
-
-
 async def slow_reader(pool: NodePool, agent: NodeAgent) -> RawClient:
     client = await client_of(
         pool, "RUN i=0; while [ $i -lt 20000 ]; do echo $i-xxxxxxxx; i=$((i+1)); done\n"
@@ -320,8 +389,7 @@ async def slow_reader(pool: NodePool, agent: NodeAgent) -> RawClient:
 async def test_client_that_reads_slowly_gets_the_whole_log_although_the_gateway_has_it(pool):
     agent = await pool.start_node()
     client = await slow_reader(pool, agent)
-    await client.until("need_blobs")
-    await client.upload([hashlib.sha256(client.files["busybox"][0]).digest()])
+    await client.upload((await client.until("need_blobs")).entries)
     # Nothing is read until the gateway has the whole log and the journal would be gone.
     async with asyncio.timeout(30):
         while (await pool.build(client.assigned.build_id)).stats.steps_total < 3:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
+import threading
 import time
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -195,4 +197,42 @@ async def test_s3_that_accepts_and_never_answers_is_given_up_in_time(minio: Mini
         with pytest.raises(CacheUnavailableError):
             await store.read("k", lambda _: None)  # its own patience: 2 s here
         assert time.monotonic() - started < 4
+        await store.close()
+
+
+async def test_a_listing_can_begin_after_a_key(objects: ObjectStore) -> None:
+    for name in ("a/1", "a/2", "a/3", "b/1"):
+        await objects.write_bytes(name, b"x")
+    found = await objects.list_objects("a/", limit=10, start_after="a/1")
+    assert [info.key for info in found] == ["a/2", "a/3"]
+    found = await objects.list_objects("a/", limit=10, start_after="a/15")
+    assert [info.key for info in found] == ["a/2", "a/3"]
+    assert await objects.list_objects("a/", limit=10, start_after="a/3") == []
+
+
+async def test_a_range_beyond_the_end_is_no_failure_of_the_store(objects: ObjectStore) -> None:
+    await objects.write_bytes("k", b"hello")
+    parts: list[bytes] = []
+    for _ in range(5):
+        with contextlib.suppress(NotFoundError):
+            assert await objects.read("k", parts.append, offset=100, length=5) == 0
+    assert b"".join(parts) == b""
+    assert objects.reachable
+
+
+async def test_waiting_for_a_thread_is_no_failure_of_the_store(minio: MinioServer) -> None:
+    store = S3Store(config(minio), readers=1)
+    release = threading.Event()
+    try:
+        await store.write_bytes("k", b"x")
+        reading = asyncio.create_task(store.read("k", lambda piece: release.wait(10) and None))
+        await asyncio.sleep(0.2)
+        for _ in range(4):
+            with pytest.raises(CacheUnavailableError, match="transfers"):
+                await store.stat("k", timeout=0.05)
+        assert store.reachable
+        release.set()
+        assert await reading == 1
+    finally:
+        release.set()
         await store.close()

@@ -9,10 +9,14 @@ from offload_builder.node.contextstore import ANY_SIZE
 from offload_core.errors import NodeLostError, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
     from offload_builder.node.wantedblobs import WantedBlobs
 
 SMALL_BYTES = 256 << 10
 """Up to here a file is read at once, from the page cache: shorter than a hand-over to a thread."""
+PART_BYTES = 1 << 20
+"""What a reader has in memory; many read at the same time, and some of them rest half-way."""
 ATTEMPTS = 3
 
 
@@ -42,18 +46,59 @@ async def read_blob(blobs: WantedBlobs, blob: Blob) -> bytes | memoryview:
         UsageError: it has another size than was listed.
         OffloadError: it will not come for another reason.
     """
-    digest, place, size, path = blob
     for _ in range(ATTEMPTS):
-        await blobs.arrival(digest, path)
-        data = blobs.recent.take(digest)
-        if data is not None and size not in (ANY_SIZE, len(data)):
-            raise UsageError(f'the client listed "{path[:200]}" with a size that it does not have')
+        data = await _arrived(blobs, blob)
         if data is None:
-            data = await _from_disk(blobs, digest, size)
+            data = await _from_disk(blobs, blob.sha256, blob.size_bytes)
         if data is not None:
             return data
-        await blobs.want_again(digest, place, size)
-    raise NodeLostError("the node could not keep a file of the build context; build again")
+        await blobs.want_again(blob.sha256, blob.place, blob.size_bytes)
+    raise _not_kept()
+
+
+async def read_parts(blobs: WantedBlobs, blob: Blob) -> AsyncGenerator[bytes | memoryview]:
+    """Yield the content of a blob in parts of up to 1 MiB; else as `read_blob`."""
+    if blob.size_bytes <= PART_BYTES:
+        yield await read_blob(blobs, blob)
+        return
+    data = await _arrived_or_verified(blobs, blob)
+    if data is not None:
+        view = memoryview(data)
+        for start in range(0, len(view), PART_BYTES):
+            yield view[start : start + PART_BYTES]
+        return
+    for start in range(0, blob.size_bytes, PART_BYTES):
+        read = blobs.store.read_part_sync
+        size = min(PART_BYTES, blob.size_bytes - start)
+        yield await blobs.store.run_reading(read, blob.sha256, start, size)
+
+
+async def _arrived_or_verified(blobs: WantedBlobs, blob: Blob) -> bytes | memoryview | None:
+    """Return a blob that has just come, or None when it is on the disk as it should be."""
+    for _ in range(ATTEMPTS):
+        data = await _arrived(blobs, blob)
+        if data is not None or blobs.is_verified(blob.sha256):
+            return data
+        # Hashed before and not while it is sent: what BuildKit has got cannot be taken back.
+        check = blobs.store.is_whole_sync
+        if await blobs.store.run_reading(check, blob.sha256, blob.size_bytes):
+            blobs.note_verified(blob.sha256)
+            return None
+        await blobs.want_again(blob.sha256, blob.place, blob.size_bytes)
+    raise _not_kept()
+
+
+async def _arrived(blobs: WantedBlobs, blob: Blob) -> bytes | memoryview | None:
+    """Wait for a blob; return it when it is still in memory."""
+    await blobs.arrival(blob.sha256, blob.path)
+    data = blobs.recent.take(blob.sha256)
+    if data is not None and blob.size_bytes not in (ANY_SIZE, len(data)):
+        raise UsageError(f'the client listed "{blob.path[:200]}" with a size that it does not have')
+    return data
+
+
+def _not_kept() -> NodeLostError:
+    return NodeLostError("the node could not keep a file of the build context; build again")
 
 
 async def _from_disk(blobs: WantedBlobs, digest: bytes, size: int) -> bytes | None:

@@ -6,12 +6,11 @@ fetched from the shared store or asked of the client, and handed on as it arrive
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import aclosing
 from typing import TYPE_CHECKING, NamedTuple
 
 from offload_builder.node.blobplaces import place_of
-from offload_builder.node.blobreads import SMALL_BYTES, Blob, read_blob
+from offload_builder.node.blobreads import PART_BYTES, Blob, read_blob, read_parts
 from offload_builder.node.contextstore import ANY_SIZE
 from offload_builder.node.largefiles import LargeFiles
 from offload_builder.node.wantedblobs import WantedBlobs
@@ -27,10 +26,6 @@ if TYPE_CHECKING:
     from offload_core.errors import OffloadError
     from offload_proto.v1.builds_service_pb2 import BuildStats
     from offload_proto.v1.node_service_pb2 import BlobFailure
-
-PART_BYTES = 1 << 20
-LARGE_READERS = 8
-"""Files above `SMALL_BYTES` that are in memory, whole or a piece of them, at a time."""
 
 
 class WantedFile(NamedTuple):
@@ -68,7 +63,6 @@ class BuildContent:
     ) -> None:
         self.blobs = WantedBlobs(store, arrivals, link, shared, stats)
         self._large = LargeFiles(self.blobs)
-        self._slots = asyncio.Semaphore(LARGE_READERS)
 
     async def request(self, files: Sequence[WantedFile]) -> None:
         """Make sure that files are here or on their way; they may be read afterwards.
@@ -97,29 +91,18 @@ class BuildContent:
         if is_chunked(file.size_bytes):
             async with aclosing(self._large.pieces(file)) as pieces:
                 async for piece in pieces:
-                    async with aclosing(self._read_large(piece)) as parts:
+                    async with aclosing(read_parts(self.blobs, piece)) as parts:
                         async for part in parts:
                             yield part
             return
         place = place_of(file.request_id, file.entry)
         blob = Blob(file.sha256, place, file.size_bytes, file.path)
-        if file.size_bytes <= SMALL_BYTES:
+        if file.size_bytes <= PART_BYTES:
             yield await read_blob(self.blobs, blob)
             return
-        async with aclosing(self._read_large(blob)) as parts:
+        async with aclosing(read_parts(self.blobs, blob)) as parts:
             async for part in parts:
                 yield part
-
-    async def _read_large(self, blob: Blob) -> AsyncGenerator[bytes | memoryview]:
-        await self.blobs.arrival(blob.sha256, blob.path)
-        async with self._slots:
-            data = await read_blob(self.blobs, blob)
-            if len(data) <= PART_BYTES:
-                yield data
-                return
-            view = memoryview(data)
-            for start in range(0, len(view), PART_BYTES):
-                yield view[start : start + PART_BYTES]
 
     # What the control stream tells.
 

@@ -25,7 +25,7 @@ _LAYOUT = "oci-layout://"
 _IMAGE = "docker-image://"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]*")
 _URL = re.compile(
-    r"(?:(?:https?|git|ssh)://|github\.com/|[A-Za-z0-9_-]+@[A-Za-z0-9.-]+:)[!-\ufffd]+"
+    r"(?:(?:https?|git|ssh)://|github\.com/|[A-Za-z0-9_-]+@[A-Za-z0-9.-]+:)[^\x00-\x1f\x7f]+"
 )
 _DIGEST = re.compile(r"[a-z0-9]+(?:[.+_-][a-z0-9]+)*:[0-9a-fA-F]{32,}")
 

@@ -14,10 +14,12 @@ from offload_builder.buildkit.providers import SessionProviders
 from offload_builder.buildkit.session import BkSession
 from offload_builder.buildkit.solve import Attributed, SolveResult, SolveSpec
 from offload_builder.node.content import BuildContent
+from offload_builder.node.contextplan import layout_stores
 from offload_builder.node.faults import storage_error
 from offload_builder.node.imagefiles import ImageFiles
 from offload_builder.node.localsource import BuildContext
 from offload_builder.node.logins import ClientLogins
+from offload_builder.node.ocilayout import ClientLayouts
 from offload_builder.node.outcomes import error_of, failure_of
 from offload_builder.node.outputs import Outputs
 from offload_builder.node.repeats import RepeatFilter
@@ -106,6 +108,7 @@ class BuildJob:
         self._client: BuildkitClient
         self._session: BkSession
         self._source: BuildContext
+        self._layouts: ClientLayouts | None = None
         self._outputs: Outputs | None = None
         self._capability = ""
         self._rewrite: NameRewriter
@@ -168,6 +171,9 @@ class BuildJob:
             self.stats,
         )
         self._stack.push_async_callback(self._source.close)
+        if stores := layout_stores(spec):
+            self._layouts = ClientLayouts(stores, self._source.open_tree)
+            self._stack.push_async_callback(self._layouts.close)
         self._session = await self._stack.enter_async_context(
             BkSession(
                 self._client,
@@ -176,6 +182,7 @@ class BuildJob:
                     source=self._source,
                     credentials=self._credentials,
                     outputs=self._outputs,
+                    layouts=self._layouts,
                 ),
             )
         )
@@ -352,7 +359,11 @@ class BuildJob:
                 BkSession(
                     self._client,
                     self._shared_key,
-                    SessionProviders(source=self._source, credentials=self._credentials),
+                    SessionProviders(
+                        source=self._source,
+                        credentials=self._credentials,
+                        layouts=self._layouts,
+                    ),
                 ) as session,
             ):
                 outcome = await self._client.solve(spec, session)

@@ -7,7 +7,6 @@ list stays on the disk, and only the pieces of the window are on their way.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -108,11 +107,7 @@ class LargeFiles:
         return await self._blobs.store.run_reading(self._records_sync, file.sha256, first, count)
 
     def _records_sync(self, sha256: bytes, first: int, count: int) -> list[Chunk]:
-        list_file = self._blobs.store.open_sync(sha256)
-        try:
-            data = os.pread(list_file, count * RECORD_BYTES, first * RECORD_BYTES)
-        finally:
-            os.close(list_file)
+        data = self._blobs.store.read_part_sync(sha256, first * RECORD_BYTES, count * RECORD_BYTES)
         return decode_records(data)
 
     def _task_failed(self, _name: str, _error: BaseException) -> None:

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 import zstandard
 
 from offload_builder.node.contextstore import MAX_BLOB_BYTES
-from offload_builder.node.faults import storage_error
-from offload_core.errors import OffloadError, UsageError
+from offload_core.errors import InternalError, OffloadError, UsageError
 from offload_core.listing import SHA256_BYTES
 from offload_proto.v1.node_service_pb2 import UploadResponse
 
@@ -49,10 +48,6 @@ class Upload:
         except OffloadError as error:
             await self._refuse(error, requests)
             raise
-        except OSError as error:
-            failed = storage_error("store the build context", error)
-            await self._refuse(failed, requests)
-            raise failed from error
 
     async def _refuse(self, error: OffloadError, requests: AsyncIterator[UploadRequest]) -> None:
         """Fail the build, and read on for a while without storing anything.
@@ -82,9 +77,14 @@ class Upload:
         if not all(map(self._blobs.asked, digests)):
             raise UsageError("the client sent a file that was not asked for")
         self._blobs.stats.context_wire_bytes += len(data)
-        blobs, refused = await self._store.run(
-            self._store_sync, digests, sizes, data, batch.zstd, total
-        )
+        try:
+            blobs, refused = await self._store.run(
+                self._store_sync, digests, sizes, data, batch.zstd, total
+            )
+        except OffloadError:
+            raise
+        except Exception as error:
+            raise InternalError("the node could not take the build context") from error
         stored_bytes = sum(len(content) for _, content in blobs)
         self._blobs.stored(blobs, size=stored_bytes)
         for digest in refused:
@@ -102,10 +102,10 @@ class Upload:
             content = view[offset : offset + size]
             offset += size
             if hashlib.sha256(content).digest() == digest:
-                self._store.put_sync(digest, content)
                 blobs.append((digest, content))
             else:
                 refused.append(digest)
+        self._store.put_many_sync(blobs)
         return blobs, refused
 
     def _unpack(self, data: bytes, total: int) -> bytes:

@@ -169,15 +169,11 @@ class WantedBlobs:
         """Fetch blobs from the shared store; what does not come is asked of the client."""
         async with aclosing(shared.fetch(digests)) as groups:
             async for group in groups:
-                await self.store.run(self._put_sync, group)
+                await self.store.run(self.store.put_many_sync, group)
                 self.stats.context_shared_bytes += sum(len(data) for _, data in group)
                 self.recent.add(group)
                 self._arrivals.arrived((digest for digest, _ in group), verified=True)
         await self._ask(digests)
-
-    def _put_sync(self, blobs: Sequence[tuple[bytes, bytes]]) -> None:
-        for digest, data in blobs:
-            self.store.put_sync(digest, data)
 
     async def _ask(self, digests: Iterable[bytes]) -> None:
         wanted = [digest for digest in digests if digest in self._pending]

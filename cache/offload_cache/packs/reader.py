@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from offload_core.aio import TaskSet
 from offload_core.errors import CacheUnavailableError, NotFoundError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
     from concurrent.futures import Executor
 
     from offload_cache.objectstore import ObjectStore
@@ -67,6 +67,23 @@ class _Flow:
         self.groups: asyncio.Queue[Group | None] = asyncio.Queue(_GROUPS_AHEAD)
         self.heard_at = 0.0
         self.stalled = False
+        self._room = asyncio.Semaphore(_PARALLEL_RANGES)
+        self._entering = asyncio.Lock()
+
+    @asynccontextmanager
+    async def room(self, size_bytes: int) -> AsyncIterator[None]:
+        """Wait until so much may be read; one large frame takes the room of several ranges."""
+        shares = min(_PARALLEL_RANGES, -(-size_bytes // _RANGE_BYTES))
+        taken = 0
+        try:
+            async with self._entering:  # two that take a part each would wait for each other
+                while taken < shares:
+                    await self._room.acquire()
+                    taken += 1
+            yield
+        finally:
+            for _ in range(taken):
+                self._room.release()
 
     async def next_group(self) -> Group | None:
         """Return the next group; None at the end, or when nothing comes any more."""
@@ -130,7 +147,8 @@ class PackReader:
         """Yield the wanted blobs of frames, a frame's at a time, in any order.
 
         What cannot be read, or is not what its digest says, is left out. Ends early when nothing
-        has come for `STALL_SECONDS`. Memory: four ranges, their frames and two groups.
+        has come for `STALL_SECONDS`. Memory: ranges of 16 MiB together, as much unpacked, and two
+        groups.
         """
         flow = _Flow()
         ranges = join_frames(places)
@@ -158,7 +176,10 @@ class PackReader:
             if not self._objects.reachable:
                 return
             try:
-                async with aclosing(self._read_range(item, flow)) as found:
+                async with (
+                    flow.room(item.end - item.start),
+                    aclosing(self._read_range(item, flow)) as found,
+                ):
                     async for group in found:
                         await flow.groups.put(group)
             except CacheUnavailableError as error:

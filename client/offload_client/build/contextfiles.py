@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from offload_client.build.contextforms import STANDARD_INPUT, ContextFiles, ContextFinder
 from offload_client.build.remotecontext import is_remote, refuse_windows_path
-from offload_client.build.stdinspool import StandardInput, StopReading
+from offload_client.build.standardinput import StandardInput, StopReading
 from offload_client.bytepipe import in_thread
 from offload_core.aio import finish
 from offload_core.errors import ContextError

@@ -21,7 +21,7 @@ from offload_client.build.dockerfile import (
 from offload_client.build.namedcontexts import NamedContexts, find_named_contexts
 from offload_client.build.options import check_text
 from offload_client.build.remotecontext import check_remote, is_http_url, remote_definition
-from offload_client.build.stdinspool import HEAD_BYTES, is_archive, read_text, spool
+from offload_client.build.standardinput import read_text
 from offload_client.build.vcs import build_definition
 from offload_client.context.emptysource import EmptySource
 from offload_client.context.goglob import clean_path
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from offload_client.build.options import BuildOptions
-    from offload_client.build.stdinspool import StandardInput
+    from offload_client.build.standardinput import StandardInput
     from offload_client.context.source import ContextSource
     from offload_client.context.tarsource import TarSource
     from offload_client.invocation import Invocation
@@ -150,6 +150,8 @@ class ContextFinder:
             raise InvalidValueError(
                 "invalid argument: can't use stdin for both build context and dockerfile"
             )
+        from offload_client.build.stdinspool import HEAD_BYTES, is_archive
+
         named = self._named()
         head = self._input.peek(HEAD_BYTES)
         if is_archive(head):
@@ -166,6 +168,7 @@ class ContextFinder:
         return self._without_directory(inline_dockerfile(data), named)
 
     def _archive(self, named: NamedContexts) -> ContextFiles:
+        from offload_client.build.stdinspool import spool
         from offload_client.context.tarsource import TarSource
 
         directory = self._invocation.environment.get("TMPDIR")

@@ -47,11 +47,11 @@ def fetch_dockerfile(url: str, environment: Mapping[str, str]) -> bytes:
 
 def _opener(url: str, environment: Mapping[str, str]) -> OpenerDirector:
     import ssl
-    from urllib.request import (
+    from urllib.request import (  # type: ignore[attr-defined]
         HTTPSHandler,
         ProxyHandler,
         build_opener,
-        proxy_bypass_environment,  # type: ignore[attr-defined]
+        proxy_bypass_environment,
     )
 
     def variable(name: str) -> str:

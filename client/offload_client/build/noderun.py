@@ -119,7 +119,7 @@ class NodeRun:
                 raise other from None
         finally:
             call.cancel()
-            self._step.close(complete=self.result.done())
+            self._step.close(complete=False)
             if not self.result.done():
                 # Another attempt may tell of the same steps again.
                 self._display.feed(self._open_steps.canceled())
@@ -154,7 +154,7 @@ class NodeRun:
         elif kind == "notice":
             self._display.notice(message.notice.level, message.notice.text)
         elif kind == "result" and not self.result.done():
-            self._step.close(complete=True)
+            self._step.close(complete=message.result.HasField("success"))
             self.result.set_result(message.result)
 
     async def _receive_output(self, ready: OutputReady) -> None:

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from offload_proto.v1.events_pb2 import ProgressBatch
 
 SENDING = "[offload] sending the build context"
-NOTHING_SENT = "[offload] build context"
+ENDED = "[offload] build context"
+"""Short, so that the numbers behind it fit on a screen."""
 COUNTER = "transferring context:"
 LINGER_SECONDS = 0.5
 """BuildKit asks for files in several goes; shorter pauses do not end the step."""
@@ -77,12 +78,15 @@ class SendingStep:
         """End the step.
 
         Args:
-            complete: the build went on to its end, so all that was needed has been sent.
+            complete: the build worked, so the node has all that it wanted, acknowledged or not.
         """
         if complete:
             self._nothing_sent()
         if self._step is None:
             return
+        if complete and self._sent_bytes < self._wanted_bytes:
+            self._sent_bytes = self._wanted_bytes
+            self._last = time.monotonic()
         if self._sent_bytes >= self._wanted_bytes:
             self._end()
         else:
@@ -119,7 +123,7 @@ class SendingStep:
         if step is None:
             return
         seconds = self._last - self._started
-        text = f"{SENDING}: {format_size(self._sent_bytes)}"
+        text = f"{ENDED}: {format_size(self._sent_bytes)}"
         if not self._scans and self._listed_bytes > self._sent_bytes:
             text += f" of {format_size(self._listed_bytes)}"
         text += f" sent in {seconds:.1f}s"
@@ -141,7 +145,7 @@ class SendingStep:
             return
         self._told = True
         files = f"{self._files:,} file{'s' if self._files != 1 else ''}"
-        text = f"{NOTHING_SENT}: {format_size(self._listed_bytes)} in {files}, nothing to send"
+        text = f"{ENDED}: {format_size(self._listed_bytes)} in {files}, nothing to send"
         self._display.local_step(text).done(cached=True)
 
 

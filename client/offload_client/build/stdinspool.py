@@ -13,13 +13,12 @@ import errno
 import gzip
 import io
 import lzma
-import os
-import select
 import tarfile
 import tempfile
 import zlib
 from typing import IO, TYPE_CHECKING, cast
 
+from offload_client.build.standardinput import PIPE_BYTES
 from offload_core.errors import ContextError
 from offload_core.units import format_size
 
@@ -28,84 +27,15 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
+    from offload_client.build.standardinput import StandardInput
+
 HEAD_BYTES = 512
 _COPY_BYTES = 1 << 20
-_PIPE_BYTES = 64 << 10
 _GZIP = b"\x1f\x8b\x08"
 _BZIP2 = b"BZh"
 _XZ = b"\xfd7zXZ\x00"
 _ZSTD = b"\x28\xb5\x2f\xfd"
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-
-
-class ReadingStoppedError(Exception):
-    """Nobody wants standard input any more."""
-
-
-class StopReading:
-    """Makes a thread that waits for standard input give up; closed by its owner."""
-
-    def __init__(self) -> None:
-        self.waiting, self._waking = os.pipe2(os.O_CLOEXEC)
-
-    def stop(self) -> None:
-        """Make every read fail from now on; for any thread."""
-        os.write(self._waking, b"x")
-
-    def close(self) -> None:
-        """Give the descriptors back, when no thread reads any more."""
-        os.close(self.waiting)
-        os.close(self._waking)
-
-
-class StandardInput(io.RawIOBase):
-    """Standard input, with what was looked at ahead; reads can be stopped."""
-
-    def __init__(self, fd: int, stop: StopReading | None = None) -> None:
-        """Read from a descriptor that stays open."""
-        self._fd = fd
-        self._stop = stop
-        self._ahead = b""
-
-    def readable(self) -> bool:
-        """Return that it can be read."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Read some bytes; 0 at the end.
-
-        Raises:
-            ReadingStoppedError: see `StopReading`.
-            ContextError: it cannot be read.
-        """
-        view = memoryview(buffer)
-        data = self._ahead[: len(view)] or self._read(len(view))
-        self._ahead = self._ahead[len(data) :]
-        view[: len(data)] = data
-        return len(data)
-
-    def peek(self, size: int) -> bytes:
-        """Return the first bytes, which will be read again; fewer only at the end.
-
-        Raises:
-            ReadingStoppedError: see `StopReading`.
-            ContextError: it cannot be read.
-        """
-        while len(self._ahead) < size and (data := self._read(_PIPE_BYTES)):
-            self._ahead += data
-        return self._ahead[:size]
-
-    def _read(self, size: int) -> bytes:
-        try:
-            if self._stop is not None:
-                poll = select.poll()
-                poll.register(self._fd, select.POLLIN)
-                poll.register(self._stop.waiting, select.POLLIN)
-                if any(fd == self._stop.waiting for fd, _ in poll.poll()):
-                    raise ReadingStoppedError
-            return os.read(self._fd, size)
-        except OSError as error:
-            raise ContextError(f"cannot read standard input: {error.strerror}") from error
 
 
 def is_archive(head: bytes) -> bool:
@@ -128,30 +58,13 @@ def spool(source: StandardInput, directory: Path | None) -> IO[bytes]:
     decompress = _decompressor(source.peek(HEAD_BYTES))
     file = _temporary_file(directory)
     try:
-        buffered = io.BufferedReader(source, _PIPE_BYTES)
+        buffered = io.BufferedReader(source, PIPE_BYTES)
         raw = cast("IO[bytes]", buffered)
         _copy(decompress(raw) if decompress is not None else buffered, file)
     except BaseException:
         file.close()
         raise
     return file
-
-
-def read_text(source: StandardInput, limit: int) -> bytes:
-    """Return all of standard input, which is a Dockerfile.
-
-    Raises:
-        ContextError: it has more than `limit` bytes, or cannot be read.
-        ReadingStoppedError: see `StopReading`.
-    """
-    data = io.BufferedReader(source, _PIPE_BYTES).read(limit + 1)
-    if len(data) > limit:
-        raise ContextError(
-            f"the Dockerfile on standard input has more than {format_size(limit)}",
-            hint="a build context on standard input is a tar archive, plain or compressed with "
-            "gzip, bzip2, xz or zstd",
-        )
-    return data
 
 
 def _temporary_file(directory: Path | None) -> IO[bytes]:
@@ -205,7 +118,7 @@ def _decompressor(head: bytes) -> Callable[[IO[bytes]], io.BufferedIOBase] | Non
     if head.startswith(_XZ):
         return lzma.LZMAFile
     if head.startswith(_ZSTD) or _is_skippable(head):
-        return lambda raw: io.BufferedReader(_ZstdInput(raw), _PIPE_BYTES)
+        return lambda raw: io.BufferedReader(_ZstdInput(raw), PIPE_BYTES)
     return None
 
 

@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Self
 
 from offload_client.context.hashing import FileHasher, HashedFile
-from offload_client.context.indexrows import IndexedFile, KnownFiles
+from offload_client.context.indexrows import FileTable, IndexedFile, KnownFiles
 from offload_client.context.statindex import GRANULARITY_NS
 from offload_core.chunklist import CHUNKED_ABOVE_BYTES
 
@@ -130,7 +130,7 @@ class DirectoryDigests:
         self._fd = fd
         self._index: StatIndex | None = None
         self._known = KnownFiles()
-        self._fresh: dict[str, IndexedFile] = {}
+        self._fresh = FileTable()
         self._stale: set[str] = set()
         # Taken before the first file is opened, which is the safe side for all of them.
         self._trusted_before = time.time_ns() - GRANULARITY_NS
@@ -176,14 +176,15 @@ class DirectoryDigests:
         path = f"{self._path}/{name}" if self._path else name
         hashed = self._source.hash_file(self._fd, name, path, statuses[number])
         xattrs.pop(name, None)
-        self._stale.add(name)
+        if self._known:
+            self._stale.add(name)
         if hashed is None:
             return None
         if hashed.xattrs:
             xattrs[name] = hashed.xattrs
         status = statuses[number] = hashed.status
         if max(status.st_mtime_ns, status.st_ctime_ns) < self._trusted_before:
-            self._fresh[name] = IndexedFile(
+            file = IndexedFile(
                 status.st_size,
                 status.st_mtime_ns,
                 status.st_ctime_ns,
@@ -191,6 +192,7 @@ class DirectoryDigests:
                 hashed.sha256,
                 hashed.xattrs or None,
             )
+            self._fresh.add(name, file)
         return hashed.sha256
 
     def finish(self, names: Collection[str]) -> None:
@@ -201,6 +203,9 @@ class DirectoryDigests:
         """
         if self._index is None or not self._fresh:
             return
-        present = frozenset(names) - self._stale
-        kept = {name: file for name, file in self._known.files().items() if name in present}
-        self._index.remember(self._path, kept | self._fresh)
+        if self._known:
+            present = frozenset(names) - self._stale
+            for name, file in self._known.files():
+                if name in present:
+                    self._fresh.add(name, file)
+        self._index.remember(self._path, self._fresh)

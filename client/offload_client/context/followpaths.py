@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import os
 import stat
+from collections import Counter
 from pathlib import Path
 from typing import Protocol
 
 from offload_client.context.goglob import clean_path, join_path, match_name
 from offload_core.errors import ContextError
+
+_MAX_RESTS = 1000
+"""So many paths are followed through one link."""
 
 
 class LinkView(Protocol):
@@ -67,7 +71,7 @@ class DirectoryLinks:
 
 
 def include_patterns(
-    root: str | LinkView, include: list[str], follow: list[str]
+    root: str | LinkView, include: list[str], follow: list[str], *, thorough: bool = False
 ) -> list[str] | None:
     """Return the include patterns of a request; None when everything is wanted.
 
@@ -75,27 +79,33 @@ def include_patterns(
         root: resolved path of the context's root, or a view of another kind of tree.
         include: the request's include patterns.
         follow: the request's followpaths.
+        thorough: see `follow_links`.
 
     Raises:
         ContextError: a link or directory on the way cannot be read.
     """
     patterns: list[str] | None = list(include)
-    if follow and (targets := follow_links(root, follow)) is not None:
+    if follow and (targets := follow_links(root, follow, thorough=thorough)) is not None:
         patterns = _without_covered([*include, *targets])
     return patterns or None
 
 
-def follow_links(root: str | LinkView, paths: list[str]) -> list[str] | None:
+def follow_links(
+    root: str | LinkView, paths: list[str], *, thorough: bool = False
+) -> list[str] | None:
     """Return the paths and all they lead to, sorted; None when the root itself is among them.
 
     Args:
         root: resolved path of the context's root, or a view of another kind of tree.
         paths: relative paths; elements may have wildcards.
+        thorough: fsutil does not go on behind a link that another path has led to, and so misses
+            what is below it. True finds that as well.
 
     Raises:
         ContextError: a link or directory on the way cannot be read.
     """
-    resolver = _Resolver(DirectoryLinks(root) if isinstance(root, str) else root)
+    view = DirectoryLinks(root) if isinstance(root, str) else root
+    resolver = _ThoroughResolver(view) if thorough else _Resolver(view)
     for path in paths:
         resolver.add(path)
     return _without_covered(sorted(resolver.resolved))
@@ -128,7 +138,7 @@ class _Resolver:
                 element, _, left = left.partition("/")
                 current = join_path(current, element)
                 targets = self._targets(current, wildcards=True)
-                if (not left or targets) and current in self.resolved:
+                if (not left or targets) and self._is_known(current, left):
                     break
                 if targets:
                     self.resolved.add(current)
@@ -137,6 +147,11 @@ class _Resolver:
                 if not left:
                     self.resolved.add(current)
                     break
+
+    def _is_known(self, path: str, left: str) -> bool:
+        """Return whether nothing new can come from a link, or the end of a path."""
+        del left
+        return path in self.resolved
 
     def _targets(self, path: str, *, wildcards: bool) -> list[str]:
         """Return where links of this name lead, as absolute paths below the root."""
@@ -156,6 +171,21 @@ class _Resolver:
             return []
         link = clean_path(found_link)
         return [link if link.startswith("/") else join_path("/", parent, link)]
+
+
+class _ThoroughResolver(_Resolver):
+    def __init__(self, view: LinkView) -> None:
+        super().__init__(view)
+        self._met: set[tuple[str, str]] = set()
+        self._rests: Counter[str] = Counter()
+
+    def _is_known(self, path: str, left: str) -> bool:
+        if (path, left) in self._met:
+            return True
+        self._met.add((path, left))
+        # A link to something below itself leads to ever longer paths.
+        self._rests[path] += 1
+        return self._rests[path] > _MAX_RESTS
 
 
 def _has_wildcards(name: str) -> bool:

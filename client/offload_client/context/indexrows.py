@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import os
 import struct
+from array import array
 from bisect import bisect_left, bisect_right
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 _COUNTS = struct.Struct("<III")
 _NUMBER_TYPES = "qqqQ"
 _NUMBER_BYTES = 8
 _DIGEST_BYTES = 32
 _ATTRIBUTE = struct.Struct("<IHI")
+_DECODED_FILES = 4096
+"""So many at once, to bound memory."""
 _EMPTY_ROW = _COUNTS.pack(0, 0, 0)
 
 
@@ -46,7 +49,7 @@ class KnownFiles:
     """One row, decoded as far as it is asked for."""
 
     def __init__(self, data: bytes = _EMPTY_ROW) -> None:
-        """Take a row that `pack_files` made; none for a directory that nothing is known of.
+        """Take a row that `FileTable` made; none for a directory that nothing is known of.
 
         Raises:
             ValueError: it is damaged.
@@ -93,14 +96,16 @@ class KnownFiles:
         known = dict(zip(identities, digests, strict=True))
         return list(map(known.get, zip(names, *asked, strict=True)))
 
-    def files(self) -> dict[str, IndexedFile]:
-        """Return everything, by name."""
-        end = len(self._names)
-        rows = zip(*self._columns(0, end), self._digests(0, end), strict=True)
-        return {
-            name: IndexedFile._make((*row, self.xattrs.get(name)))
-            for name, row in zip(self._names, rows, strict=True)
-        }
+    def files(self) -> Iterator[tuple[str, IndexedFile]]:
+        """Yield everything, with the names, in their order."""
+        for first in range(0, len(self._names), _DECODED_FILES):
+            end = min(first + _DECODED_FILES, len(self._names))
+            rows = zip(*self._columns(first, end), self._digests(first, end), strict=True)
+            for name, row in zip(self._names[first:end], rows, strict=True):
+                yield name, IndexedFile._make((*row, self.xattrs.get(name)))
+
+    def __len__(self) -> int:
+        return len(self._names)
 
     def _columns(self, first: int, end: int) -> tuple[tuple[int, ...], ...]:
         return tuple(self._numbers(column, first, end) for column in range(len(_NUMBER_TYPES)))
@@ -126,24 +131,49 @@ class KnownFiles:
         return found
 
 
-def pack_files(files: Mapping[str, IndexedFile]) -> bytes:
-    """Return the row of a directory."""
-    ordered = sorted(files.items())
-    count = len(ordered)
-    names = b"\0".join(os.fsencode(name) for name, _ in ordered)
-    columns = [
-        struct.pack(f"<{count}{kind}", *(file[column] for _, file in ordered))
-        for column, kind in enumerate(_NUMBER_TYPES)
-    ]
-    digests = b"".join(file.sha256 for _, file in ordered)
-    attributes = [
-        _ATTRIBUTE.pack(number, len(encoded), len(value)) + encoded + value
-        for number, (_, file) in enumerate(ordered)
-        for encoded, value in _encoded(file.xattrs)
-    ]
-    head = _COUNTS.pack(count, len(names), len(attributes))
-    return b"".join([head, *columns, digests, names, *attributes])
+class FileTable:
+    """The making of a row; few bytes per file, as a directory can have very many."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, int] = {}
+        self._numbers = tuple(array(kind) for kind in _NUMBER_TYPES)
+        self._digests = bytearray()
+        self._xattrs: dict[str, Mapping[str, bytes]] = {}
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def add(self, name: str, file: IndexedFile) -> None:
+        """Append a file whose name was not added yet."""
+        self._places[name] = len(self._places)
+        identity = (file.size_bytes, file.mtime_ns, file.ctime_ns, file.inode)
+        for numbers, number in zip(self._numbers, identity, strict=True):
+            numbers.append(number)
+        self._digests += file.sha256
+        if file.xattrs:
+            self._xattrs[name] = file.xattrs
+
+    def pack(self) -> bytes:
+        """Return the row."""
+        ordered = sorted(self._places)
+        places = [self._places[name] for name in ordered]
+        names = os.fsencode("\0".join(ordered))
+        columns = [
+            struct.pack(f"<{len(places)}{numbers.typecode}", *map(numbers.__getitem__, places))
+            for numbers in self._numbers
+        ]
+        digests = bytearray()
+        for place in places:
+            digests += self._digests[place * _DIGEST_BYTES : (place + 1) * _DIGEST_BYTES]
+        attributes = [
+            _ATTRIBUTE.pack(number, len(encoded), len(value)) + encoded + value
+            for number, name in enumerate(ordered)
+            if name in self._xattrs
+            for encoded, value in _encoded(self._xattrs[name])
+        ]
+        head = _COUNTS.pack(len(places), len(names), len(attributes))
+        return b"".join([head, *columns, digests, names, *attributes])
 
 
-def _encoded(xattrs: Mapping[str, bytes] | None) -> Iterable[tuple[bytes, bytes]]:
-    return ((os.fsencode(name), value) for name, value in (xattrs or {}).items())
+def _encoded(xattrs: Mapping[str, bytes]) -> Iterator[tuple[bytes, bytes]]:
+    return ((os.fsencode(name), value) for name, value in xattrs.items())

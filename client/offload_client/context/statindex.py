@@ -22,12 +22,14 @@ import zlib
 from typing import TYPE_CHECKING, Self
 
 from offload_client.context.indexfile import IndexFile
-from offload_client.context.indexrows import IndexedFile, KnownFiles, pack_files
+from offload_client.context.indexrows import KnownFiles
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
     from pathlib import Path
     from types import TracebackType
+
+    from offload_client.context.indexrows import FileTable
 
 GRANULARITY_NS = 2_000_000_000
 """Coarsest time stamps in use are FAT's 2 s; it also covers a file server's clock that differs."""
@@ -100,9 +102,9 @@ class StatIndex:
             pass
         return KnownFiles()
 
-    def remember(self, path: str, files: Mapping[str, IndexedFile]) -> None:
+    def remember(self, path: str, files: FileTable) -> None:
         """Replace what is known about a directory; written by `save`."""
-        self._changed[os.fsencode(path)] = pack_files(files)
+        self._changed[os.fsencode(path)] = files.pack()
 
     def chunk_list(self, sha256: bytes) -> bytes | None:
         """Return a chunk list that was remembered, or None."""

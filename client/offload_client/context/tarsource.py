@@ -78,8 +78,9 @@ class TarSource:
             ContextError: a pattern is malformed, or the archive cannot be read.
         """
         del warn
+        # BuildKit itself sees the whole of an archive, so nothing that it wants may be missed.
         wanted = include_patterns(
-            _TreeLinks(self._root), list(selection.include), list(selection.follow)
+            _TreeLinks(self._root), list(selection.include), list(selection.follow), thorough=True
         )
         include = PatternMatcher(wanted) if wanted is not None else None
         exclude = PatternMatcher(selection.exclude) if selection.exclude else None

@@ -189,7 +189,8 @@ class PlainPrinter:
         if step.log:
             self._print_log(lane)
         self._current = lane
-        if step.completed and (final or not counting):
+        # The counters of a step that was stopped never end.
+        if step.completed and (final or step.error or not counting):
             self._print_held_back(lane)
             self._end_line()
             lane.open_line = None

@@ -7,6 +7,7 @@ import socket
 import time
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc
@@ -21,7 +22,6 @@ from offload_core.tls import GATEWAY_NAME, Identity, server_credentials
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
-    from pathlib import Path
 
 
 @pytest.fixture
@@ -145,3 +145,32 @@ async def test_two_logins_never_share_a_channel(
         first = await connections.gateway(address, identity)
         assert await connections.gateway(address, other) is not first
         assert await connections.gateway(address, identity) is first
+
+
+async def test_connection_beside_another_is_one_of_its_own_and_is_closed(
+    authority: CertificateAuthority, identity: StoredIdentity
+) -> None:
+    async with serving(authority) as address, Connections() as connections:
+        first = await connections.connect([address], GATEWAY_NAME, identity)
+        assert first is not None
+        before = established(address)
+        async with connections.beside(first) as second:
+            assert await module._is_ready(second)
+            assert established(address) == before + 1
+        assert second.get_state() is grpc.ChannelConnectivity.SHUTDOWN
+        assert ready(first)
+        # Also when the first one was given up meanwhile.
+        connections.drop(address, GATEWAY_NAME, identity)
+        async with connections.beside(first) as third:
+            assert await module._is_ready(third)
+
+
+def established(address: str) -> int:
+    """Return the connections that an endpoint of this machine has taken."""
+    port = f":{int(address.rpartition(':')[2]):04X}"
+    lines = [
+        line.split()
+        for table in ("tcp", "tcp6")
+        for line in Path("/proc/net", table).read_text().splitlines()[1:]
+    ]
+    return sum(line[1].endswith(port) and line[3] == "01" for line in lines)

@@ -9,15 +9,13 @@ from google.rpc.status_pb2 import Status
 
 from offload_builder.buildkit import Attributed, SolveFailure, SolveSpec
 from offload_builder.buildkit.failure import failure_from_status
-from offload_builder.buildkit.filesync import header_values, stat_packet
+from offload_builder.buildkit.filesync import header_values
 from offload_builder.buildkit.h2.messages import GrpcError
 from offload_builder.buildkit.session import session_headers
 from offload_builder.buildkit.solve import solve_request
 from offload_builder.buildkit.status import progress_batch
-from offload_core.filemode import MODE_SOCKET
 from offload_proto.buildkit import control_pb2 as control
-from offload_proto.buildkit.fsutil_pb2 import Packet
-from offload_proto.v1.node_service_pb2 import ContextEntry, Failure
+from offload_proto.v1.node_service_pb2 import Failure
 
 URL = "github.com/moby/buildkit/"
 
@@ -162,17 +160,6 @@ def test_escaped_headers_are_read():
     assert header_values(metadata, "followpaths") == ["a b"]
     assert header_values(metadata, "exclude-patterns") == ["ä b", "c+d"]
     assert header_values(metadata, "include-patterns") == []
-
-
-def test_a_stat_has_no_owner_and_no_socket_bit():
-    entry = ContextEntry(
-        path="s", mode=MODE_SOCKET | 0o755, modified_at_unix_ns=5, sha256=bytes(32)
-    )
-    entry.xattrs["user.x"] = b"1"
-    packet = Packet.FromString(stat_packet(entry))
-    assert packet.type == Packet.PACKET_STAT
-    assert (packet.stat.mode, packet.stat.uid, packet.stat.gid) == (0o755, 0, 0)
-    assert (packet.stat.modTime, packet.stat.xattrs["user.x"]) == (5, b"1")
 
 
 @pytest.mark.parametrize(

@@ -5,23 +5,23 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+import zstandard
 
-from offload_builder.node import clientlink
+from offload_builder.node import clientlink, listingfeed
 from offload_builder.node.clientlink import ClientLink
-from offload_builder.node.entries import check_path
 from offload_builder.node.outbox import Outbox
 from offload_core.errors import ContextChangedError, ContextError, NodeLostError, UsageError
+from offload_core.listing import MAX_PAGE_BYTES, deltas
 from offload_proto.v1.node_service_pb2 import (
-    BlobFailure,
-    ContextEntries,
-    ContextEntry,
     ContextFailure,
+    ContextListing,
+    ContextPage,
     CredentialsReply,
     Notice,
     RunResponse,
 )
 
-A, B = b"a" * 32, b"b" * 32
+A, B, C = b"a" * 32, b"b" * 32, b"c" * 32
 
 
 @pytest.fixture
@@ -31,104 +31,181 @@ async def link():
     found.lose(NodeLostError("the test is over"))
 
 
-async def ask(link: ClientLink) -> tuple[asyncio.Task[list[ContextEntry]], int]:
-    asking = asyncio.ensure_future(link.request_context("context", [], [], []))
-    message = await link.outbox.get()
-    return asking, message.context_request.request_id
+async def ask(link: ClientLink):
+    feed = await link.request_context("context", [], [], [])
+    assert (await link.outbox.get()).context_request.request_id == feed.request_id
+    return feed
 
 
-def entries(request_id: int, *paths: str, last: bool = True) -> ContextEntries:
-    found = [ContextEntry(path=path, sha256=A, mode=0o644) for path in paths]
-    return ContextEntries(request_id=request_id, entries=found, last=last)
+def listing(feed, *pages: bytes, last: bool = True) -> ContextListing:
+    return ContextListing(request_id=feed.request_id, pages=b"".join(pages), last=last)
 
 
-async def test_listing_comes_in_pieces(link):
-    asking, number = await ask(link)
-    link.context_entries(entries(number, "a", last=False))
-    link.context_entries(entries(number, "b"))
-    assert [entry.path for entry in await asking] == ["a", "b"]
+def page(feed, number: int, data: bytes = b"", times=(), *, zstd: bool = False) -> ContextPage:
+    return ContextPage(
+        request_id=feed.request_id,
+        page=number,
+        data=data,
+        zstd=zstd,
+        modified_at_deltas_ns=deltas(times),
+    )
+
+
+async def test_names_of_pages_come_in_pieces(link):
+    feed = await ask(link)
+    link.context_listing(listing(feed, A, last=False))
+    assert await feed.announced() == [A]
+    waiting = asyncio.ensure_future(feed.announced())
+    await asyncio.sleep(0)
+    link.context_listing(listing(feed, B, C))
+    assert await waiting == [B, C]
+    assert await feed.announced() == []
+    assert await feed.announced() == []
 
 
 async def test_two_listings_do_not_mix(link):
-    first, one = await ask(link)
-    second, two = await ask(link)
-    link.context_entries(entries(two, "second"))
-    link.context_entries(entries(one, "first"))
-    assert [entry.path for entry in await first] == ["first"]
-    assert [entry.path for entry in await second] == ["second"]
+    one, two = await ask(link), await ask(link)
+    link.context_listing(listing(two, B))
+    link.context_listing(listing(one, A))
+    assert await one.announced() == [A]
+    assert await two.announced() == [B]
+
+
+async def test_pages_and_times_are_asked_for_and_taken_once(link):
+    feed = await ask(link)
+    await feed.need([0, 2], [1])
+    need = (await link.outbox.get()).need_pages
+    assert (list(need.pages), list(need.times)) == ([0, 2], [1])
+    link.context_page(page(feed, 1, times=[7, 5]))
+    assert not feed.ready(0)
+    assert feed.ready(1)
+    assert (await feed.page(1)).times_ns == [7, 5]
+    link.context_page(page(feed, 0, b"data", [1]))
+    found = await feed.page(0)
+    assert (found.data, found.zstd, found.times_ns) == (b"data", False, [1])
+    for again in (0, 1):
+        with pytest.raises(UsageError, match="not asked for"):
+            link.context_page(page(feed, again, b"data"))
+
+
+async def test_only_so_many_pages_are_under_way(link):
+    feed = await ask(link)
+    asking = asyncio.ensure_future(feed.need(range(700), []))
+    asked: list[int] = []
+    windows = []
+    while len(asked) < 700:
+        need = list((await link.outbox.get()).need_pages.pages)
+        windows.append(len(need))
+        for number in need:
+            link.context_page(page(feed, number, b"x"))
+        for number in need:
+            await feed.page(number)
+        asked += need
+    await asking
+    assert asked == list(range(700))
+    # Small until the first page has shown that pages are small.
+    assert windows[0] == listingfeed._FIRST_PAGES_IN_FLIGHT
+    assert max(windows) <= listingfeed.PAGES_IN_FLIGHT
 
 
 async def test_listing_that_was_given_up_is_ignored_and_an_unknown_one_refused(link):
-    asking, number = await ask(link)
-    asking.cancel()
-    await asyncio.wait((asking,))
-    link.context_entries(entries(number, "late"))
-    with pytest.raises(UsageError, match="not asked for"):
-        link.context_entries(entries(number + 1, "x"))
-    with pytest.raises(UsageError, match="not asked for"):
-        link.context_entries(entries(0, "x"))
+    feed = await ask(link)
+    feed.close()
+    link.context_listing(listing(feed, A))
+    link.context_page(page(feed, 0, b"late"))
+    link.context_failure(ContextFailure(request_id=feed.request_id, message="late"))
+    for number in (0, feed.request_id + 1):
+        with pytest.raises(UsageError, match="not asked for"):
+            link.context_listing(ContextListing(request_id=number))
+        with pytest.raises(UsageError, match="not asked for"):
+            link.context_page(ContextPage(request_id=number))
 
 
-async def test_too_large_listing_is_refused(link, monkeypatch):
-    monkeypatch.setattr(clientlink, "MAX_ENTRIES", 2)
-    asking, number = await ask(link)
+BOMB = zstandard.compress(bytes(MAX_PAGE_BYTES + 1))
+SIZELESS = zstandard.ZstdCompressor(write_content_size=False).compress(b"x" * 100)
+BAD_PAGES = {
+    "not asked for": (5, b"x", False, "not asked for"),
+    "data for times": (1, b"x", False, "damaged"),
+    "times for data": (0, b"", False, "damaged"),
+    "too large": (0, bytes(MAX_PAGE_BYTES + 1), False, "at most"),
+    "bomb": (0, BOMB, True, "at most"),
+    "no zstd": (0, b"nothing", True, "damaged"),
+    "bomb that hides its size": (0, SIZELESS, True, "damaged"),
+}
+
+
+@pytest.mark.parametrize(("number", "data", "zstd", "sentence"), BAD_PAGES.values(), ids=BAD_PAGES)
+async def test_a_bad_page_is_refused_before_it_is_unpacked(link, number, data, zstd, sentence):
+    feed = await ask(link)
+    await feed.need([0], [1])
+    with pytest.raises(UsageError, match=sentence):
+        link.context_page(page(feed, number, data, zstd=zstd))
+
+
+async def test_too_large_listings_are_refused(link, monkeypatch):
+    feed = await ask(link)
+    with pytest.raises(UsageError, match="damaged"):
+        link.context_listing(listing(feed, b"short"))
+    monkeypatch.setattr(listingfeed, "MAX_PAGES", 2)
+    with pytest.raises(UsageError, match=r"too large.*\.dockerignore"):
+        link.context_listing(listing(feed, A, B, C, last=False))
+    feed = await ask(link)
+    link.context_listing(listing(feed, A))
+    with pytest.raises(UsageError, match="had ended"):
+        link.context_listing(listing(feed, A))
+    await feed.need([0, 1], [])
+    monkeypatch.setattr(listingfeed, "MAX_LISTING_BYTES", 100)
+    link.context_page(page(feed, 0, b"x" * 60))
     with pytest.raises(UsageError, match="too large"):
-        link.context_entries(entries(number, "a", "b", "c", last=False))
-    monkeypatch.setattr(clientlink, "MAX_LISTING_BYTES", 100)
+        link.context_page(page(feed, 1, b"x" * 60))
+
+
+async def test_pages_that_nobody_has_looked_at_are_bounded(link, monkeypatch):
+    monkeypatch.setattr(listingfeed, "MAX_WAITING_BYTES", 100)
+    feed = await ask(link)
+    await feed.need([0, 1, 2], [])
+    link.context_page(page(feed, 0, b"x" * 60))
+    await feed.page(0)
+    link.context_page(page(feed, 1, b"x" * 60))
     with pytest.raises(UsageError, match="too large"):
-        link.context_entries(entries(number, "a" * 200, last=False))
-    asking.cancel()
+        link.context_page(page(feed, 2, b"x" * 60))
 
 
 @pytest.mark.parametrize(("changed", "kind"), [(False, ContextError), (True, ContextChangedError)])
 async def test_failure_of_a_listing_is_raised(link, changed, kind):
-    asking, number = await ask(link)
-    link.context_failure(ContextFailure(request_id=number, message="no", changed=changed))
-    with pytest.raises(kind, match="no"):
-        await asking
-
-
-async def test_blobs_are_asked_for_once_and_awaited_by_many(link):
-    await link.request_blobs({A: 1, B: 2})
-    await link.request_blobs({A: 1})
-    assert list((await link.outbox.get()).need_blobs.sha256) == [A, B]
-    assert not link.outbox._messages
-    waiting = [asyncio.ensure_future(link.arrival(A)) for _ in range(3)]
-    waiting[0].cancel()
+    feed = await ask(link)
+    waiting = asyncio.ensure_future(feed.announced())
     await asyncio.sleep(0)
-    link.blobs_arrived([A])
-    await asyncio.gather(*waiting[1:])
-    assert (link.wanted(A), link.wanted(B), link.size(B)) == (False, True, 2)
-    link.blob_failure(BlobFailure(sha256=B, message="changed"))
-    with pytest.raises(ContextChangedError, match="changed"):
-        await link.arrival(B)
-    await link.arrival(b"c" * 32)
-
-
-async def test_many_blobs_are_asked_for_in_several_messages(link):
-    await link.request_blobs({number.to_bytes(32): 1 for number in range(25_000)})
-    sizes = [len((await link.outbox.get()).need_blobs.sha256) for _ in range(3)]
-    assert sizes == [10_000, 10_000, 5_000]
+    link.context_failure(ContextFailure(request_id=feed.request_id, message="no", changed=changed))
+    with pytest.raises(kind, match="no"):
+        await waiting
+    with pytest.raises(kind, match="no"):
+        await feed.page(0)
 
 
 async def test_lost_client_ends_everything_and_nothing_new_begins(link):
-    asking, _ = await ask(link)
-    await link.request_blobs({A: 1})
-    arrival = asyncio.ensure_future(link.arrival(A))
+    feed = await ask(link)
+    listed = asyncio.ensure_future(feed.announced())
     login = asyncio.ensure_future(link.request_credentials("host"))
+    told: list[Exception] = []
     await asyncio.sleep(0)
-    link.lose(UsageError("the first word"))
-    link.lose(NodeLostError("the second word"))
-    for waiting in (asking, arrival, login):
+    with link.expect(told.append):
+        link.lose(UsageError("the first word"))
+        link.lose(NodeLostError("the second word"))
+    assert {str(error) for error in told} == {"the first word"}
+    assert str(link.error) == "the first word"
+    for waiting in (listed, login):
         with pytest.raises(UsageError, match="the first word"):
             await waiting
     for attempt in (
         link.request_context("context", [], [], []),
-        link.request_blobs({B: 1}),
         link.request_credentials("host"),
+        feed.page(3),
     ):
         with pytest.raises(UsageError, match="the first word"):
             await attempt
+    with pytest.raises(UsageError, match="the first word"), link.expect(told.append):
+        pass
 
 
 async def test_credentials_are_answered_or_none_in_time(link, monkeypatch):
@@ -142,14 +219,28 @@ async def test_credentials_are_answered_or_none_in_time(link, monkeypatch):
 
 async def test_silent_client_is_given_up_and_a_busy_one_is_not():
     link = ClientLink(silence_seconds=0.2)
-    asking, _ = await ask(link)
+    feed = await ask(link)
+    waiting = asyncio.ensure_future(feed.announced())
     for _ in range(6):
         await asyncio.sleep(0.1)
         link.heard()
-    assert not asking.done()
+    assert not waiting.done()
     with pytest.raises(ContextError, match="was silent for"):
-        await asyncio.wait_for(asking, 2)
+        await asyncio.wait_for(waiting, 2)
+    link.lose(NodeLostError("over"))
+
+
+async def test_a_client_of_which_nothing_is_expected_may_be_silent():
+    link = ClientLink(silence_seconds=0.1)
+    told: list[Exception] = []
+    with link.expect(told.append):
+        await asyncio.sleep(0.05)
+    await asyncio.sleep(0.3)
+    assert told == []
     assert link._watching is None
+    with link.expect(told.append):
+        await asyncio.sleep(0.3)
+    assert "was silent for" in str(told[0])
     link.lose(NodeLostError("over"))
 
 
@@ -183,15 +274,3 @@ async def test_outbox_gives_what_is_queued_before_its_end():
     assert (await reading).notice.text == "1"
     assert await outbox.get() is None
     assert outbox.taken == 1
-
-
-@pytest.mark.parametrize("path", ["", "/", "/a", "a/", "a//b", ".", "..", "a/..", "./a", "a/./b",
-                                  "a/../b", "a\0b", "x" * 5000])  # fmt: skip
-def test_bad_paths_are_refused(path):
-    with pytest.raises(UsageError):
-        check_path(path)
-
-
-@pytest.mark.parametrize("path", ["a", "a/b", ".a", "..a", "a..", "...", "a/...b", "a b/ü", "a\\b"])
-def test_odd_but_clean_paths_are_taken(path):
-    check_path(path)

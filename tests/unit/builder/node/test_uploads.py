@@ -10,7 +10,7 @@ import pytest
 import structlog
 import zstandard
 
-from offload_core.errors import ContextChangedError, UsageError
+from offload_core.errors import ContextChangedError, InternalError, UsageError
 from offload_proto.v1.node_service_pb2 import BlobBatch, UploadRequest
 from tests.fixtures.contentclients import Project, batch, sha
 
@@ -154,3 +154,14 @@ async def test_many_streams_of_one_build_store_the_same_tree_together(project):
     )
     assert await client.read_all() == client.files
     assert client.stats.context_sent_bytes == 600_000
+
+
+async def test_fault_of_the_node_ends_the_build_and_not_only_the_upload(project, monkeypatch):
+    monkeypatch.setattr("offload_builder.node.uploads.DISCARD_SECONDS", 0.05)
+    monkeypatch.setattr(project.store, "put_many_sync", None)
+    client = project.client(b"one")
+    await client.content.request(client.wanted())
+    with pytest.raises(InternalError):
+        await client.upload(batch(b"one"))
+    with pytest.raises(InternalError, match="could not take"):
+        await client.read(client.wanted()[0])

@@ -48,7 +48,7 @@ async def test_long_way_with_much_to_send_gets_more_connections_and_closes_them(
     large: Path, relay: CutRelay
 ) -> None:
     async with receiving() as (receiver, address):
-        relay.target, relay.delay, relay.rate = address, 0.03, 40e6
+        relay.target, relay.delay, relay.rate = address, 0.03, 16e6
         async with sending(large, receiver, relay.address) as sender:
             await whole(sender)
             assert receiver.calls == MAX_STREAMS

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,6 +58,21 @@ def _assert_pieces_of(chunks: list[Chunk], data: bytes, sizes: PieceSizes) -> No
 
 def test_compiled_search_is_there() -> None:
     assert chunking._compiled() is not None
+
+
+def test_slow_search_is_not_used() -> None:
+    code = (
+        "import sys; sys.modules['pyfastcdc.cy'] = None; "
+        "from offload_client.context import chunking; print(chunking._compiled())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert done.stdout.strip() == "None"
 
 
 @pytest.mark.parametrize("size", [0, 1, 64 << 10, 4 * MIB, 4 * MIB + 1, 8 * MIB, 9_000_001])

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from offload_client.context import digests, indexfile, statindex
 from offload_client.context.entries import tree_entries
 from offload_client.context.hashing import FileHasher
-from offload_client.context.indexrows import IndexedFile, KnownFiles, pack_files
+from offload_client.context.indexrows import FileTable, IndexedFile, KnownFiles
 from offload_client.context.scan import scan_context
 from offload_client.context.statindex import GRANULARITY_NS, StatIndex
 from offload_core.chunklist import CHUNKED_ABOVE_BYTES, decode_chunks
@@ -290,14 +290,21 @@ def test_vanished_files_and_unused_directories_are_forgotten(
     (root / "f").rename(root / "renamed")
     _scan(root, database)
     with StatIndex(database, root) as index:
-        assert set(index.directory("").files()) == {"renamed"}
+        assert set(dict(index.directory("").files())) == {"renamed"}
     day = statindex._today()
     monkeypatch.setattr(statindex, "_today", lambda: day + statindex.KEEP_DAYS + 1)
     (root / "d" / "g").write_bytes(b"new")
     _scan(root, database, include=["d"])
     with StatIndex(database, root) as index:
-        assert index.directory("").files() == {}
-        assert set(index.directory("d").files()) == {"g"}
+        assert len(index.directory("")) == 0
+        assert set(dict(index.directory("d").files())) == {"g"}
+
+
+def _table(files: dict[str, IndexedFile]) -> FileTable:
+    table = FileTable()
+    for name, file in files.items():
+        table.add(name, file)
+    return table
 
 
 def test_row_survives_packing_with_attributes(tmp_path: Path) -> None:
@@ -307,13 +314,13 @@ def test_row_survives_packing_with_attributes(tmp_path: Path) -> None:
         os.fsdecode(b"\xff"): IndexedFile(0, 0, 0, 0, b"\3" * 32),
     }
     with StatIndex(tmp_path / "index.db", tmp_path) as index:
-        assert index.directory("x").files() == {}
-        index.remember("x", files)
-        index.remember("empty", {})
+        assert len(index.directory("x")) == 0
+        index.remember("x", _table(files))
+        index.remember("empty", FileTable())
     with StatIndex(tmp_path / "index.db", tmp_path) as index:
-        assert index.directory("x").files() == files
+        assert dict(index.directory("x").files()) == files
         assert index.directory("x").xattrs == {"b": {"user.x": b"", "user.y": b"\0v"}}
-        assert index.directory("empty").files() == {}
+        assert len(index.directory("empty")) == 0
 
 
 def _status(size: int, mtime: int, ctime: int, inode: int) -> os.stat_result:
@@ -339,9 +346,8 @@ def test_digest_is_found_for_the_same_name_and_status_and_for_nothing_else(
     def digest(name: str, status: tuple[int, ...]) -> bytes:
         return hashlib.sha256(repr((name, status)).encode()).digest()
 
-    row = KnownFiles(
-        pack_files({name: IndexedFile(*of, digest(name, of)) for name, of in known.items()})
-    )
+    rows = {name: IndexedFile(*of, digest(name, of)) for name, of in known.items()}
+    row = KnownFiles(_table(rows).pack())
     for files in (asked, known):
         ordered = sorted(files)
         found: list[bytes | None] = []
@@ -376,8 +382,8 @@ def test_processes_share_a_database(root: Path, database: Path) -> None:
     errors = [process.communicate(timeout=60)[1] for process in running]
     assert [process.returncode for process in running] == [0] * len(running), errors
     with StatIndex(database, root) as index:
-        assert index.directory("f").files() == {}
-        assert set(index.directory("").files()) == {"f"}
+        assert len(index.directory("f")) == 0
+        assert set(dict(index.directory("").files())) == {"f"}
 
 
 LARGE = CHUNKED_ABOVE_BYTES + 1
@@ -466,5 +472,5 @@ def test_database_of_an_older_format_is_replaced(
         connection.execute("PRAGMA user_version = 1")
     _scan(root, database)
     with StatIndex(database, root) as index:
-        assert set(index.directory("").files()) == {"f"}
+        assert set(dict(index.directory("").files())) == {"f"}
         assert not index.problem
