@@ -23,7 +23,7 @@ from offload_client.identity import (
     save_identity,
 )
 from offload_core.aio import TaskSet
-from offload_core.errors import ConfigError
+from offload_core.errors import ConfigError, NodeLostError
 from offload_core.tls import GATEWAY_NAME, open_channel
 from offload_core.versions import call_metadata
 
@@ -213,7 +213,10 @@ class Connections:
         """Open another connection to where a channel of ours leads; closed with the block.
 
         Channels to one address share a connection, so that several calls are as fast as one on a
-        long way. Nothing is dialled before the first call.
+        long way.
+
+        Raises:
+            NodeLostError: there is none within 10 seconds.
         """
         address, server_name, identity = self._targets[channel]
         another = open_channel(
@@ -224,6 +227,12 @@ class Connections:
             options=(("grpc.use_local_subchannel_pool", 1),),
         )
         try:
+            ready = False
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CONNECT_SECONDS):
+                    ready = await _is_ready(another)
+            if not ready:
+                raise NodeLostError(f"there is no further connection to {address}")
             yield another
         finally:
             await another.close()

@@ -68,7 +68,8 @@ def test_cut_uploads_go_on_where_they_were(
 ) -> None:
     context = data_tree(tmp_path / "c", ("cut", seed))
     size = DATA_TREE_BYTES
-    points = sorted(random.Random(seed).randrange(60_000, size) for _ in range(3))
+    dice = random.Random(seed)
+    points = sorted(dice.randrange(60_000, size) for _ in range(3))
     relayed.relay.cut_after(*points)
     result = member.build("-o", f"type=tar,dest={tmp_path}/out.tar", context)
     assert result.returncode == 0, (points, result.stderr)

@@ -157,8 +157,8 @@ async def theirs(tmp_path):
     connections: list = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        async def sink(data: bytes) -> None:
-            writer.write(data)
+        async def sink(pieces: list[bytes | memoryview]) -> None:
+            writer.writelines(pieces)
             await writer.drain()
 
         server = GrpcServer(

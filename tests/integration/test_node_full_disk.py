@@ -95,14 +95,17 @@ def test_times_that_could_not_be_kept_are_not_remembered(tmp_path):
 
 
 async def test_context_store_on_a_full_disk_says_so_and_keeps_nothing_half(tmp_path):
-    with small_disk(tmp_path, "size=256k") as disk:
+    with small_disk(tmp_path, "size=400k") as disk:
         async with ContextStore(disk / "context", keep_bytes=1 << 20) as store:
-            data = os.urandom(300 << 10)
-            digest = hashlib.sha256(data).digest()
-            with pytest.raises(QuotaExceededError, match="cannot store the build context"):
-                await store.run(store.store_sync, [(digest, data)])
-            assert await store.run(store.missing_sync, [digest]) == [digest]
-            assert [path for path in (disk / "context").rglob("*") if path.is_file()] == []
+            one, many = os.urandom(600 << 10), [os.urandom(50_000) for _ in range(12)]
+            for contents in ([one], many):
+                blobs = [(hashlib.sha256(data).digest(), data) for data in contents]
+                with pytest.raises(QuotaExceededError, match="cannot store the build context"):
+                    await store.run(store.store_sync, blobs)
+                digests = [digest for digest, _ in blobs]
+                assert await store.run(store.missing_sync, digests) == digests
+            assert not list(disk.glob("context/*/*.seg"))
+            assert sum(path.stat().st_size for path in disk.glob("context/??/*")) == 0
 
 
 async def test_upload_to_a_full_disk_ends_the_build_with_the_cause(tmp_path, monkeypatch):

@@ -76,12 +76,13 @@ class SessionTunnel:
         await self._tasks.close()
         await self._client.close()
 
-    async def _send(self, data: bytes) -> None:
+    async def _send(self, pieces: list[bytes | memoryview]) -> None:
         if self._call is None:
             raise ConnectionLostError("the tunnel is not open")
-        prefix = b"\x0a" + varint(len(data))
+        size = sum(map(len, pieces))
+        prefix = b"\x0a" + varint(size)
         try:
-            await self._call.send([prefix, data], len(prefix) + len(data))
+            await self._call.send([prefix, *pieces], len(prefix) + size)
         except GrpcError as error:
             raise ConnectionLostError(error.message) from error
 

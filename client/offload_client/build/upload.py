@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from typing import TYPE_CHECKING
-
-import structlog
 
 from offload_client.build.demand import WHOLE, Demand, Wanted, numbers
 from offload_client.build.packing import FEW_BATCHES, PackedBatch, Packer
 from offload_client.build.readahead import Listed, ReadAhead
-from offload_client.build.uploadstream import LinkTimes, UploadStream
+from offload_client.build.uploadstream import END_SECONDS, LinkTimes, UploadStream
+from offload_client.eventlog import get_logger
+from offload_core.aio import finish
 from offload_core.errors import OffloadError, find_offload_error
 from offload_proto.v1.node_service_pb2 import RunRequest
 
@@ -34,8 +33,6 @@ WIDEN_SAMPLES = 12
 WIDEN_PAUSE_SECONDS = 0.1
 QUIET_SECONDS = 2.0
 """A connection of our own that has had nothing to do for so long is closed."""
-
-log = structlog.get_logger(__name__)
 
 
 class Uploader:
@@ -113,9 +110,9 @@ class Uploader:
         await self._asked.wait()
         try:
             with ReadAhead(self._demand, self._listed) as ahead, Packer() as packer:
-                async with self._tasks:
-                    self._tasks.create_task(self._fill(ahead, packer))
-                    self._tasks.create_task(self._first_stream())
+                async with self._tasks as tasks:
+                    tasks.create_task(self._fill(ahead, packer))
+                    tasks.create_task(self._first_stream())
         except BaseExceptionGroup as group:
             raise (find_offload_error(group) or group) from None
 
@@ -162,7 +159,7 @@ class Uploader:
                     self._demand.put_back(stream.unacknowledged())
         except OffloadError as error:
             self._may_widen = False
-            log.info("upload.stream.lost", reason=error.message)
+            get_logger().info("upload.stream.lost", reason=error.message)
         finally:
             self.connections -= 1
 
@@ -200,5 +197,7 @@ async def _run_until_quiet(stream: UploadStream) -> None:
                 running.result()
     finally:
         running.cancel()
-        with contextlib.suppress(OffloadError, asyncio.CancelledError):
-            await running
+        await finish(asyncio.wait((running,)), 2 * END_SECONDS)
+        if running.done() and not running.cancelled():
+            # Its error has been raised above, or this task is cancelled itself.
+            running.exception()

@@ -18,6 +18,7 @@ from offload_builder.gateway.ca import CertificateAuthority
 from offload_client import connections as module
 from offload_client.connections import Connections
 from offload_client.identity import StoredIdentity
+from offload_core.errors import NodeLostError
 from offload_core.tls import GATEWAY_NAME, Identity, server_credentials
 
 if TYPE_CHECKING:
@@ -155,14 +156,26 @@ async def test_connection_beside_another_is_one_of_its_own_and_is_closed(
         assert first is not None
         before = established(address)
         async with connections.beside(first) as second:
-            assert await module._is_ready(second)
+            assert ready(second)
             assert established(address) == before + 1
         assert second.get_state() is grpc.ChannelConnectivity.SHUTDOWN
         assert ready(first)
         # Also when the first one was given up meanwhile.
         connections.drop(address, GATEWAY_NAME, identity)
         async with connections.beside(first) as third:
-            assert await module._is_ready(third)
+            assert ready(third)
+
+
+async def test_connection_beside_one_to_a_place_that_is_gone_is_refused(
+    authority: CertificateAuthority, identity: StoredIdentity
+) -> None:
+    async with Connections() as connections:
+        async with serving(authority) as address:
+            first = await connections.connect([address], GATEWAY_NAME, identity)
+            assert first is not None
+        with pytest.raises(NodeLostError, match=address):
+            async with connections.beside(first):
+                pass
 
 
 def established(address: str) -> int:

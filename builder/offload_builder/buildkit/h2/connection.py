@@ -1,7 +1,7 @@
 """One HTTP/2 connection, client or server, over any pipe for bytes.
 
 The owner hands in what it receives with `feed` and provides `sink`, which is awaited with what is
-to be sent.
+to be sent, in pieces that are not joined yet.
 
 Source: RFC 9113. Not offered, because gRPC uses neither: server push, priorities.
 """
@@ -37,7 +37,7 @@ class Http2Connection:
 
     def __init__(
         self,
-        sink: Callable[[bytes], Awaitable[None]],
+        sink: Callable[[list[bytes | memoryview]], Awaitable[None]],
         *,
         client: bool,
         on_stream: Callable[[Http2Stream], None] | None = None,

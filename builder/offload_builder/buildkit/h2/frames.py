@@ -6,7 +6,7 @@ import struct
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 # Frame types, RFC 9113 section 6.
 DATA = 0x0
@@ -77,6 +77,31 @@ def frame_header(length: int, kind: int, flags: int, stream_id: int) -> bytes:
 def frame(kind: int, flags: int, stream_id: int, payload: bytes = b"") -> bytes:
     """Return a whole frame."""
     return frame_header(len(payload), kind, flags, stream_id) + payload
+
+
+def data_frames(
+    stream_id: int, pieces: Iterable[bytes | memoryview], size: int, max_frame: int
+) -> list[bytes | memoryview]:
+    """Return DATA frames with the `pieces`, `size` bytes in all; the pieces are not copied."""
+    parts: list[bytes | memoryview] = []
+    left, room = size, 0
+    for piece in pieces:
+        length = len(piece)
+        if length <= room:
+            parts.append(piece)
+            room -= length
+            continue
+        view, position = memoryview(piece), 0
+        while position < length:
+            if room == 0:
+                room = min(max_frame, left)
+                left -= room
+                parts.append(frame_header(room, DATA, 0, stream_id))
+            taken = min(room, length - position)
+            parts.append(view[position : position + taken])
+            position += taken
+            room -= taken
+    return parts
 
 
 def settings_frame(values: dict[int, int]) -> bytes:

@@ -37,7 +37,7 @@ class Outbox:
 
     def __init__(
         self,
-        sink: Callable[[bytes], Awaitable[None]],
+        sink: Callable[[list[bytes | memoryview]], Awaitable[None]],
         *,
         on_lost: Callable[[str], None],
         on_end: Callable[[Http2Stream], None],
@@ -127,9 +127,9 @@ class Outbox:
             while True:
                 # One turn of the loop, so that what becomes ready now leaves together.
                 await asyncio.sleep(0)
-                data = self._collect()
-                if data:
-                    await self._sink(data)
+                parts = self._collect()
+                if parts:
+                    await self._sink(parts)
                 elif self._stopping:
                     return
                 else:
@@ -138,7 +138,7 @@ class Outbox:
         except (StreamResetError, OSError) as error:
             self._on_lost(str(error) or type(error).__name__)
 
-    def _collect(self) -> bytes:
+    def _collect(self) -> list[bytes | memoryview]:
         parts = self._control
         self._control, self._control_size = [], 0
         size = 0
@@ -150,18 +150,15 @@ class Outbox:
             size += self._collect_stream(stream, parts)
             if stream.pending_size and stream.send_window > 0:
                 self._sending[stream.id] = stream
-        return b"".join(parts)
+        return parts
 
     def _collect_stream(self, stream: Http2Stream, parts: list[bytes | memoryview]) -> int:
         allowed = min(stream.pending_size, stream.send_window, self._window, QUANTUM)
         if allowed > 0:
-            data = memoryview(stream.take_pending(allowed))
+            pieces = stream.take_pending(allowed)
             stream.send_window -= allowed
             self._window -= allowed
-            for start in range(0, allowed, self._max_frame):
-                piece = data[start : start + self._max_frame]
-                parts.append(frames.frame_header(len(piece), frames.DATA, 0, stream.id))
-                parts.append(piece)
+            parts += frames.data_frames(stream.id, pieces, allowed, self._max_frame)
         if stream.finished_sending:
             if stream.final_headers is None:
                 parts.append(frames.frame(frames.DATA, frames.END_STREAM, stream.id))

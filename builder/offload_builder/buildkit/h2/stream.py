@@ -19,6 +19,7 @@ RECEIVE_WINDOW = 2**20
 SEND_HIGH_WATER = 2**20
 """Unsent bytes above which a writer waits."""
 SEND_LOW_WATER = SEND_HIGH_WATER // 2
+_SMALL_PIECE = 4096
 
 
 class StreamResetError(Exception):
@@ -211,17 +212,15 @@ class Http2Stream:
         """Trailers for the end of the stream."""
         return self._final
 
-    def take_pending(self, limit: int) -> bytes | memoryview:
+    def take_pending(self, limit: int) -> list[bytes | memoryview]:
         """Remove at most `limit` bytes from the queue."""
+        taken: list[bytes | memoryview]
         if self.pending_size <= limit:
-            data: bytes | memoryview = (
-                self._pending[0] if len(self._pending) == 1 else b"".join(self._pending)
-            )
+            taken = list(self._pending)
+            size = self.pending_size
             self._pending.clear()
-            self.pending_size = 0
         else:
-            taken: list[bytes | memoryview] = []
-            left = limit
+            taken, left, size = [], limit, limit
             while left:
                 piece = self._pending.popleft()
                 if len(piece) > left:
@@ -231,8 +230,8 @@ class Http2Stream:
                     break
                 taken.append(piece)
                 left -= len(piece)
-            data = taken[0] if len(taken) == 1 else b"".join(taken)
-            self.pending_size -= limit
+        self.pending_size -= size
         if self.pending_size <= SEND_LOW_WATER:
             self._writable.set()
-        return data
+        # Below some size a copy is cheaper than a piece that is handled by itself.
+        return [b"".join(taken)] if len(taken) * _SMALL_PIECE > size else taken

@@ -31,11 +31,11 @@ class Pair:
             self._to_client, client=False, on_stream=self.accepted.put_nowait
         )
 
-    async def _to_server(self, data: bytes) -> None:
-        await self._deliver(self.server, data)
+    async def _to_server(self, pieces: list) -> None:
+        await self._deliver(self.server, b"".join(pieces))
 
-    async def _to_client(self, data: bytes) -> None:
-        await self._deliver(self.client, data)
+    async def _to_client(self, pieces: list) -> None:
+        await self._deliver(self.client, b"".join(pieces))
 
     async def _deliver(self, target: Http2Connection, data: bytes) -> None:
         position = 0
@@ -77,9 +77,9 @@ class Recorder:
         self.hold = asyncio.Event()
         self.hold.set()
 
-    async def _sink(self, data: bytes) -> None:
+    async def _sink(self, pieces: list) -> None:
         await self.hold.wait()
-        self.sent += self.reader.feed(data.removeprefix(frames.PREFACE))
+        self.sent += self.reader.feed(b"".join(pieces).removeprefix(frames.PREFACE))
 
     async def __aenter__(self) -> Self:
         self.connection.start()

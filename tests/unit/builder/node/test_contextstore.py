@@ -210,6 +210,25 @@ async def test_damaged_index_is_given_up(tmp_path):
     assert len(list(tmp_path.glob("small/*.seg"))) == 1
 
 
+async def test_index_that_a_power_cut_has_damaged_is_given_up(tmp_path, monkeypatch):
+    contents = [b"%d" % number * 20 for number in range(3000)]
+    async with ContextStore(tmp_path, keep_bytes=1 << 30) as store:
+        await put(store, *contents)
+    index = tmp_path / "small" / "index.db"
+    data = bytearray(index.read_bytes())
+    data[8 * 4096 :] = bytes(len(data) - 8 * 4096)
+    boot = tmp_path / "boot"
+    boot.write_text("another\n")
+    monkeypatch.setattr(smallblobs, "_BOOT_ID", boot)
+    async with ContextStore(tmp_path, keep_bytes=1 << 30) as store:
+        assert await missing(store, *contents) == []
+    index.write_bytes(data)
+    boot.write_text("and another\n")
+    async with ContextStore(tmp_path, keep_bytes=1 << 30) as store:
+        assert len(await missing(store, *contents)) == 3000
+        await put(store, contents[0])
+
+
 async def test_failed_write_leaves_nothing_that_is_trusted(store, monkeypatch):
     real = os.write
     written = []
