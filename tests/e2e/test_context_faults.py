@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from tests.fixtures.pool import Member
 
-LOST_BYTES = 3 << 20
+LOST_BYTES = 4 << 20
 """On the way when a connection breaks, at most."""
 
 
@@ -170,10 +170,11 @@ WHOLE, PIECES = 300_000, 6_000_000
 def test_file_that_changes_before_it_is_sent_is_named(
     relayed: RelayedPool, member: Member, tmp_path: Path, change: str, size: int
 ) -> None:
-    files = {f"data/a{number}": noise((change, size, number), 1_000_000) for number in range(6)}
+    # More than the client reads ahead and has under way.
+    files = {f"data/a{number}": noise((change, size, number), 1_500_000) for number in range(16)}
     files["data/zz"] = noise((change, size), size)
     context = write_files(tmp_path / "c", {**files, "Dockerfile": DATA_DOCKERFILE})
-    relayed.relay.rate = 5e6
+    relayed.relay.rate = 8e6
     building = member.start("-o", f"type=tar,dest={tmp_path}/out.tar", context)
     while relayed.relay.up_bytes < 1_000_000:
         assert building.poll() is None, building.communicate()

@@ -241,7 +241,8 @@ async def test_cancelling_kills_the_running_step(client):
             async for batch in client.status(spec.ref):
                 if any(b"running" in log.data for log in batch.logs):
                     break
-        assert sleeping()
+            while not sleeping():
+                await asyncio.sleep(0.02)
         solving.cancel()
         began = time.monotonic()
         with pytest.raises(asyncio.CancelledError):
@@ -287,7 +288,10 @@ async def test_a_provider_error_while_reading_is_in_the_build_log_too(client):
             return tree if name == "dockerfile" else Tree(tree.tree)
 
     source = Source(
-        {"dockerfile": {"Dockerfile": b"FROM scratch\nCOPY a.txt /\n"}, "context": {"a.txt": b"x"}}
+        {
+            "dockerfile": {"Dockerfile": b"FROM scratch\nCOPY a.txt /\n"},
+            "context": {"a.txt": b"part and more"},
+        }
     )
     spec = SolveSpec({"filename": "Dockerfile"})
     async with BkSession(client, "p", SessionProviders(source=source)) as session:

@@ -16,6 +16,7 @@ from offload_builder.buildkit.h2.messages import (
     CANCELLED,
     INVALID_ARGUMENT,
     GrpcError,
+    message_prefix,
     varint,
 )
 from offload_core.aio import finish
@@ -178,17 +179,17 @@ class _Sender:
         if expected < 0:
             raise GrpcError(INVALID_ARGUMENT, f"file {index} cannot be asked for")
         header = b"\x08\x02\x18" + varint(index)
+        end = message_prefix(len(header)) + header
+        if expected == 0:
+            await self._call.send_framed(end)
+            return
         chunks = self._tree.read(index)
         try:
             async for chunk in chunks:
-                size = len(chunk)
-                sent += size
-                if size <= MAX_CHUNK:
-                    await self._send_data(header, chunk)
-                    continue
-                view = memoryview(chunk)
-                for start in range(0, size, MAX_CHUNK):
-                    await self._send_data(header, view[start : start + MAX_CHUNK])
+                sent += len(chunk)
+                if sent > expected:
+                    break
+                await self._send_data(header, chunk, end if sent == expected else b"")
         finally:
             if (close := getattr(chunks, "aclose", None)) is not None:
                 await close()
@@ -197,13 +198,18 @@ class _Sender:
                 f"file {index} of the build context has {sent} bytes, {expected} were listed;"
                 " do not change files during the build"
             )
-        await self._call.send([header])
 
-    async def _send_data(self, header: bytes, chunk: bytes | memoryview) -> None:
-        size = len(chunk)
-        if size:
-            prefix = b"%b\x22%b" % (header, varint(size))
-            await self._call.send_joined([prefix, chunk], len(prefix) + size)
+    async def _send_data(self, header: bytes, chunk: bytes | memoryview, end: bytes) -> None:
+        """Send a part of a file and, when it is the last one, what ends the file."""
+        view, left = memoryview(chunk), len(chunk)
+        while left:
+            piece = view[:MAX_CHUNK]
+            view, left = view[MAX_CHUNK:], left - len(piece)
+            size = varint(len(piece))
+            prefix = message_prefix(len(header) + 1 + len(size) + len(piece))
+            await self._call.send_framed(
+                b"%b%b\x22%b" % (prefix, header, size), piece, b"" if left else end
+            )
 
 
 def _first_cause(group: BaseExceptionGroup[BaseException]) -> Exception:

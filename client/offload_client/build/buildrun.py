@@ -223,6 +223,7 @@ def _may_resume(
         and error.connection_broke
         and not last.result.done()
         and not last.output_began
+        and last.repeatable
     )
 
 

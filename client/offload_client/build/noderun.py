@@ -77,6 +77,8 @@ class NodeRun:
         """The node has said something, so it has taken the build."""
         self.output_began = False
         """Some of the build's output may have been written."""
+        self.repeatable = True
+        """When the connection broke, the build could be started again unasked."""
         self._outbox: asyncio.Queue[RunRequest | None] = asyncio.Queue(OUTBOX_MESSAGES)
         self._step = SendingStep(display)
         self._open_steps = OpenSteps()
@@ -121,6 +123,7 @@ class NodeRun:
             call.cancel()
             self._step.close(complete=False)
             if not self.result.done():
+                self.repeatable = self._open_steps.repeatable
                 # Another attempt may tell of the same steps again.
                 self._display.feed(self._open_steps.canceled())
 

@@ -6,6 +6,7 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
+from offload_client.progress.opensteps import loads_context
 from offload_core.units import format_size
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class SendingStep:
     def watch(self, batch: ProgressBatch) -> None:
         """Look out for the end of BuildKit's own step, behind which nothing is sent any more."""
         for vertex in batch.vertices:
-            if vertex.HasField("completed_at") and _loads_context(vertex.name):
+            if vertex.HasField("completed_at") and loads_context(vertex.name):
                 self._nothing_sent()
 
     def close(self, *, complete: bool) -> None:
@@ -147,10 +148,3 @@ class SendingStep:
         files = f"{self._files:,} file{'s' if self._files != 1 else ''}"
         text = f"{ENDED}: {format_size(self._listed_bytes)} in {files}, nothing to send"
         self._display.local_step(text).done(cached=True)
-
-
-def _loads_context(name: str) -> bool:
-    """Return whether BuildKit's step reads a local source; names of its Dockerfile frontend."""
-    return name == "[internal] load build context" or (
-        name.startswith("[context ") and name.endswith("] load from client")
-    )

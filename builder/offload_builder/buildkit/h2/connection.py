@@ -30,6 +30,14 @@ CONNECTION_WINDOW = 16 * 2**20
 so that a stream nobody reads cannot hold up a health check; memory is bounded by the number of
 streams times `RECEIVE_WINDOW`."""
 MAX_STREAMS = 256
+_EXPECTED = {
+    frames.WINDOW_UPDATE: (4, None),
+    frames.PING: (8, False),
+    frames.SETTINGS: (-1, False),
+    frames.RST_STREAM: (4, True),
+    frames.GOAWAY: (-1, False),
+}
+"""By type: bytes of the payload, -1 for any; whether it belongs to a stream, None for both."""
 
 
 class Http2Connection:
@@ -207,7 +215,18 @@ class Http2Connection:
             raise ProtocolError(frames.PROTOCOL_ERROR, "a header block was interrupted")
         elif kind == frames.HEADERS:
             self._take_block(self._decoder.begin(flags, stream_id, payload))
-        elif kind == frames.WINDOW_UPDATE:
+        elif kind in _EXPECTED:
+            size, on_stream = _EXPECTED[kind]
+            if size >= 0 and len(payload) != size:
+                raise ProtocolError(frames.FRAME_SIZE_ERROR, "frame of a wrong size")
+            if on_stream is not None and on_stream != bool(stream_id):
+                raise ProtocolError(frames.PROTOCOL_ERROR, "frame on a wrong stream")
+            self._take_small(kind, flags, stream_id, payload)
+        elif kind == frames.PUSH_PROMISE:
+            raise ProtocolError(frames.PROTOCOL_ERROR, "server push is off")
+
+    def _take_small(self, kind: int, flags: int, stream_id: int, payload: bytes) -> None:
+        if kind == frames.WINDOW_UPDATE:
             self._take_window_update(stream_id, frames.parse_u32(payload))
         elif kind == frames.PING:
             if not flags & frames.ACK:
@@ -217,10 +236,8 @@ class Http2Connection:
                 self._take_settings(payload)
         elif kind == frames.RST_STREAM:
             self._take_reset(stream_id, frames.parse_u32(payload))
-        elif kind == frames.GOAWAY:
+        else:
             self._take_goaway(payload)
-        elif kind == frames.PUSH_PROMISE:
-            raise ProtocolError(frames.PROTOCOL_ERROR, "server push is off")
 
     def _take_block(self, block: tuple[int, HeaderList, bool] | None) -> None:
         if block is None:
@@ -236,6 +253,9 @@ class Http2Connection:
                 stream.take_headers(headers, end_stream=end_stream)
                 if self._on_stream is not None:
                     self._on_stream(stream)
+            return
+        if stream.remote_ended:
+            self._reset(stream, frames.STREAM_CLOSED, "headers after the end of the stream")
             return
         stream.take_headers(headers)
         if end_stream:
@@ -300,6 +320,8 @@ class Http2Connection:
                 change = value - self._peer_initial_window
                 self._peer_initial_window = value
                 for stream in self._streams.values():
+                    if stream.send_window + change > frames.MAX_WINDOW:
+                        raise ProtocolError(frames.FLOW_CONTROL_ERROR, "window is too large")
                     self._widen(stream, change)
             elif key == frames.SETTINGS_MAX_FRAME_SIZE:
                 self._out.set_max_frame(value)

@@ -21,6 +21,10 @@ BuildKit sends every line of .dockerignore as a header of its own; 3,000 lines a
 """
 
 
+_MAX_FRAMES = 2048
+"""Of one block: frames of next to nothing would cost more than their bytes."""
+
+
 class HeaderEncoder:
     """Encodes header lists into HEADERS and CONTINUATION frames, in the order of sending."""
 
@@ -96,7 +100,7 @@ class HeaderDecoder:
     def _add(self, flags: int, piece: bytes) -> tuple[int, HeaderList, bool] | None:
         self._pieces.append(piece)
         self._size += len(piece)
-        if self._size > MAX_HEADER_LIST:
+        if self._size > MAX_HEADER_LIST or len(self._pieces) > _MAX_FRAMES:
             raise frames.ProtocolError(frames.ENHANCE_YOUR_CALM, "header block is too large")
         if not flags & frames.END_HEADERS:
             return None

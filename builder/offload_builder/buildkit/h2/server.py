@@ -84,23 +84,15 @@ class ServerCall:
             pieces.append(message)
         await self._write(pieces)
 
-    async def send_framed(self, data: bytes) -> None:
-        """Send messages that have their prefixes already.
-
-        Raises:
-            GrpcError: the peer ended the call.
-        """
-        await self._write([data])
-
-    async def send_joined(self, pieces: Sequence[bytes | memoryview], size: int) -> None:
-        """Send one message that is the `pieces` in a row, `size` bytes in all.
+    async def send_framed(self, *pieces: bytes | memoryview) -> None:
+        """Send the `pieces` in a row, which are messages that have their prefixes already.
 
         The pieces must not be changed afterwards.
 
         Raises:
             GrpcError: the peer ended the call.
         """
-        await self._write([message_prefix(size), *pieces])
+        await self._write([piece for piece in pieces if piece])
 
     async def _write(self, pieces: Sequence[bytes | memoryview]) -> None:
         if not self._answered:

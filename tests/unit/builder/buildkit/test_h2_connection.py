@@ -291,6 +291,19 @@ BROKEN = {
     "window too large": frames.window_update_frame(0, 2**31 - 1),
     "settings of a wrong size": frames.frame(frames.SETTINGS, 0, 0, b"12345"),
     "large frame": frames.frame_header(20_000, frames.DATA, 0, 1),
+    "ping of a wrong size": frames.frame(frames.PING, 0, 0, b"1234567"),
+    "ping on a stream": frames.frame(frames.PING, 0, 1, bytes(8)),
+    "reset of the connection": frames.frame(frames.RST_STREAM, 0, 0, bytes(4)),
+    "reset of a wrong size": frames.frame(frames.RST_STREAM, 0, 1, bytes(5)),
+    "settings on a stream": frames.frame(frames.SETTINGS, 0, 1, b""),
+    "goaway on a stream": frames.goaway_frame(0, 0).replace(b"\0\0\0\0", b"\0\0\0\1", 1),
+    "empty continuations": frames.frame(frames.HEADERS, 0, 1, b"\x83")
+    + frames.frame(frames.CONTINUATION, 0, 1) * 3000,
+    "window widened too far by settings": frames.frame(
+        frames.HEADERS, frames.END_HEADERS, 1, b"\x83"
+    )
+    + frames.window_update_frame(1, 2**31 - 1 - 65_535)
+    + frames.settings_frame({frames.SETTINGS_INITIAL_WINDOW_SIZE: 65_536}),
 }
 
 
@@ -303,6 +316,15 @@ async def test_a_broken_peer_gets_goaway_and_nothing_hangs(data):
         assert peer.connection.ended.is_set()
         assert not peer.connection.usable
         peer.connection.feed(b"more rubbish")
+
+
+async def test_headers_after_the_end_reset_the_stream_only():
+    async with Recorder() as peer:
+        peer.open(1, frames.END_HEADERS | frames.END_STREAM)
+        peer.open(1)
+        await peer.settle()
+        assert frames.reset_frame(1, frames.STREAM_CLOSED)[9:] in [i[3] for i in peer.sent]
+        assert peer.connection.usable
 
 
 async def test_another_protocol_is_refused():

@@ -115,7 +115,7 @@ async def test_large_file_is_handed_on_before_its_end_has_arrived(project):
 
 
 async def test_memory_does_not_grow_with_the_pieces_of_a_file(project, monkeypatch):
-    count, size = 8_000, 1024
+    count, size = 5_000, 1024
 
     def piece(number: int) -> bytes:
         return number.to_bytes(4) * (size // 4)

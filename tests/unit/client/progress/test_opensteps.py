@@ -30,6 +30,31 @@ def test_running_steps_are_ended_at_the_last_time_of_the_node() -> None:
     assert not steps.canceled().vertices
 
 
+def named(name: str, started: int, completed: int | None = None) -> Vertex:
+    message = vertex(name, started, completed)
+    message.name = name
+    return message
+
+
+def test_build_is_repeatable_until_a_command_runs_and_the_context_is_there() -> None:
+    steps = OpenSteps()
+    context = "[internal] load build context"
+    steps.take(ProgressBatch(vertices=[named(context, 1), named("[1/3] FROM debian", 1, 2)]))
+    assert steps.repeatable
+    steps.take(ProgressBatch(vertices=[named("[2/3] RUN apt-get update", 2)]))
+    assert steps.repeatable
+    steps.take(ProgressBatch(vertices=[named(context, 1, 3)]))
+    assert not steps.repeatable
+
+
+def test_cached_commands_do_not_count() -> None:
+    steps = OpenSteps()
+    cached = named("[2/3] RUN apt-get update", 2, 2)
+    cached.cached = True
+    steps.take(ProgressBatch(vertices=[cached, named("[3/3] COPY . .", 2)]))
+    assert steps.repeatable
+
+
 def test_step_of_a_second_attempt_takes_the_place_of_the_first() -> None:
     steps, view = OpenSteps(), BuildView(0.0)
     first = ProgressBatch(vertices=[vertex("a", 10)])
