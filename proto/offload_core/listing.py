@@ -145,6 +145,9 @@ def decode_page(data: bytes) -> Page:
     """
     try:
         message = ListingPage.FromString(data)
+        if message.paths.count(b"\0") >= MAX_PAGE_ENTRIES or not _fits(message):
+            # Before lists are made of it: a page may claim millions of entries.
+            raise _malformed()
         paths = message.paths.decode().split("\0")
     except (DecodeError, UnicodeDecodeError) as error:
         raise _malformed() from error
@@ -160,14 +163,18 @@ def decode_page(data: bytes) -> Page:
     )
     numbers = (*page.links, *page.xattrs, *page.devices)
     if (
-        count > MAX_PAGE_ENTRIES
-        or len(page.modes) != count
+        len(page.modes) != count
         or len(page.sizes_bytes) != count
         or (numbers and max(numbers) >= count)
         or sum(map(page.has_content, range(count))) * SHA256_BYTES != len(page.digests)
     ):
         raise _malformed()
     return page
+
+
+def _fits(message: ListingPage) -> bool:
+    columns = (message.modes, message.sizes_bytes, message.links, message.devices)
+    return max(map(len, columns)) <= MAX_PAGE_ENTRIES
 
 
 def _attributes(message: ListingPage) -> Mapping[int, Mapping[str, bytes]]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.fixtures.helper import HelperUser
 from tests.fixtures.pool import wait_for_text
 from tests.fixtures.relayedpool import RelayedPool
 from tests.fixtures.trees import (
@@ -86,6 +87,23 @@ def test_cut_uploads_go_on_where_they_were(
         assert (tmp_path / "out.tar").read_bytes() == (tmp_path / "calm.tar").read_bytes()
 
 
+def test_cut_upload_goes_on_in_the_resident_helper(
+    relayed: RelayedPool, member: Member, tmp_path: Path
+) -> None:
+    small = write_files(tmp_path / "s", {"data": "helped", "Dockerfile": DATA_DOCKERFILE})
+    context = data_tree(tmp_path / "c", "helped")
+    with HelperUser(member) as user:
+        assert member.build(small).returncode == 0
+        user.wait()
+        relayed.relay.reset()
+        relayed.relay.cut_after(9_000_000)
+        result = user.build("-o", f"type=tar,dest={tmp_path}/out.tar", context)
+        assert result.returncode == 0, result.stderr
+        assert relayed.relay.cuts == 1
+        assert relayed.relay.up_bytes <= DATA_TREE_BYTES + LOST_BYTES
+        assert of_tar(tmp_path / "out.tar") == of_directory(context / "data")
+
+
 def test_node_that_cannot_be_reached_any_more_is_one_sentence(
     relayed: RelayedPool, member: Member, tmp_path: Path
 ) -> None:
@@ -105,6 +123,31 @@ def test_node_that_cannot_be_reached_any_more_is_one_sentence(
     assert building.returncode == 7, errors
     assert "Traceback" not in errors
     assert len(re.findall(r"^ERROR: ", errors, re.MULTILINE)) == 1, errors
+
+
+def test_connection_lost_while_results_are_fetched_leaves_no_half_result(
+    relayed: RelayedPool, member: Member, tmp_path: Path
+) -> None:
+    context = data_tree(tmp_path / "c", "fetched")
+    target = tmp_path / "out.tar"
+    target.write_text("of an earlier build")
+    building = member.start("-o", f"type=tar,dest={target}", context)
+    while relayed.relay.down_bytes < 4_000_000:
+        assert building.poll() is None, building.communicate()
+    relayed.relay.cut()
+    _, errors = building.communicate(timeout=60)
+    if building.returncode == 0:
+        assert of_tar(target) == of_directory(context / "data")
+    else:
+        assert building.returncode == 7, errors
+        assert len(re.findall(r"^ERROR: ", errors, re.MULTILINE)) == 1, errors
+        assert target.read_text() == "of an earlier build"
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "out.tar"]
+    relayed.relay.reset()
+    result = member.build("-o", f"type=tar,dest={target}", context)
+    assert result.returncode == 0, result.stderr
+    assert of_tar(target) == of_directory(context / "data")
+    assert relayed.relay.up_bytes < 1_000_000
 
 
 def grow(path: Path) -> None:

@@ -35,12 +35,12 @@ def client(relayed: RelayedPool) -> HostileClient:
     return HostileClient(relayed.address, relayed.admin_token)
 
 
-@pytest.fixture(autouse=True)
-def honest_build(relayed: RelayedPool, tmp_path: Path) -> Iterator[None]:
-    """Whatever a test did: the next build of somebody else works."""
+@pytest.fixture(scope="module", autouse=True)
+def honest_build(relayed: RelayedPool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Whatever these tests did: afterwards a build of somebody else works."""
     yield
     context = write_files(
-        tmp_path / "honest", {"Dockerfile": "FROM scratch\nCOPY . /\n", "file": str(tmp_path)}
+        tmp_path_factory.mktemp("honest"), {"Dockerfile": "FROM scratch\nCOPY . /\n", "file": "x"}
     )
     result = relayed.member().build(context)
     assert result.returncode == 0, (result.stderr, relayed.tails())
@@ -152,9 +152,13 @@ async def test_bytes_that_are_no_page_are_refused(relayed: RelayedPool) -> None:
 async def test_endless_listing_is_refused(relayed: RelayedPool) -> None:
     async with client(relayed) as hostile:
         request_id = await hostile.announce(last=False)
-        for number in range(30):
+        ending = asyncio.create_task(hostile.refused())
+        for number in range(100):
+            if ending.done():
+                break
             await hostile.name_pages(request_id, noise(number, 32 * 4_000), last=False)
-        failure = (await hostile.refused()).failure
+            await asyncio.sleep(0.01)
+        failure = (await ending).failure
         assert "too large" in failure.message
         assert "2000000" in failure.message
 

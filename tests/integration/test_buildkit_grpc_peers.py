@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import os
+import random
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -205,6 +206,64 @@ async def test_grpcio_understands_our_status(theirs):
     trailers = {m.key: m.value for m in caught.value.trailing_metadata()}
     value = trailers["grpc-status-details-bin"]
     assert value in {b"\x08\x05", base64.b64encode(b"\x08\x05")}
+
+
+async def test_many_calls_at_once_with_some_cancelled_do_not_mix(client):
+    """Calls of random sizes and lengths on one connection, against grpcio as the server."""
+    chosen = random.Random(11)
+
+    async def one(number: int) -> int:
+        messages = [
+            number.to_bytes(4) + chosen.randbytes(chosen.choice((0, 10, 20_000, 300_000)))
+            for _ in range(chosen.randrange(1, 12))
+        ]
+        leave_after = chosen.choice((None, None, 1))
+        got: list[bytes] = []
+        async with await client.call("/t/Echo") as call:
+
+            async def send() -> None:
+                for message in messages:
+                    await call.send([message[:3], message[3:]], len(message))
+                call.end()
+
+            sending = asyncio.ensure_future(send())
+            try:
+                while some := await call.receive():
+                    got += some
+                    if leave_after is not None and len(got) >= leave_after:
+                        break
+            finally:
+                sending.cancel()
+                await asyncio.wait((sending,))
+        assert got == messages[: len(got)]
+        assert leave_after is not None or len(got) == len(messages)
+        return len(got)
+
+    async with asyncio.timeout(60):
+        # grpcio's server has four threads: more calls wait for their turn.
+        counts = await asyncio.gather(*(one(number) for number in range(40)))
+    assert min(counts) > 0
+
+
+async def test_many_calls_of_grpcio_at_once_with_some_cancelled_do_not_mix(theirs):
+    chosen = random.Random(12)
+
+    def one(number: int) -> None:
+        messages = [
+            number.to_bytes(4) + chosen.randbytes(chosen.choice((0, 10, 20_000, 300_000)))
+            for _ in range(chosen.randrange(1, 12))
+        ]
+        call = theirs.stream_stream("/t/Echo")(iter(messages), timeout=60)
+        if number % 3 == 0:
+            assert next(call) == messages[0]
+            call.cancel()
+        else:
+            assert list(call) == messages
+
+    with ThreadPoolExecutor(8) as pool:
+        await asyncio.gather(
+            *(asyncio.get_running_loop().run_in_executor(pool, one, number) for number in range(40))
+        )
 
 
 async def test_a_method_that_is_not_offered_is_unimplemented(theirs):

@@ -12,8 +12,9 @@ import pytest
 
 from offload_builder.node.contextstore import ContextStore
 from offload_builder.node.journal import Journal
-from offload_builder.node.stickytimes import ListingKey, StickyTimes
+from offload_builder.node.stickytimes import StickyTimes
 from offload_builder.node.telling import NewPage, Telling, told_entries
+from offload_builder.node.toldtables import ListingKey
 from offload_core.errors import QuotaExceededError
 from offload_proto.v1.events_pb2 import ProgressBatch, VertexLog
 from tests.fixtures.contentclients import Project

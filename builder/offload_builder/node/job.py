@@ -120,6 +120,7 @@ class BuildJob:
         self.publishing = asyncio.Event()
         self.publishing.set()
         self._shared_key = ""
+        self._entry_key = ""
         self.open_uploads = 0
         """Upload streams of the client, bounded by the service."""
 
@@ -198,14 +199,13 @@ class BuildJob:
     async def _prepare(self) -> None:
         spec, ticket = self._start.spec, self._ticket
         native = self._runtime.native_platform
-        key = cache_entry_key(spec, native)
-        scopes = tuple(ticket.read_scopes)
+        self._entry_key = cache_entry_key(spec, native)
         self._capability = self._registry.grant(
             Grant(
                 cache=self._runtime.cache,
-                read_scopes=scopes,
+                read_scopes=tuple(ticket.read_scopes),
                 write_scope=ticket.write_scope or None,
-                entry_key=key,
+                entry_key=self._entry_key,
                 build_id=ticket.build_id,
                 member=ticket.member,
                 may_import=not spec.no_cache,
@@ -213,14 +213,14 @@ class BuildJob:
         )
         self._stack.push_async_callback(self._registry.revoke, self._capability)
         self._rewrite = NameRewriter(self._registry_address, self._capability)
-        offering = asyncio.ensure_future(self._offer(scopes, key))
+        offering = asyncio.ensure_future(self._offer())
         try:
             self._client = await self._stack.enter_async_context(self._runtime.use())
             offer = await offering
         finally:
             offering.cancel()
         self._imports = offer is not None and not spec.no_cache
-        self._has_entry = offer is not None and offer.entry.key == key
+        self._has_entry = offer is not None and offer.entry.key == self._entry_key
         base = shared_key_base(ticket.project_id, spec, native)
         self._stack.push_async_callback(self.release_key)
         self._shared_key = await self._key.enter_async_context(self._runtime.shared_key(base))
@@ -229,10 +229,11 @@ class BuildJob:
                 f"the shared cache is not reachable ({problem}); the build goes on without it"
             )
 
-    async def _offer(self, scopes: tuple[str, ...], key: str) -> Offer | None:
+    async def _offer(self) -> Offer | None:
         """Return what can be imported; whatever goes wrong with the cache is a miss."""
+        scopes = tuple(self._ticket.read_scopes)
         try:
-            return await self._runtime.cache.offers.offer(scopes, key)
+            return await self._runtime.cache.offers.offer(scopes, self._entry_key)
         except Exception as error:
             log.error("cache.offer.failed", build_id=self.build_id, exc_info=error)
             return None
@@ -246,7 +247,7 @@ class BuildJob:
         while True:
             last = number + 1 == len(attempts)
             self._steps.begin_attempt()
-            self._repeats.begin_attempt(last=last)
+            self._repeats.begin_attempt(last=last, cache_import=reference if number else "")
             outcome = await self._solve(plan, attempts[number])
             if isinstance(outcome, SolveResult) or not outcome.is_cache_fault:
                 return outcome
@@ -261,7 +262,9 @@ class BuildJob:
                 await self.link.notice(
                     "cached content could not be read; its steps are built again"
                 )
-            number = len(attempts) - 1 if kept else number + 1
+            # When nothing whole is left to import, BuildKit would only complain about that.
+            useless = kept or await self._offer() is None
+            number = len(attempts) - 1 if useless else number + 1
 
     async def _solve(
         self, plan: list[Attributed], imports: list[Attributed]

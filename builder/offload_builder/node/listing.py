@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from offload_builder.buildkit.statframes import ToldEntry
     from offload_builder.node.listingfeed import ArrivedPage, ListingFeed
     from offload_builder.node.pagestore import PageStore
-    from offload_builder.node.stickytimes import ListingKey, StickyTimes, ToldPage
+    from offload_builder.node.stickytimes import StickyTimes
     from offload_builder.node.telling import Telling
+    from offload_builder.node.toldtables import ListingKey, ToldPage
     from offload_proto.v1.builds_service_pb2 import BuildStats
 
 log = structlog.get_logger(__name__)

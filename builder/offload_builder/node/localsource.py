@@ -16,8 +16,8 @@ from offload_builder.node.contexttree import ContextTree
 from offload_builder.node.entries import check_path
 from offload_builder.node.listing import Listing
 from offload_builder.node.pagestore import PageStore
-from offload_builder.node.stickytimes import ListingKey
 from offload_builder.node.telling import Telling
+from offload_builder.node.toldtables import ListingKey
 from offload_core.listing import Page
 
 if TYPE_CHECKING:

@@ -73,8 +73,7 @@ class PageStore:
         self._leased |= new
 
     def _put_sync(self, pages: Sequence[tuple[bytes, bytes]]) -> None:
-        for digest, data in pages:
-            self._store.put_sync(digest, data)
+        self._store.put_many_sync(pages)
 
     def _read_sync(self, digests: Sequence[bytes]) -> dict[bytes, bytes]:
         found: dict[bytes, bytes] = {}

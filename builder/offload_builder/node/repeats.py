@@ -28,13 +28,21 @@ class RepeatFilter:
         self._held: dict[str, Vertex] = {}
         self._last = True
         self._fault = False
+        self._failing_import = ""
 
-    def begin_attempt(self, *, last: bool) -> None:
-        """Hear that BuildKit begins; the `last` attempt is the one whose faults are final."""
+    def begin_attempt(self, *, last: bool, cache_import: str = "") -> None:
+        """Hear that BuildKit begins.
+
+        Args:
+            last: the faults of this attempt are final.
+            cache_import: the reference of the cache that an earlier attempt could not read. What
+                is left of it may be nothing by now, and BuildKit would call that an error.
+        """
         self._told |= self._ended
         self._ended.clear()
         self._held.clear()
         self._last = last
+        self._failing_import = f"importing cache manifest from {cache_import}"
         self._fault = False
 
     def apply(self, batch: ProgressBatch) -> None:
@@ -56,6 +64,8 @@ class RepeatFilter:
 
     def _shown(self, vertices: Iterable[Vertex]) -> Iterable[Vertex]:
         for vertex in vertices:
+            if vertex.name == self._failing_import:
+                vertex.error = ""
             if vertex.error and not self._last and self._is_repairable(vertex.error):
                 # To the user it still runs: the next attempt ends it.
                 vertex.error = ""

@@ -21,13 +21,14 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
 
+from offload_builder.node import toldtables as tables
 from offload_builder.node.faults import storage_error
+from offload_builder.node.toldtables import FormerListing, ListingKey, Removed, ToldPage
 from offload_core.errors import NodeLostError
-from offload_core.listing import SHA256_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -37,101 +38,8 @@ T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
-CONTENT_BYTES = 16
-"""Of the name of a content; SHA-256 cut short."""
-MAX_REMOVED = 200_000
-"""Paths of former listings that are remembered for one listing; then its generation ends."""
-MAX_KEYS = 256
-"""Shared keys that are remembered; the one that was not used for longest goes first."""
-MAX_IDLE_SECONDS = 30 * 86_400
-_USED_SECONDS = 3600
-"""How stale the mark of the last use may be."""
-_SCHEMA_VERSION = 2
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _VARIABLES = 500
-_OLD_TABLES = "DROP TABLE IF EXISTS sent; DROP TABLE IF EXISTS generation;"
-_SCHEMA = f"""
-CREATE TABLE IF NOT EXISTS generation (
-  shared_key TEXT PRIMARY KEY, value TEXT NOT NULL, used_at INTEGER NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS listing (
-  id INTEGER PRIMARY KEY, shared_key TEXT NOT NULL, name TEXT NOT NULL,
-  changing INTEGER NOT NULL, removed INTEGER NOT NULL DEFAULT 0,
-  pages BLOB NOT NULL DEFAULT x'', UNIQUE (shared_key, name)
-);
-CREATE TABLE IF NOT EXISTS page (
-  listing INTEGER NOT NULL, digest BLOB NOT NULL, first TEXT NOT NULL, last TEXT NOT NULL,
-  directory INTEGER NOT NULL, entries INTEGER NOT NULL, files INTEGER NOT NULL,
-  bytes INTEGER NOT NULL, linked INTEGER NOT NULL, frames BLOB NOT NULL, contents BLOB NOT NULL,
-  UNIQUE (listing, digest)
-);
-CREATE TABLE IF NOT EXISTS removed (
-  listing INTEGER NOT NULL, path BLOB NOT NULL, content BLOB NOT NULL, mtime_ns INTEGER NOT NULL,
-  PRIMARY KEY (listing, path)
-) WITHOUT ROWID;
-PRAGMA user_version = {_SCHEMA_VERSION};
-"""
-
-
-class ListingKey(NamedTuple):
-    """One local source under one shared key.
-
-    Attributes:
-        shared_key: with its generation, as BuildKit is told of it.
-        name: of the local source.
-    """
-
-    shared_key: str
-    name: str
-
-
-class ToldPage(NamedTuple):
-    """A page of a listing as BuildKit was told of it.
-
-    Attributes:
-        digest: SHA-256 of the page.
-        first: path of the first entry.
-        last: path of the last entry.
-        directory: the last entry is a directory.
-        entries: number of entries.
-        files: entries with content.
-        size_bytes: of these.
-        linked: has hard links, so its times depend on other pages.
-        frames: STAT packets, compressed; see `buildkit.statframes`.
-        contents: `CONTENT_BYTES` for each entry; empty when they were not loaded.
-    """
-
-    digest: bytes
-    first: str
-    last: str
-    directory: bool
-    entries: int
-    files: int
-    size_bytes: int
-    linked: bool
-    frames: bytes
-    contents: bytes
-
-
-class Removed(NamedTuple):
-    """What a path was when BuildKit was last told of it; content is empty where that is open."""
-
-    content: bytes
-    modified_at_ns: int
-
-
-class FormerListing(NamedTuple):
-    """What BuildKit was told last; without `ToldPage.contents`.
-
-    Attributes:
-        id: for the other calls; 0 when there is none.
-        pages: in order.
-        removed: number of paths that were listed once and are not any more.
-    """
-
-    id: int
-    pages: list[ToldPage]
-    removed: int
 
 
 class StickyTimes:
@@ -168,10 +76,10 @@ class StickyTimes:
             database.execute("PRAGMA journal_mode=WAL")
             database.execute("PRAGMA synchronous=NORMAL")
             (version,) = database.execute("PRAGMA user_version").fetchone()
-            if version != _SCHEMA_VERSION:
-                database.executescript(_OLD_TABLES)
-            database.executescript(_SCHEMA)
-            _prune(database)
+            if version != tables.SCHEMA_VERSION:
+                database.executescript(tables.OLD_TABLES)
+            database.executescript(tables.SCHEMA)
+            tables.prune(database)
         except BaseException:
             database.close()
             raise
@@ -214,17 +122,19 @@ class StickyTimes:
         """
         with self._guarded() as database:
             row = database.execute(
-                "SELECT value, used_at FROM generation WHERE shared_key = ?", (shared_key,)
+                "SELECT value FROM generation WHERE shared_key = ?", (shared_key,)
             ).fetchone()
-            now = int(time.time())
-            if row is not None and _is_broken(database, f"{shared_key}-{row[0]}"):
+            if row is not None and tables.is_broken(database, f"{shared_key}-{row[0]}"):
                 # The node died while BuildKit was being told something new.
-                _retire(database, f"{shared_key}-{row[0]}")
+                tables.retire(database, f"{shared_key}-{row[0]}")
                 row = None
             if row is None:
-                row = (secrets.token_hex(6), now)
-                database.execute("INSERT INTO generation VALUES (?, ?, ?)", (shared_key, *row))
-                for dropped in _prune(database):
+                row = (secrets.token_hex(6),)
+                database.execute(
+                    "INSERT INTO generation VALUES (?, ?, ?)",
+                    (shared_key, *row, int(time.time())),
+                )
+                for dropped in tables.prune(database):
                     self._generations.pop(dropped, None)
         self._generations[shared_key] = row[0]
         return str(row[0])
@@ -238,7 +148,7 @@ class StickyTimes:
         """
         self._forget(shared_key)
         with self._guarded() as database:
-            _retire(database, shared_key)
+            tables.retire(database, shared_key)
 
     def _forget(self, shared_key: str) -> None:
         self._generations.pop(shared_key.rpartition("-")[0], None)
@@ -252,29 +162,18 @@ class StickyTimes:
             NodeLostError: the table cannot be used.
         """
         with self._guarded() as database:
-            _note_use(database, key.shared_key)
+            tables.note_use(database, key.shared_key)
             row = database.execute(
                 "SELECT id, pages, removed FROM listing WHERE shared_key = ? AND name = ?", key
             ).fetchone()
             if row is None:
                 return FormerListing(0, [], 0)
             number, names, removed = row
-            found = database.execute(
-                "SELECT digest, first, last, directory, entries, files, bytes, linked, frames "
-                "FROM page WHERE listing = ?",
-                (number,),
-            )
-            pages = {
-                digest: ToldPage(
-                    digest, first, last, bool(directory), entries, files, size, bool(linked),
-                    frames, b"",
-                )
-                for digest, first, last, directory, entries, files, size, linked, frames in found
-            }  # fmt: skip
-            order = [names[at : at + SHA256_BYTES] for at in range(0, len(names), SHA256_BYTES)]
+            pages = tables.load_pages(database, number)
+            order = tables.page_names(names)
             if set(order) != set(pages):
                 self._forget(key.shared_key)
-                _retire(database, key.shared_key)
+                tables.retire(database, key.shared_key)
                 raise NodeLostError("the table of the times of the build's files was damaged")
             return FormerListing(number, [pages[digest] for digest in order], removed)
 
@@ -310,7 +209,7 @@ class StickyTimes:
         """
         self._forget(key.shared_key)
         with self._guarded() as database:
-            _note_change(database, key, 1)
+            tables.note_change(database, key, 1)
 
     def commit(
         self,
@@ -336,8 +235,7 @@ class StickyTimes:
         with self._guarded() as database:
             database.execute("BEGIN IMMEDIATE")
             # Once more: the key may have been dropped meanwhile, as one of too many.
-            number = _note_change(database, key, 0)
-            self._replace_pages(database, number, pages, changed)
+            number = tables.note_change(database, key, 0)
             database.executemany(
                 "DELETE FROM removed WHERE listing = ? AND path = ?",
                 [(number, path) for path in back],
@@ -348,30 +246,8 @@ class StickyTimes:
                 "ELSE x'' END, mtime_ns = max(mtime_ns, excluded.mtime_ns)",
                 [(number, path, *what) for path, what in removed.items()],
             )
-            database.execute(
-                "UPDATE listing SET pages = ?1, removed = "
-                "(SELECT count(*) FROM removed WHERE listing = ?2) WHERE id = ?2",
-                (b"".join(page.digest for page in pages), number),
-            )
+            tables.replace_pages(database, number, pages, changed)
             database.execute("COMMIT")
-
-    @staticmethod
-    def _replace_pages(
-        database: sqlite3.Connection,
-        number: int,
-        pages: Sequence[ToldPage],
-        changed: Iterable[ToldPage],
-    ) -> None:
-        kept = {page.digest for page in pages}
-        old = database.execute("SELECT digest FROM page WHERE listing = ?", (number,))
-        database.executemany(
-            "DELETE FROM page WHERE listing = ? AND digest = ?",
-            [(number, digest) for (digest,) in old.fetchall() if digest not in kept],
-        )
-        database.executemany(
-            "INSERT OR REPLACE INTO page VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            [(number, *page) for page in changed],
-        )
 
     def settle(self, key: ListingKey) -> None:
         """Note that BuildKit has taken what it was told.
@@ -384,7 +260,7 @@ class StickyTimes:
             database.execute(
                 "UPDATE listing SET changing = changing - 1 WHERE shared_key = ? AND name = ? "
                 "AND changing > 0 AND removed <= ?",
-                (*key, MAX_REMOVED),
+                (*key, tables.MAX_REMOVED),
             )
 
     # Faults.
@@ -408,67 +284,6 @@ class StickyTimes:
                 self._db = self._open_anew(error)
         except (OSError, sqlite3.Error) as worse:
             log.error("times.repair.failed", path=str(self._path), error=str(worse))
-
-
-def _note_use(database: sqlite3.Connection, shared_key: str) -> None:
-    base, _, value = shared_key.rpartition("-")
-    now = int(time.time())
-    database.execute(
-        "UPDATE generation SET used_at = ? WHERE shared_key = ? AND value = ? AND used_at < ?",
-        (now, base, value, now - _USED_SECONDS),
-    )
-
-
-def _note_change(database: sqlite3.Connection, key: ListingKey, more: int) -> int:
-    row = database.execute(
-        "INSERT INTO listing (shared_key, name, changing) VALUES (?, ?, 1) "
-        "ON CONFLICT DO UPDATE SET changing = changing + ? RETURNING id",
-        (*key, more),
-    ).fetchone()
-    return int(row[0])
-
-
-def _is_broken(database: sqlite3.Connection, shared_key: str) -> bool:
-    row = database.execute(
-        "SELECT 1 FROM listing WHERE shared_key = ? AND changing", (shared_key,)
-    ).fetchone()
-    return row is not None
-
-
-def _retire(database: sqlite3.Connection, shared_key: str) -> None:
-    base, _, value = shared_key.rpartition("-")
-    database.execute("BEGIN IMMEDIATE")
-    database.execute("DELETE FROM generation WHERE shared_key = ? AND value = ?", (base, value))
-    _drop_listings(database, "shared_key = ?", shared_key)
-    database.execute("COMMIT")
-
-
-def _drop_listings(database: sqlite3.Connection, where: str, *values: object) -> None:
-    rows = database.execute(f"SELECT id FROM listing WHERE {where}", values)  # noqa: S608 - constant
-    for (number,) in rows.fetchall():
-        database.execute("DELETE FROM page WHERE listing = ?", (number,))
-        database.execute("DELETE FROM removed WHERE listing = ?", (number,))
-        database.execute("DELETE FROM listing WHERE id = ?", (number,))
-
-
-def _prune(database: sqlite3.Connection) -> list[str]:
-    """Forget keys that nobody uses any more, and what belongs to no key.
-
-    Returns:
-        The keys that are forgotten.
-    """
-    database.execute("BEGIN IMMEDIATE")
-    rows = database.execute(
-        "DELETE FROM generation WHERE used_at < ?1 OR shared_key IN "
-        "(SELECT shared_key FROM generation ORDER BY used_at DESC LIMIT -1 OFFSET ?2) "
-        "RETURNING shared_key",
-        (int(time.time()) - MAX_IDLE_SECONDS, MAX_KEYS),
-    ).fetchall()
-    _drop_listings(
-        database, "shared_key NOT IN (SELECT shared_key || '-' || value FROM generation)"
-    )
-    database.execute("COMMIT")
-    return [key for (key,) in rows]
 
 
 def _is_damage(error: sqlite3.DatabaseError) -> bool:

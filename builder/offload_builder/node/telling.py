@@ -28,7 +28,7 @@ from offload_builder.node.entries import (
     tree_key,
 )
 from offload_builder.node.listingfeed import MAX_ENTRIES, too_large
-from offload_builder.node.stickytimes import CONTENT_BYTES, FormerListing, Removed, ToldPage
+from offload_builder.node.toldtables import CONTENT_BYTES, FormerListing, Removed, ToldPage
 from offload_core.errors import UsageError
 from offload_core.filemode import is_regular
 from offload_core.listing import SHA256_BYTES
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from offload_builder.buildkit.statframes import ToldEntry
-    from offload_builder.node.stickytimes import ListingKey, StickyTimes
+    from offload_builder.node.stickytimes import StickyTimes
+    from offload_builder.node.toldtables import ListingKey
     from offload_core.listing import Page
 
 _NO_CONTENT = bytes(CONTENT_BYTES)

@@ -6,9 +6,10 @@ import sqlite3
 
 import pytest
 
-from offload_builder.node import stickytimes
-from offload_builder.node.stickytimes import ListingKey, StickyTimes
+from offload_builder.node import stickytimes, toldtables
+from offload_builder.node.stickytimes import StickyTimes
 from offload_builder.node.telling import NewPage, Telling, told_entries
+from offload_builder.node.toldtables import ListingKey
 from offload_core.errors import NodeLostError
 from tests.fixtures.listings import Tree, encoded, file, symlink
 
@@ -135,7 +136,7 @@ def test_a_retired_key_is_forgotten_and_a_late_listing_under_it_does_no_harm(tim
 
 
 def test_too_many_removed_paths_end_the_generation(times, monkeypatch):
-    monkeypatch.setattr(stickytimes, "MAX_REMOVED", 3)
+    monkeypatch.setattr(toldtables, "MAX_REMOVED", 3)
     generation = times.generation("k")
     key = f"k-{generation}"
     tell(times, {f"f{number}": file(b"x") for number in range(5)}, key)
@@ -146,7 +147,7 @@ def test_too_many_removed_paths_end_the_generation(times, monkeypatch):
 
 
 def test_unused_and_too_many_keys_are_forgotten(tmp_path, monkeypatch):
-    monkeypatch.setattr(stickytimes, "MAX_KEYS", 3)
+    monkeypatch.setattr(toldtables, "MAX_KEYS", 3)
     now = [1_000_000_000.0]
     monkeypatch.setattr(stickytimes.time, "time", lambda: now[0])
     times = StickyTimes(tmp_path / "times.db")

@@ -16,8 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload_builder.node.stickytimes import ListingKey, StickyTimes, ToldPage
+from offload_builder.node.stickytimes import StickyTimes
 from offload_builder.node.telling import NewPage, Telling, told_entries
+from offload_builder.node.toldtables import ListingKey, ToldPage
 from offload_core.errors import UsageError
 from offload_core.filemode import MODE_DIR, MODE_SYMLINK, is_regular
 from tests.fixtures.listings import (
