@@ -58,6 +58,8 @@ def stat_frames(page: Page, times_ns: Sequence[int]) -> bytes:
             if mode & MODE_SYMLINK:
                 # What lstat says of a link; with another size the daemon would make it anew.
                 stat.size = len(links[number].encode())
+            elif is_regular(mode):
+                stat.size = size
         elif size and is_regular(mode):
             stat.size = size
         if number in xattrs:

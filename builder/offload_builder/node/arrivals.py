@@ -49,6 +49,10 @@ class Arrivals:
         self._waiting.setdefault(digest, []).append(build)
         return False
 
+    def brings(self, build: Recipient, digest: bytes) -> bool:
+        """Return whether a build is the one that brings a blob."""
+        return self._bringing.get(digest) is build
+
     def arrived(self, digests: Iterable[bytes], *, verified: bool) -> None:
         """Tell every build that claims one of these blobs that it is stored.
 
@@ -65,6 +69,21 @@ class Arrivals:
                     told.setdefault(build, []).append(digest)
         for build, found in told.items():
             build.arrived(found, verified=verified)
+
+    def take(self, build: Recipient, digests: Iterable[bytes]) -> list[bytes]:
+        """Let a build bring blobs for which it has waited too long; who was to bring them waits.
+
+        Returns:
+            Those that it must bring now.
+        """
+        taken = []
+        for digest in digests:
+            waiting = self._waiting.get(digest, [])
+            if build in waiting:
+                waiting[waiting.index(build)] = self._bringing[digest]
+                self._bringing[digest] = build
+                taken.append(digest)
+        return taken
 
     def give_up(self, build: Recipient, digests: Iterable[bytes]) -> None:
         """End the claims of a build; what it was to bring, the next one that waits brings."""

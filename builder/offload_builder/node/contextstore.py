@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import structlog
 
-from offload_builder.node.faults import storage_error
+from offload_builder.node.faults import is_full, storage_error
 from offload_builder.node.smallblobs import SMALL_BYTES, TOUCH_SECONDS, SmallBlobs
 from offload_core.errors import ContextChangedError, UsageError
 
@@ -177,15 +177,32 @@ class ContextStore:
             NodeLostError: it cannot be written.
         """
         try:
-            small = [item for item in blobs if len(item[1]) <= SMALL_BYTES]
-            if small:
-                self._added_bytes += self._small.put(small)
-            if len(small) < len(blobs):
-                for digest, data in blobs:
-                    if len(data) > SMALL_BYTES:
-                        self._put_file(digest, data)
+            try:
+                self._put_many(blobs)
+            except (OSError, sqlite3.Error) as error:
+                # What no build needs now can be sent again; a build that fails cannot be undone.
+                if not is_full(error) or not self._make_room():
+                    raise
+                self._put_many(blobs)
         except (OSError, sqlite3.Error) as error:
             raise storage_error("store the build context", error) from error
+
+    def _put_many(self, blobs: Sequence[tuple[bytes, memoryview | bytes]]) -> None:
+        small = [item for item in blobs if len(item[1]) <= SMALL_BYTES]
+        if small:
+            self._added_bytes += self._small.put(small)
+        if len(small) < len(blobs):
+            for digest, data in blobs:
+                if len(data) > SMALL_BYTES:
+                    self._put_file(digest, data)
+
+    def _make_room(self) -> bool:
+        """Delete half of what is stored, the oldest first; return whether that freed anything."""
+        with contextlib.suppress(OSError, sqlite3.Error):
+            freed = self.trim_sync(share=0.5)
+            log.warning("context.trimmed", reason="the disk is full", freed_bytes=freed)
+            return freed > 0
+        return False
 
     def _put_file(self, digest: bytes, data: memoryview | bytes) -> None:
         path = self.path(digest)
@@ -318,8 +335,11 @@ class ContextStore:
             if entry.name.startswith("new-"):
                 os.unlink(entry.path)  # noqa: PTH108 - hot
 
-    def trim_sync(self) -> int:
+    def trim_sync(self, *, share: float = 1.0) -> int:
         """Delete the blobs that were not used for longest until the bound holds.
+
+        Args:
+            share: of what is stored, to keep at most.
 
         Returns:
             Bytes that were freed.
@@ -335,10 +355,11 @@ class ContextStore:
                     status = entry.stat()
                     found.append((status.st_mtime, status.st_size, digest))
         total = sum(size for _, size, _ in found)
+        keep_bytes = min(self._keep_bytes, int(share * total))
         leased = self._small.segments_of(list(self._leased))
         freed = 0
         for _, size, name in sorted(found, key=lambda item: item[0]):
-            if total - freed <= self._keep_bytes:
+            if total - freed <= keep_bytes:
                 break
             if isinstance(name, int):
                 if name not in leased:

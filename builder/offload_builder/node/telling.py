@@ -181,8 +181,10 @@ class Telling:
         links = [number for number in sorted(page.links) if is_regular(page.modes[number])]
         if self._former.pages or self._former.removed:
             times = self._stick(page, times, contents, links)
+        page_sizes = list(page.sizes_bytes)
         for number in links:
-            times[number] = self._time_of_target(page, number, times)
+            times[number], page_sizes[number] = self._target(page, number, times)
+        page.sizes_bytes = page_sizes
         sizes = [size for number, size in enumerate(page.sizes_bytes) if page.has_content(number)]
         told = ToldPage(
             digest=new.digest,
@@ -295,15 +297,20 @@ class Telling:
 
     # Hard links.
 
-    def _time_of_target(self, page: Page, number: int, times: Sequence[int]) -> int:
+    def _target(self, page: Page, number: int, times: Sequence[int]) -> tuple[int, int]:
+        """Return time and size of the file that a hard link leads to.
+
+        BuildKit compares both with those of the link, which on its disk is the same file; where
+        they differ it makes the link anew, over itself, and leaves a temporary name behind.
+        """
         target = page.links[number]
         place = _place(page, target)
         if place is None:
             told = self._told(target)
             if told is not None and is_regular(told.mode) and not told.link:
-                return told.modified_at_ns
+                return told.modified_at_ns, told.size_bytes
         elif place < number and is_regular(page.modes[place]) and place not in page.links:
-            return times[place]
+            return times[place], page.sizes_bytes[place]
         raise UsageError(
             f"the client listed {page.paths[number][:200]!r} of the build context as a hard link "
             f"to {target[:200]!r}, which is no file listed before it"

@@ -30,6 +30,10 @@ log = structlog.get_logger(__name__)
 MAX_FAILURES = 16
 """A client that cannot deliver more files than that is taken to deliver none."""
 MAX_SENTENCE = 1000
+PATIENCE_SECONDS = 5.0
+"""How long another build may take before what it has not brought is asked of this one's client."""
+LONG_SECONDS = 20.0
+"""Longer than this nobody waits for another build that is slow."""
 _ASKED = 1
 _VERIFIED = 2
 
@@ -66,6 +70,8 @@ class WantedBlobs:
         self._waiting: dict[bytes, asyncio.Future[None]] = {}
         self._fault: OffloadError | None = None
         self._failures = 0
+        self._impatient = False
+        """A task sees to it that other builds bring what they claimed."""
         self._closed = False
         self._tasks = TaskSet(self._task_failed)
 
@@ -101,6 +107,9 @@ class WantedBlobs:
             # Claimed before it is looked for: what another build stores meanwhile is not missed.
             if self._arrivals.claim(self, digest):
                 mine.append(digest)
+        if len(mine) < len(digests) and not self._impatient:
+            self._impatient = True
+            self._tasks.start(self._watch_others(), name="context-patience")
         if mine:
             # In a task, because a claim must be followed up also when the caller is cancelled.
             look = self._tasks.start(
@@ -195,6 +204,26 @@ class WantedBlobs:
         else:
             log.error("context.transfer.failed", task=name, exc_info=error)
             self.fail(InternalError("the node could not get the build context; its log says more"))
+
+    async def _watch_others(self) -> None:
+        """Bring what another build does not: its client may be slow, or silent for ever.
+
+        The others are left what they bring meanwhile, as they go on from the beginning.
+        """
+        try:
+            while waited := [digest for digest in self._pending if self._waits_for_others(digest)]:
+                await asyncio.sleep(PATIENCE_SECONDS)
+                late = [digest for digest in waited if digest in self._pending]
+                brought = len(waited) - len(late)
+                if brought and len(late) / brought * PATIENCE_SECONDS < LONG_SECONDS:
+                    continue
+                taken = self._arrivals.take(self, late[brought:])
+                await self._look(taken, [ANY_SIZE] * len(taken))
+        finally:
+            self._impatient = False
+
+    def _waits_for_others(self, digest: bytes) -> bool:
+        return not self._held[digest] & _ASKED and not self._arrivals.brings(self, digest)
 
     # What Arrivals tells.
 

@@ -246,6 +246,8 @@ async def test_failed_write_leaves_nothing_that_is_trusted(store, monkeypatch):
     assert await missing(store, b"first of all") == [sha(b"first of all")]
     assert list(store._root.glob("small/*.seg")) == []
     await put(store, b"first of all", b"second")
+    # Else they would be given up to make room.
+    store.lease([sha(b"first of all"), sha(b"second")])
     written.clear()
     monkeypatch.setattr(os, "write", short)
     with pytest.raises(QuotaExceededError):
@@ -254,3 +256,21 @@ async def test_failed_write_leaves_nothing_that_is_trusted(store, monkeypatch):
     await put(store, b"third")
     for data in (b"first of all", b"second", b"third"):
         assert read(store, data, verify=True) == data
+
+
+async def test_full_disk_makes_room_of_what_no_build_needs(store, monkeypatch):
+    old, needed = b"o" * 100_000, b"n" * 100_000
+    await put(store, old)
+    await put(store, needed)
+    store.lease([sha(needed)])
+    real = os.write
+
+    def full_while_old_is_there(file: int, data: memoryview) -> int:
+        if Path(store.path(sha(old))).exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(file, data)
+
+    monkeypatch.setattr(os, "write", full_while_old_is_there)
+    await put(store, b"w" * 100_000)
+    monkeypatch.undo()
+    assert await missing(store, old, needed, b"w" * 100_000) == [sha(old)]
