@@ -61,6 +61,14 @@ def _parser(names: list[str]) -> argparse.ArgumentParser:
         metavar="CASE",
         help="only this case, or those that begin with it; repeatable",
     )
+    run.add_argument(
+        "--work",
+        type=Path,
+        default=Path("/tmp"),
+        metavar="DIR",
+        help="everybody's data is below this directory; one in memory (/dev/shm) keeps the noise "
+        "of a shared disk out of the figures; short, because sockets lie below",
+    )
     return parser
 
 
@@ -84,7 +92,7 @@ def _run(benchmark: Benchmark, options: argparse.Namespace) -> int:
         raise BenchmarkError(f"there is no directory {options.json.parent} for the figures")
     before = machine()
     # Short: sockets lie below, and a socket's path may have 107 bytes.
-    with tempfile.TemporaryDirectory(prefix="ob", dir="/tmp") as work:
+    with tempfile.TemporaryDirectory(prefix="ob", dir=options.work) as work:
         session = Session(benchmark, Path(work), cases=options.case, runs=options.runs)
         benchmark.run(session)
         rows = session.rows

@@ -48,6 +48,12 @@ def build(member: Member, *arguments: str | Path) -> dict[str, Any]:
     return stats
 
 
+def buildkit_bytes(log: str) -> float:
+    """Return what BuildKit says that it has got of the context."""
+    found = re.findall(r"^#\d+ transferring context: ([\d.]+)(k?M?B)\b", log, re.MULTILINE)
+    return max(float(number) * {"B": 1, "kB": 1e3, "MB": 1e6}[unit] for number, unit in found)
+
+
 def clone(source: Path, target: Path) -> Path:
     """Copy files as a fresh checkout does: with new times."""
     shutil.copytree(source, target, symlinks=True, copy_function=shutil.copyfile)
@@ -83,6 +89,8 @@ def test_known_tree_from_elsewhere_sends_names_only(
     assert stats["context_wire_bytes"] == 0
     assert stats["steps_cached"] == stats["steps_total"] > 0
     assert sent <= NAMES_BYTES
+    # Nor does the node copy the tree again: BuildKit is told names and asks for nothing.
+    assert buildkit_bytes(result.stderr) < stats["context_bytes"] / 4
     if who == "pipeline":
         assert list(member.home.rglob("*")) == []
 

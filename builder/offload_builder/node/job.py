@@ -30,6 +30,7 @@ from offload_builder.node.solveplan import (
     check_spec,
     exporters,
     frontend_attributes,
+    likeness,
     shared_key_base,
 )
 from offload_builder.node.steps import StepTally
@@ -223,7 +224,10 @@ class BuildJob:
         self._has_entry = offer is not None and offer.entry.key == self._entry_key
         base = shared_key_base(ticket.project_id, spec, native)
         self._stack.push_async_callback(self.release_key)
-        self._shared_key = await self._key.enter_async_context(self._runtime.shared_key(base))
+        alike = likeness(spec, self._start.inline_files, native)
+        self._shared_key = await self._key.enter_async_context(
+            self._runtime.shared_key(base, alike)
+        )
         if problem := self._runtime.cache_problem():
             await self.link.notice(
                 f"the shared cache is not reachable ({problem}); the build goes on without it"

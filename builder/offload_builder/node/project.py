@@ -34,6 +34,7 @@ log = structlog.get_logger(__name__)
 
 REAP_SECONDS = 5.0
 EXPORT_WAIT_SECONDS = 1.0
+MAX_ALIKE = 256
 REGISTRY_KEYS = {"http", "insecure", "mirrors", "ca"}
 
 
@@ -74,6 +75,7 @@ class ProjectRuntime:
         self._users = 0
         self._idle_since = time.monotonic()
         self._keys_in_use: dict[str, asyncio.Event | None] = {}
+        self._alike: dict[str, str] = {}
         self._wipe_due = False
         self._daemon = BuildkitDaemon(
             DaemonSettings(
@@ -158,14 +160,21 @@ class ProjectRuntime:
                 pass
 
     @asynccontextmanager
-    async def shared_key(self, base: str) -> AsyncIterator[str]:
+    async def shared_key(self, base: str, alike: str = "") -> AsyncIterator[str]:
         """Return the key of BuildKit's copy of the local sources, for one build at a time.
 
         Parallel builds of one kind get a slot each, so they do not undo each other's copy.
 
+        Args:
+            base: what the key begins with.
+            alike: builds with this text are taken for one whose directory was renamed: one that
+                has no copy yet goes on with that of another. Empty for none.
+
         Raises:
             QuotaExceededError: the disk is full.
         """
+        if alike:
+            base = await self._renamed(base, alike)
         slot = 0
         while (key := f"{base}-{slot}") in self._keys_in_use:
             exported = self._keys_in_use[key]
@@ -187,6 +196,15 @@ class ProjectRuntime:
             exported = self._keys_in_use.pop(key)
             if exported is not None:
                 exported.set()
+
+    async def _renamed(self, base: str, alike: str) -> str:
+        before = self._alike.pop(alike, base)
+        if before != base and not await self.context_store.run(self.times.knows, f"{base}-0"):
+            base = before
+        self._alike[alike] = base
+        if len(self._alike) > MAX_ALIKE:
+            del self._alike[next(iter(self._alike))]
+        return base
 
     def exporting(self, shared_key: str) -> None:
         """Note that a build has ended and its key is held only until its export has begun."""

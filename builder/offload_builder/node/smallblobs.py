@@ -15,6 +15,7 @@ import contextlib
 import os
 import shutil
 import sqlite3
+import threading
 import time
 from itertools import islice
 from pathlib import Path
@@ -30,6 +31,9 @@ log = structlog.get_logger(__name__)
 SMALL_BYTES = 64 << 10
 """Larger blobs have a file of their own."""
 SEGMENT_BYTES = 32 << 20
+FRESH_BLOBS = 1 << 16
+"""Places of the blobs that came last are known without the table: they are read next."""
+OPEN_SEGMENTS = 8
 TOUCH_SECONDS = 3600.0
 """How stale the mark of a segment's last use may be; a write per use would cost too much."""
 _DIGESTS_PER_QUERY = 500
@@ -58,6 +62,12 @@ class Segment(NamedTuple):
     number: int
 
 
+class _Place(NamedTuple):
+    segment: int
+    start: int
+    size_bytes: int
+
+
 class SmallBlobs:
     """Small blobs below one directory.
 
@@ -73,6 +83,10 @@ class SmallBlobs:
         self._number = 0
         self._size_bytes = 0
         self._damaged: set[bytes] = set()
+        self._fresh: dict[bytes, _Place] = {}
+        # Segments that are open for reading; held while one is read, so that it is not closed.
+        self._files: dict[int, int] = {}
+        self._reads = threading.Lock()
 
     def open(self) -> None:
         """Open the table; one that is damaged is given up with all its blobs."""
@@ -136,6 +150,9 @@ class SmallBlobs:
     def close(self) -> None:
         """Close files and table; safe to call again."""
         self._end_segment()
+        self._fresh.clear()
+        for number in list(self._files):
+            self._close_segment(number)
         for name in ("_reading", "_writing"):
             if (connection := self.__dict__.pop(name, None)) is not None:
                 connection.close()
@@ -184,6 +201,8 @@ class SmallBlobs:
                 added = self._append(new)
         except BaseException:
             # What was written of it belongs to nothing; the next ones go to a new segment.
+            for digest in new:
+                self._fresh.pop(digest, None)
             self._end_segment()
             if began:
                 with contextlib.suppress(FileNotFoundError):
@@ -198,15 +217,19 @@ class SmallBlobs:
         view = memoryview(data)
         while view:
             view = view[os.write(self._file, view) :]
-        rows = []
+        places: dict[bytes, _Place] = {}
         for digest, content in blobs.items():
-            rows.append((digest, self._number, start, len(content)))
+            places[digest] = _Place(self._number, start, len(content))
             start += len(content)
         self._size_bytes = start
+        rows = [(digest, *place) for digest, place in places.items()]
         self._writing.executemany("INSERT OR REPLACE INTO blobs VALUES (?, ?, ?, ?)", rows)
         self._writing.execute(
             "UPDATE segments SET size_bytes = ? WHERE number = ?", (start, self._number)
         )
+        self._fresh.update(places)
+        while len(self._fresh) > FRESH_BLOBS:
+            del self._fresh[next(iter(self._fresh))]
         return len(data)
 
     def _begin_segment(self) -> None:
@@ -225,19 +248,34 @@ class SmallBlobs:
 
     def read(self, digest: bytes) -> bytes | None:
         """Return a blob as it is stored, or None."""
-        row = self._reading.execute(
-            "SELECT segment, start, size_bytes FROM blobs WHERE digest = ?", (digest,)
-        ).fetchone()
-        if row is None or digest in self._damaged:
+        place = self._fresh.get(digest)
+        if place is None:
+            row = self._reading.execute(
+                "SELECT segment, start, size_bytes FROM blobs WHERE digest = ?", (digest,)
+            ).fetchone()
+            place = None if row is None else _Place(*row)
+        if place is None or digest in self._damaged:
             return None
-        try:
-            file = os.open(self._path(row[0]), os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return b""
-        try:
-            return os.pread(file, row[2], row[1])
-        finally:
-            os.close(file)
+        with self._reads:
+            try:
+                file = self._files.get(place.segment)
+                if file is None:
+                    file = self._open_segment(place.segment)
+            except FileNotFoundError:
+                return b""
+            return os.pread(file, place.size_bytes, place.start)
+
+    def _open_segment(self, number: int) -> int:
+        if len(self._files) >= OPEN_SEGMENTS:
+            os.close(self._files.pop(next(iter(self._files))))
+        file = os.open(self._path(number), os.O_RDONLY | os.O_CLOEXEC)
+        self._files[number] = file
+        return file
+
+    def _close_segment(self, number: int) -> None:
+        with self._reads:
+            if (file := self._files.pop(number, -1)) >= 0:
+                os.close(file)
 
     def note_damaged(self, digest: bytes) -> None:
         """Take a blob for missing until it is put again."""
@@ -264,6 +302,10 @@ class SmallBlobs:
         """Remove a segment with its blobs."""
         if number == self._number:
             self._end_segment()
+        self._fresh = {
+            digest: place for digest, place in self._fresh.items() if place.segment != number
+        }
+        self._close_segment(number)
         with self._writing:
             self._writing.execute("DELETE FROM blobs WHERE segment = ?", (number,))
             self._writing.execute("DELETE FROM segments WHERE number = ?", (number,))

@@ -19,7 +19,9 @@ from offload_core.errors import UsageError
 from offload_proto.v1.build_spec_pb2 import BuildSpec, Output
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
+
+    from offload_proto.v1.node_service_pb2 import InlineFile
 
 IMAGE_ATTRIBUTES = {
     # zstd: smaller and 3-4 times faster to make than gzip; a layer keeps its digest for ever.
@@ -146,6 +148,22 @@ def shared_key_base(project_id: str, spec: BuildSpec, native_platform: str) -> s
     and ask for files again and again.
     """
     return f"{project_id}-{cache_entry_key(spec, native_platform)}"
+
+
+def likeness(spec: BuildSpec, inline: Iterable[InlineFile], native_platform: str) -> str:
+    """Return what builds have in common that may be one build in directories of other names.
+
+    Empty when the definition says more than such a name.
+    """
+    if not spec.definition_is_name:
+        return ""
+    dockerfiles = [
+        hashlib.sha256(file.data).hexdigest()
+        for file in inline
+        if file.path == spec.dockerfile_path
+    ]
+    platforms = ",".join(spec.platforms) or native_platform
+    return _digest(spec.dockerfile_path, spec.target, platforms, *dockerfiles)
 
 
 def _digest(*parts: str) -> str:

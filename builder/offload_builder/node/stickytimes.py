@@ -139,6 +139,18 @@ class StickyTimes:
         self._generations[shared_key] = row[0]
         return str(row[0])
 
+    def knows(self, shared_key: str) -> bool:
+        """Return whether a shared key has a generation.
+
+        Raises:
+            NodeLostError: the table cannot be used.
+        """
+        with self._guarded() as database:
+            found = database.execute(
+                "SELECT 1 FROM generation WHERE shared_key = ?", (shared_key,)
+            ).fetchone()
+        return found is not None
+
     def retire(self, shared_key: str) -> None:
         """Forget a shared key, given with its generation; the next build gets another one.
 

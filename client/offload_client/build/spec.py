@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from offload_client.build.vcs import in_repository
 from offload_core.contextnames import DOCKERFILE
 from offload_core.errors import InvalidValueError
 from offload_proto.v1.build_spec_pb2 import BuildSpec, Output
@@ -70,6 +71,7 @@ def build_spec(
         tags=options.tags,
         dockerfile_path=files.dockerfile_name,
         definition=files.definition,
+        definition_is_name=not files.url and not in_repository(files.root),
         target=options.target,
         build_args=dict(options.build_args),
         labels=dict(options.labels),

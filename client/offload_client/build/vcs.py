@@ -33,6 +33,14 @@ def branch_and_revision(directory: Path) -> tuple[str, str]:
     return "", ""
 
 
+def in_repository(directory: Path) -> bool:
+    """Return whether a directory belongs to a git repository. Never fails."""
+    try:
+        return _repository(directory.resolve()) is not None
+    except (OSError, RuntimeError, ValueError):
+        return False
+
+
 def build_definition(root: Path, dockerfile: Path) -> str:
     """Return a name for a build that is the same in every checkout of its repository.
 
@@ -41,7 +49,7 @@ def build_definition(root: Path, dockerfile: Path) -> str:
     """
     try:
         folder, file = root.resolve(), dockerfile.resolve()
-        base = next((one for one in (folder, *folder.parents) if (one / ".git").exists()), None)
+        base = _repository(folder)
         if base is None:
             base = folder.parent
         paths = "\0".join(os.path.relpath(path, base) for path in (folder, file))
@@ -49,6 +57,10 @@ def build_definition(root: Path, dockerfile: Path) -> str:
         return paths.encode("utf-8", "replace").decode()
     except (OSError, RuntimeError, ValueError):
         return dockerfile.name
+
+
+def _repository(folder: Path) -> Path | None:
+    return next((one for one in (folder, *folder.parents) if (one / ".git").exists()), None)
 
 
 def _read(git: Path) -> tuple[str, str]:

@@ -207,6 +207,7 @@ class BuildSpec(_message.Message):
     PULL_FIELD_NUMBER: _builtins.int
     FRONTEND_ATTRIBUTES_FIELD_NUMBER: _builtins.int
     DEFINITION_FIELD_NUMBER: _builtins.int
+    DEFINITION_IS_NAME_FIELD_NUMBER: _builtins.int
     CONTEXT_URL_FIELD_NUMBER: _builtins.int
     NAMED_CONTEXTS_FIELD_NUMBER: _builtins.int
     dockerfile_path: _builtins.str
@@ -220,6 +221,10 @@ class BuildSpec(_message.Message):
     definition: _builtins.str
     """Tells this build apart from others of its project: the paths of context and Dockerfile below
     the root of the repository, else the name of the directory.
+    """
+    definition_is_name: _builtins.bool
+    """The definition is no more than the name of a directory, and the same build may well be done in
+    directories of other names.
     """
     context_url: _builtins.str
     """A build context that BuildKit fetches itself: the URL of a git repository, an archive or a
@@ -270,12 +275,13 @@ class BuildSpec(_message.Message):
         pull: _builtins.bool = ...,
         frontend_attributes: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         definition: _builtins.str = ...,
+        definition_is_name: _builtins.bool = ...,
         context_url: _builtins.str = ...,
         named_contexts: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_args", b"build_args", "context_url", b"context_url", "definition", b"definition", "dockerfile_path", b"dockerfile_path", "frontend_attributes", b"frontend_attributes", "labels", b"labels", "named_contexts", b"named_contexts", "no_cache", b"no_cache", "outputs", b"outputs", "platforms", b"platforms", "pull", b"pull", "tags", b"tags", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_args", b"build_args", "context_url", b"context_url", "definition", b"definition", "definition_is_name", b"definition_is_name", "dockerfile_path", b"dockerfile_path", "frontend_attributes", b"frontend_attributes", "labels", b"labels", "named_contexts", b"named_contexts", "no_cache", b"no_cache", "outputs", b"outputs", "platforms", b"platforms", "pull", b"pull", "tags", b"tags", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -14,6 +14,7 @@ from offload_builder.node.solveplan import (
     check_spec,
     exporters,
     frontend_attributes,
+    likeness,
     shared_key_base,
 )
 from offload_builder.node.steps import StepTally
@@ -31,7 +32,7 @@ from offload_core.errors import (
 )
 from offload_proto.v1.build_spec_pb2 import BuildSpec, Output
 from offload_proto.v1.events_pb2 import ProgressBatch, Vertex, VertexLog, VertexStatus
-from offload_proto.v1.node_service_pb2 import Success
+from offload_proto.v1.node_service_pb2 import InlineFile, Success
 
 REPOSITORY = "127.0.0.1:5000/cafe/image"
 
@@ -247,3 +248,16 @@ def test_final_and_other_errors_are_shown():
     assert [error for *_, error in shown(progress, other)] == ["exit code: 1", "context canceled"]
     progress.begin_attempt(last=True)
     assert shown(progress, batch(vertex("a", error=FAULT))) == [("a", True, FAULT)]
+
+
+def test_builds_of_one_dockerfile_are_alike_where_only_the_directory_has_a_name():
+    def found(data: bytes, **values) -> str:
+        files = [InlineFile(local_name="dockerfile", path="Dockerfile", data=data)]
+        return likeness(spec(**values), files, "linux/amd64")
+
+    one = found(b"FROM a", definition="x", definition_is_name=True)
+    assert one
+    assert one == found(b"FROM a", definition="y", definition_is_name=True)
+    assert one != found(b"FROM b", definition="x", definition_is_name=True)
+    assert one != found(b"FROM a", definition="x", definition_is_name=True, target="t")
+    assert found(b"FROM a", definition="x") == ""
