@@ -35,7 +35,9 @@ MAX_ANNOUNCED = 16_384
 """Files that the tree has heard of and that were not sent yet; BuildKit asks for all at once."""
 MAX_CHUNK = 2**20
 GATHER_SECONDS = 0.002
-_FILES_PER_TURN = 32
+JOINED_BYTES = 256 << 10
+"""Files that are at hand are sent together, as far as they are small; many have a few KB."""
+JOINED_FILES = 64
 _DONE = Packet(type=Packet.PACKET_FIN).SerializeToString()
 _CLOSE_SECONDS = 10.0
 
@@ -160,19 +162,50 @@ class _Sender:
                 self._start(group, self._read_files())
 
     async def _read_files(self) -> None:
-        count = 0
         while True:
             self._idle += 1
             index = await self._wanted.get()
             self._idle -= 1
-            await self._send_file(index)
-            self._announced -= 1
-            if self._gathered:
-                self._gather_wake.set()
-            count += 1
-            if count % _FILES_PER_TURN == 0:
-                # A file that is at hand is sent without waiting for anything.
-                await asyncio.sleep(0)
+            if (late := await self._send_at_hand(index)) is not None:
+                await self._send_file(late)
+                self._note_sent(1)
+            # What is at hand is sent without waiting for anything.
+            await asyncio.sleep(0)
+
+    def _note_sent(self, files: int) -> None:
+        self._announced -= files
+        if self._gathered:
+            self._gather_wake.set()
+
+    async def _send_at_hand(self, first: int) -> int | None:
+        """Send files that need no waiting, from `first` on, in one go.
+
+        Returns:
+            The first file that has to be waited for; None when there was none so far.
+        """
+        pieces: list[bytes | memoryview] = []
+        size = files = 0
+        index: int | None = first
+        while index is not None and size < JOINED_BYTES and files < JOINED_FILES:
+            expected = self._tree.content_size(index)
+            data = self._tree.at_hand(index) if expected > 0 else None
+            if data is None:
+                break
+            if len(data) != expected:
+                raise _wrong_size(index, len(data), expected)
+            header = b"\x08\x02\x18" + varint(index)
+            if data:
+                length = varint(len(data))
+                prefix = message_prefix(len(header) + 1 + len(length) + len(data))
+                pieces += (b"%b%b\x22%b" % (prefix, header, length), data)
+            pieces.append(message_prefix(len(header)) + header)
+            size += len(data)
+            files += 1
+            index = None if self._wanted.empty() else self._wanted.get_nowait()
+        if pieces:
+            await self._call.send_framed(*pieces)
+            self._note_sent(files)
+        return index
 
     async def _send_file(self, index: int) -> None:
         expected, sent = self._tree.content_size(index), 0
@@ -194,10 +227,7 @@ class _Sender:
             if (close := getattr(chunks, "aclose", None)) is not None:
                 await close()
         if sent != expected:
-            raise ContextChangedError(
-                f"file {index} of the build context has {sent} bytes, {expected} were listed;"
-                " do not change files during the build"
-            )
+            raise _wrong_size(index, sent, expected)
 
     async def _send_data(self, header: bytes, chunk: bytes | memoryview, end: bytes) -> None:
         """Send a part of a file and, when it is the last one, what ends the file."""
@@ -210,6 +240,13 @@ class _Sender:
             await self._call.send_framed(
                 b"%b%b\x22%b" % (prefix, header, size), piece, b"" if left else end
             )
+
+
+def _wrong_size(index: int, size: int, expected: int) -> ContextChangedError:
+    return ContextChangedError(
+        f"file {index} of the build context has {size} bytes, {expected} were listed;"
+        " do not change files during the build"
+    )
 
 
 def _first_cause(group: BaseExceptionGroup[BaseException]) -> Exception:

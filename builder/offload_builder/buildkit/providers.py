@@ -54,6 +54,14 @@ class LocalTree(Protocol):
         """
         ...
 
+    def at_hand(self, index: int) -> bytes | memoryview | None:
+        """Return the whole content of a small file if nothing has to be waited for.
+
+        A file is given out once, here or by `read`. None says nothing about it: then it is read
+        with `read`.
+        """
+        ...
+
     def read(self, index: int) -> AsyncIterator[bytes | memoryview]:
         """Yield the content of a file; may wait until it has arrived. Up to 64 run at a time.
 

@@ -56,6 +56,24 @@ async def read_blob(blobs: WantedBlobs, blob: Blob) -> bytes | memoryview:
     raise _not_kept()
 
 
+def blob_at_hand(blobs: WantedBlobs, digest: bytes, size: int) -> bytes | memoryview | None:
+    """Return a small blob that needs no waiting; None for `read_blob` to find out why not.
+
+    Raises:
+        UsageError: it has another size than was listed.
+        NodeLostError: it cannot be read.
+    """
+    if not blobs.is_settled(digest):
+        return None
+    data = blobs.recent.take(digest)
+    if data is None:
+        verified = blobs.is_verified(digest)
+        data = blobs.store.read_sync(digest, size, verify=not verified)
+        if data is not None and not verified:
+            blobs.note_verified(digest)
+    return data if data is not None and len(data) == size else None
+
+
 async def read_parts(blobs: WantedBlobs, blob: Blob) -> AsyncGenerator[bytes | memoryview]:
     """Yield the content of a blob in parts of up to 1 MiB; else as `read_blob`."""
     if blob.size_bytes <= PART_BYTES:

@@ -10,7 +10,14 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, NamedTuple
 
 from offload_builder.node.blobplaces import place_of
-from offload_builder.node.blobreads import PART_BYTES, Blob, read_blob, read_parts
+from offload_builder.node.blobreads import (
+    PART_BYTES,
+    SMALL_BYTES,
+    Blob,
+    blob_at_hand,
+    read_blob,
+    read_parts,
+)
 from offload_builder.node.contextstore import ANY_SIZE
 from offload_builder.node.largefiles import LargeFiles
 from offload_builder.node.wantedblobs import WantedBlobs
@@ -79,6 +86,17 @@ class BuildContent:
         for file in files:
             if is_chunked(file.size_bytes):
                 self._large.add(file)
+
+    def at_hand(self, file: WantedFile) -> bytes | memoryview | None:
+        """Return the content of a small file that is here already; None when `read` must wait.
+
+        Raises:
+            UsageError: it has another size than was listed.
+            NodeLostError: it cannot be read.
+        """
+        if file.size_bytes > SMALL_BYTES:
+            return None
+        return blob_at_hand(self.blobs, file.sha256, file.size_bytes)
 
     async def read(self, file: WantedFile) -> AsyncGenerator[bytes | memoryview]:
         """Yield the content of a file that was requested, as it arrives, in parts of up to 1 MiB.

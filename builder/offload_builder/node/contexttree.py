@@ -89,6 +89,14 @@ class ContextTree:
         if files:
             await self._content.request(files)
 
+    def at_hand(self, index: int) -> bytes | memoryview | None:
+        """Return the bytes of a small file that was `requested` if they are here, once."""
+        file = self._wanted.get(index)
+        data = None if file is None else self._content.at_hand(file)
+        if data is not None:
+            del self._wanted[index]
+        return data
+
     def read(self, index: int) -> AsyncIterator[bytes | memoryview]:
         """Yield the bytes of a file that was `requested`, once, waiting for them to arrive."""
         file = self._wanted.pop(index, None)

@@ -66,6 +66,10 @@ class InlineTree:
     async def requested(self, indexes: Sequence[int]) -> None:
         """Nothing to fetch: the bytes are here."""
 
+    def at_hand(self, index: int) -> bytes:
+        """Return the bytes of file `index`."""
+        return self._files[index].data
+
     async def read(self, index: int) -> AsyncIterator[bytes]:
         """Yield the bytes of file `index`."""
         yield self._files[index].data

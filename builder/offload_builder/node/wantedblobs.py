@@ -131,6 +131,10 @@ class WantedBlobs:
         """Return whether `arrival` would wait."""
         return digest in self._pending
 
+    def is_settled(self, digest: bytes) -> bool:
+        """Return whether a blob was stored: it is not on its way, and has not failed."""
+        return digest not in self._pending and digest not in self._failed
+
     async def arrival(self, digest: bytes, path: str) -> None:
         """Wait until a blob is stored; returns at once when it is not on its way.
 
