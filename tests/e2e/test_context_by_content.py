@@ -54,6 +54,14 @@ def buildkit_bytes(log: str) -> float:
     return max(float(number) * {"B": 1, "kB": 1e3, "MB": 1e6}[unit] for number, unit in found)
 
 
+def wait_cached(member: Member) -> None:
+    """Wait until no build writes its cache any more."""
+    deadline = time.monotonic() + 60
+    while any(build["cache_state"] == "pending" for build in member.builds()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def clone(source: Path, target: Path) -> Path:
     """Copy files as a fresh checkout does: with new times."""
     shutil.copytree(source, target, symlinks=True, copy_function=shutil.copyfile)
@@ -79,6 +87,8 @@ def test_known_tree_from_elsewhere_sends_names_only(
     else:
         member = relayed.member(relayed.create_token(who) if who == "teammate" else None)
     tree = clone(known_tree, tmp_path / ("renamed" if who == "other-directory" else "app"))
+    # A build that still writes its cache has BuildKit's copy; the next one would get another.
+    wait_cached(member)
     relayed.relay.reset()
     result = member.build("-t", "app", tree)
     sent = relayed.relay.up_bytes
