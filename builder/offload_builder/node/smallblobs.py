@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-SMALL_BYTES = 64 << 10
-"""Larger blobs have a file of their own."""
-SEGMENT_BYTES = 32 << 20
+SMALL_BYTES = 1 << 20
+"""Larger blobs have a file of their own. Pieces of large files are smaller, because 1 GB of them
+costs 3 CPU seconds in 4,000 files and 1.1 in segments (ext4)."""
+SEGMENT_BYTES = 64 << 20
 FRESH_BLOBS = 1 << 16
 """Places of the blobs that came last are known without the table: they are read next."""
 OPEN_SEGMENTS = 8
@@ -213,7 +214,8 @@ class SmallBlobs:
 
     def _append(self, blobs: Mapping[bytes, bytes | memoryview]) -> int:
         data = b"".join(blobs.values())
-        start = self._size_bytes
+        # Asked and not counted: should the file be damaged, what is appended is found all the same.
+        start = os.fstat(self._file).st_size
         view = memoryview(data)
         while view:
             view = view[os.write(self._file, view) :]

@@ -292,7 +292,7 @@ async def test_damaged_file_on_the_disk_is_fetched_again(project):
     contents = [os.urandom(100_000), b"flip" * 10, os.urandom(2 * MIB), large()]
     expected = [item if isinstance(item, bytes) else whole(item) for item in contents]
     await project.client(*contents, answers=True).read_all()
-    damage(project, contents[0], contents[0][:99_999])
+    damage(project, contents[0], bytes(100_000))
     damage(project, contents[1], b"?lip" * 10)
     damage(project, contents[2], b"?" * (2 * MIB))
     damage(project, contents[3].piece(4), b"?" * MIB)

@@ -49,7 +49,8 @@ async def missing(store: ContextStore, *contents: bytes) -> list[bytes]:
     return await store.run(store.missing_sync, [sha(data) for data in contents])
 
 
-BIG = bytes(range(256)) * 1000
+LARGE = SMALL_BYTES + 1
+BIG = os.urandom(SMALL_BYTES + 50_000)
 
 
 async def test_what_was_stored_is_there(store):
@@ -131,15 +132,15 @@ async def test_whole_blob_survives_a_reader_that_expects_another_size(store):
 
 
 async def test_trim_deletes_the_longest_unused_and_spares_leases(tmp_path):
-    async with ContextStore(tmp_path, keep_bytes=300_000) as store:
-        contents = [bytes([number]) * 100_000 for number in range(6)]
+    async with ContextStore(tmp_path, keep_bytes=3 * LARGE) as store:
+        contents = [bytes([number]) * LARGE for number in range(6)]
         await put(store, *contents)
         for age, data in enumerate(contents):
             os.utime(store.path(sha(data)), times=(0, time.time() - 100_000 * (6 - age)))
         store.lease([sha(contents[0]), sha(contents[0])])
         store.release([sha(contents[0])])
         await missing(store, contents[1])  # a use
-        assert await store.trim() == 300_000
+        assert await store.trim() == 3 * LARGE
         gone = await missing(store, *contents)
         assert gone == [sha(data) for data in contents[2:5]]
         store.release([sha(contents[0])])
@@ -259,7 +260,7 @@ async def test_failed_write_leaves_nothing_that_is_trusted(store, monkeypatch):
 
 
 async def test_full_disk_makes_room_of_what_no_build_needs(store, monkeypatch):
-    old, needed = b"o" * 100_000, b"n" * 100_000
+    old, needed = b"o" * LARGE, b"n" * LARGE
     await put(store, old)
     await put(store, needed)
     store.lease([sha(needed)])
@@ -271,6 +272,6 @@ async def test_full_disk_makes_room_of_what_no_build_needs(store, monkeypatch):
         return real(file, data)
 
     monkeypatch.setattr(os, "write", full_while_old_is_there)
-    await put(store, b"w" * 100_000)
+    await put(store, b"w" * LARGE)
     monkeypatch.undo()
-    assert await missing(store, old, needed, b"w" * 100_000) == [sha(old)]
+    assert await missing(store, old, needed, b"w" * LARGE) == [sha(old)]
