@@ -28,10 +28,9 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-SMALL_BYTES = 1 << 20
-"""Larger blobs have a file of their own. Pieces of large files are smaller, because 1 GB of them
-costs 3 CPU seconds in 4,000 files and 1.1 in segments (ext4)."""
-SEGMENT_BYTES = 64 << 20
+SMALL_BYTES = 64 << 10
+"""Larger blobs have a file of their own."""
+SEGMENT_BYTES = 32 << 20
 FRESH_BLOBS = 1 << 16
 """Places of the blobs that came last are known without the table: they are read next."""
 OPEN_SEGMENTS = 8
@@ -204,6 +203,10 @@ class SmallBlobs:
             # What was written of it belongs to nothing; the next ones go to a new segment.
             for digest in new:
                 self._fresh.pop(digest, None)
+            if self._file >= 0:
+                # A disk that is full needs the room for other things.
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._file, self._size_bytes)
             self._end_segment()
             if began:
                 with contextlib.suppress(FileNotFoundError):
@@ -308,11 +311,13 @@ class SmallBlobs:
             digest: place for digest, place in self._fresh.items() if place.segment != number
         }
         self._close_segment(number)
+        # First the file: on a full disk the table cannot be changed before there is room. Rows
+        # without a file count as damaged, and the next start drops them.
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path(number))  # noqa: PTH108 - a path as text, as everywhere here
         with self._writing:
             self._writing.execute("DELETE FROM blobs WHERE segment = ?", (number,))
             self._writing.execute("DELETE FROM segments WHERE number = ?", (number,))
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._path(number))  # noqa: PTH108 - a path as text, as everywhere here
 
 
 def _parts(digests: Iterable[bytes]) -> Iterator[list[bytes]]:
