@@ -63,6 +63,8 @@ class ContextStore:
         )
         self._leased: dict[bytes, int] = {}
         self._added_bytes = 0
+        self.was_full = False
+        """The disk was full; who ends a lease then makes room, for others use the disk as well."""
 
     async def __aenter__(self) -> Self:
         """Open the store.
@@ -181,7 +183,10 @@ class ContextStore:
                 self._put_many(blobs)
             except (OSError, sqlite3.Error) as error:
                 # What no build needs now can be sent again; a build that fails cannot be undone.
-                if not is_full(error) or not self._make_room():
+                if not is_full(error):
+                    raise
+                self.was_full = True
+                if not self.make_room_sync():
                     raise
                 self._put_many(blobs)
         except (OSError, sqlite3.Error) as error:
@@ -196,8 +201,9 @@ class ContextStore:
                 if len(data) > SMALL_BYTES:
                     self._put_file(digest, data)
 
-    def _make_room(self) -> bool:
+    def make_room_sync(self) -> bool:
         """Delete half of what is stored, the oldest first; return whether that freed anything."""
+        self.was_full = bool(self._leased)
         with contextlib.suppress(OSError, sqlite3.Error):
             freed = self.trim_sync(share=0.5)
             log.warning("context.trimmed", reason="the disk is full", freed_bytes=freed)

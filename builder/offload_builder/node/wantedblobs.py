@@ -328,6 +328,8 @@ class WantedBlobs:
             self.store.release(held)
             self._failed.clear()
             self.recent.clear()
+        if self.store.was_full:
+            await self.store.run(self.store.make_room_sync)
 
 
 def changed(path: str) -> ContextChangedError:
