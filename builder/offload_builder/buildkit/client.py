@@ -146,8 +146,6 @@ class BuildkitClient:
         try:
             answer = await self._solve_with(request, session)
         except GrpcError as error:
-            if session is not None and "error from sender" in error.message:
-                await session.wait_failure()
             if session is not None and session.failure is not None:
                 raise session.failure from error
             if _means_loss(error):

@@ -101,6 +101,7 @@ class _Sender:
 
     async def _report(self, error: Exception) -> None:
         """Tell the receiver why; it shows this text and not the status of the call."""
+        self._call.note_failure(error)
         if self._call.ended_by_peer:
             return
         known = find_offload_error(error)
@@ -193,12 +194,8 @@ class _Sender:
                 break
             if len(data) != expected:
                 raise _wrong_size(index, len(data), expected)
-            header = b"\x08\x02\x18" + varint(index)
-            if data:
-                length = varint(len(data))
-                prefix = message_prefix(len(header) + 1 + len(length) + len(data))
-                pieces += (b"%b%b\x22%b" % (prefix, header, length), data)
-            pieces.append(message_prefix(len(header)) + header)
+            header = _data_header(index)
+            pieces += (_before_data(header, len(data)), data, _end_of_data(header))
             size += len(data)
             files += 1
             index = None if self._wanted.empty() else self._wanted.get_nowait()
@@ -211,8 +208,8 @@ class _Sender:
         expected, sent = self._tree.content_size(index), 0
         if expected < 0:
             raise GrpcError(INVALID_ARGUMENT, f"file {index} cannot be asked for")
-        header = b"\x08\x02\x18" + varint(index)
-        end = message_prefix(len(header)) + header
+        header = _data_header(index)
+        end = _end_of_data(header)
         if expected == 0:
             await self._call.send_framed(end)
             return
@@ -235,11 +232,25 @@ class _Sender:
         while left:
             piece = view[:MAX_CHUNK]
             view, left = view[MAX_CHUNK:], left - len(piece)
-            size = varint(len(piece))
-            prefix = message_prefix(len(header) + 1 + len(size) + len(piece))
             await self._call.send_framed(
-                b"%b%b\x22%b" % (prefix, header, size), piece, b"" if left else end
+                _before_data(header, len(piece)), piece, b"" if left else end
             )
+
+
+def _data_header(index: int) -> bytes:
+    """Return the beginning of each DATA packet of a file: type and ID."""
+    return b"\x08\x02\x18" + varint(index)
+
+
+def _before_data(header: bytes, size: int) -> bytes:
+    """Return what precedes `size` bytes of a file, the prefix of the message first."""
+    length = varint(size)
+    return b"%b%b\x22%b" % (message_prefix(len(header) + 1 + len(length) + size), header, length)
+
+
+def _end_of_data(header: bytes) -> bytes:
+    """Return the message that ends a file: a DATA packet without data."""
+    return message_prefix(len(header)) + header
 
 
 def _wrong_size(index: int, size: int, expected: int) -> ContextChangedError:

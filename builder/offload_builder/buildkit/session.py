@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import secrets
 from typing import TYPE_CHECKING, Self
 from urllib.parse import quote_plus
@@ -16,11 +14,12 @@ from offload_builder.buildkit.tunnel import SessionTunnel
 from offload_core.errors import InternalError, OffloadError
 
 if TYPE_CHECKING:
+    import asyncio
+
     from offload_builder.buildkit.client import BuildkitClient
     from offload_builder.buildkit.providers import SessionProviders
 
 _log = structlog.get_logger(__name__)
-FAILURE_SECONDS = 1.0
 _PREFIX = "x-docker-expose-session-"
 
 
@@ -40,7 +39,6 @@ class BkSession:
     ) -> None:
         self.id = secrets.token_hex(16)
         self.failure: OffloadError | None = None
-        self._failing = asyncio.Event()
         self._client = client
         handlers = session_services(providers)
         metadata = session_headers(self.id, shared_key, list(handlers))
@@ -79,13 +77,6 @@ class BkSession:
             error = InternalError(f"{method} failed: {error!r}")
         if self.failure is None:
             self.failure = error
-            self._failing.set()
-
-    async def wait_failure(self) -> None:
-        """Wait a moment for `failure`: BuildKit may tell of it before it is noted here."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(FAILURE_SECONDS):
-                await self._failing.wait()
 
 
 def session_headers(session_id: str, shared_key: str, methods: list[str]) -> list[tuple[str, str]]:

@@ -67,10 +67,7 @@ def blob_at_hand(blobs: WantedBlobs, digest: bytes, size: int) -> bytes | memory
         return None
     data = blobs.recent.take(digest)
     if data is None:
-        verified = blobs.is_verified(digest)
-        data = blobs.store.read_sync(digest, size, verify=not verified)
-        if data is not None and not verified:
-            blobs.note_verified(digest)
+        data = _small_from_disk(blobs, digest, size)
     return data if data is not None and len(data) == size else None
 
 
@@ -120,12 +117,19 @@ def _not_kept() -> NodeLostError:
 
 
 async def _from_disk(blobs: WantedBlobs, digest: bytes, size: int) -> bytes | None:
-    verified = blobs.is_verified(digest)
     if 0 < size <= SMALL_BYTES:
-        data = blobs.store.read_sync(digest, size, verify=not verified)
-    else:
-        read = partial(blobs.store.read_sync, digest, size, verify=not verified)
-        data = await blobs.store.run_reading(read)
-    if data is not None and not verified:
+        return _small_from_disk(blobs, digest, size)
+    verify = not blobs.is_verified(digest)
+    read = partial(blobs.store.read_sync, digest, size, verify=verify)
+    return _noted(blobs, digest, await blobs.store.run_reading(read))
+
+
+def _small_from_disk(blobs: WantedBlobs, digest: bytes, size: int) -> bytes | None:
+    verify = not blobs.is_verified(digest)
+    return _noted(blobs, digest, blobs.store.read_sync(digest, size, verify=verify))
+
+
+def _noted(blobs: WantedBlobs, digest: bytes, data: bytes | None) -> bytes | None:
+    if data is not None:
         blobs.note_verified(digest)
     return data

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from offload_builder.buildkit.h2.stream import Http2Stream
 
     Handler = Callable[["ServerCall"], Awaitable[None]]
+    FailureListener = Callable[[str, Exception], None]
 
 _log = structlog.get_logger(__name__)
 _ANSWER = [(":status", "200"), ("content-type", "application/grpc")]
@@ -37,10 +38,17 @@ _ANSWER = [(":status", "200"), ("content-type", "application/grpc")]
 class ServerCall:
     """One incoming call. One task may receive; any number may send."""
 
-    def __init__(self, stream: Http2Stream, method: str, metadata: dict[str, list[str]]) -> None:
+    def __init__(
+        self,
+        stream: Http2Stream,
+        method: str,
+        metadata: dict[str, list[str]],
+        on_failure: FailureListener,
+    ) -> None:
         self.method = method
         self.metadata = metadata
         self._stream = stream
+        self._on_failure = on_failure
         self._reader = MessageReader()
         self._answered = False
 
@@ -108,6 +116,15 @@ class ServerCall:
         trailers = status_trailers(code, message, details)
         self._stream.end(trailers if self._answered else [*_ANSWER, *trailers])
 
+    def note_failure(self, error: Exception) -> None:
+        """Say why the call fails, unless the peer itself ended it.
+
+        A handler that tells the peer of the error in a message calls this before, because the
+        peer may end everything as soon as it hears; for others the server does.
+        """
+        if not self.ended_by_peer:
+            self._on_failure(self.method, _find_known(error) or error)
+
     @property
     def ended_by_peer(self) -> bool:
         """Whether the peer has cancelled the call."""
@@ -125,7 +142,7 @@ class GrpcServer:
     def __init__(
         self,
         handlers: Mapping[str, Handler],
-        on_failure: Callable[[str, Exception], None],
+        on_failure: FailureListener,
     ) -> None:
         self._handlers = handlers
         self._on_failure = on_failure
@@ -137,7 +154,7 @@ class GrpcServer:
         for name, value in stream.headers:
             metadata.setdefault(name, []).append(value)
         method = metadata.get(":path", [""])[0]
-        call = ServerCall(stream, method, metadata)
+        call = ServerCall(stream, method, metadata, self._on_failure)
         handler = self._handlers.get(method)
         if handler is None:
             call.finish(UNIMPLEMENTED, f"{method} is not offered")
@@ -161,9 +178,8 @@ class GrpcServer:
             call.finish(OK)
 
     def _fail(self, call: ServerCall, error: Exception) -> None:
-        known = find_offload_error(error) or _find_grpc_error(error)
-        if not call.ended_by_peer:
-            self._on_failure(call.method, known or error)
+        call.note_failure(error)
+        known = _find_known(error)
         if isinstance(known, GrpcError):
             call.finish(known.code, known.message, known.details)
         elif isinstance(known, OffloadError):
@@ -171,6 +187,11 @@ class GrpcServer:
         else:
             _log.error("session.call.failed", method=call.method, exc_info=error)
             call.finish(INTERNAL, "internal error; see the node's log")
+
+
+def _find_known(error: BaseException) -> OffloadError | GrpcError | None:
+    """Return the error in a group that says most, ours before the transport's; None for neither."""
+    return find_offload_error(error) or _find_grpc_error(error)
 
 
 def _find_grpc_error(error: BaseException) -> GrpcError | None:
