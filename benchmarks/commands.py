@@ -58,6 +58,28 @@ class Finished:
             raise BenchmarkError(f"steps were cached that should run:\n{self.output}")
         return self.seconds
 
+    def require_some_cached(self) -> float:
+        """Return the seconds of a build in which most steps were cached, and some ran.
+
+        Raises:
+            BenchmarkError: none ran, or most did.
+        """
+        steps, cached = self._steps()
+        if not steps - cached or len(cached) < len(steps) / 2:
+            raise BenchmarkError(f"most steps should be cached, but not all:\n{self.output}")
+        return self.seconds
+
+    def require_some_executed(self) -> float:
+        """Return the seconds of a build in which steps ran.
+
+        Raises:
+            BenchmarkError: none ran.
+        """
+        steps, cached = self._steps()
+        if not steps - cached:
+            raise BenchmarkError(f"no step ran:\n{self.output}")
+        return self.seconds
+
     def _steps(self) -> tuple[set[str], set[str]]:
         return set(_STEP.findall(self.output)), set(_CACHED.findall(self.output))
 

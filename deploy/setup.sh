@@ -76,6 +76,12 @@ if [ "$what" = test ]; then
   go_tool buildctl deploy/tools github.com/moby/buildkit/cmd/buildctl
   go_tool buildx deploy/tools/buildx github.com/docker/buildx/cmd/buildx
   go_tool dockerd deploy/tools/engine github.com/moby/moby/v2/cmd/dockerd
+  if [ ! -x "$tools/versitygw" ]; then
+    say "building versitygw (some minutes)"
+    GOFLAGS=-buildvcs=false GOBIN="$tools" CGO_ENABLED=0 \
+      go install github.com/versity/versitygw/cmd/versitygw@v1.8.0
+  fi
+  go_tool crane deploy/tools/registry github.com/google/go-containerregistry/cmd/crane
 fi
 
 # --- The examples start from nothing but a static busybox.

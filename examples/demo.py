@@ -181,6 +181,10 @@ class Member:
         """Return what `offload ARGUMENTS --format json` prints."""
         return json.loads(self._run("offload", *arguments, "--format", "json"))
 
+    def show(self, *arguments: str) -> str:
+        """Return what `offload ARGUMENTS` prints for people."""
+        return self._run("offload", *arguments).rstrip()
+
     def build(self, example: str, *options: str, tag: str = "") -> Row:
         """Build an example; return what came of it.
 
@@ -376,6 +380,9 @@ def run_demo(processes: Processes, pool: Pool, folder: Path) -> None:
     say()
     say("The second member's node was empty: all its steps came from the shared cache,")
     say("and its images have the same digests.")
+    say()
+    say("==> offload cache usage")
+    say(second.show("cache", "usage"))
 
 
 @contextlib.contextmanager

@@ -50,6 +50,16 @@ class BlobWriter:
         loop = asyncio.get_running_loop()
         self._pending = loop.run_in_executor(self._executor, self._ingest.write, data)
 
+    async def write_at(self, offset: int, data: bytes | bytearray) -> None:
+        """Write a piece at an offset, in any order and from several tasks; not with `write`.
+
+        Raises:
+            NotFoundError: the writer was aborted.
+            QuotaExceededError: the disk is full.
+        """
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._executor, self._ingest.write_at, offset, data)
+
     async def flush(self) -> None:
         """Wait until all pieces are written.
 
@@ -57,9 +67,21 @@ class BlobWriter:
             NotFoundError: the writer was aborted.
             QuotaExceededError: the disk is full.
         """
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            await pending
+        if (pending := self._pending) is not None:
+            try:
+                # A cancelled caller must not cancel the write: its bytes are counted already.
+                await asyncio.shield(pending)
+            finally:
+                if pending.done():
+                    self._pending = None
+
+    async def settle(self) -> None:
+        """Wait until nothing is being written, even while being cancelled; raises no error of it.
+
+        Afterwards `size_bytes` is what the blob has, and another task may go on with it.
+        """
+        if self._pending is not None and not self._pending.done():
+            await finish(asyncio.wait([self._pending]), _ABORT_SECONDS)
 
     async def commit(self, digest: str | None = None, size_bytes: int | None = None) -> str:
         """Verify and make the blob visible; return its digest.
@@ -77,9 +99,10 @@ class BlobWriter:
 
     async def abort(self) -> None:
         """Forget what was written; does nothing after a commit."""
-        pending, self._pending = self._pending, None
-        if pending is not None and not pending.done():
-            await finish(asyncio.wait([pending]), _ABORT_SECONDS)
-        if pending is not None and pending.done() and not pending.cancelled():
-            pending.exception()  # seen: the abort makes it moot
-        self._ingest.abort()
+        try:
+            await self.settle()
+        finally:
+            pending, self._pending = self._pending, None
+            if pending is not None and pending.done() and not pending.cancelled():
+                pending.exception()  # seen: the abort makes it moot
+            self._ingest.abort()

@@ -20,16 +20,22 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _log = structlog.get_logger(__name__)
 
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
+_CONTRIBUTIONS = """
+CREATE TABLE contributions (
+    project TEXT NOT NULL, scope TEXT NOT NULL, id TEXT NOT NULL, key TEXT NOT NULL,
+    created_at REAL NOT NULL, listed INTEGER NOT NULL, publication INTEGER,
+    document BLOB NOT NULL, UNIQUE (project, scope, id));
+CREATE INDEX contributions_by_age ON contributions (project, created_at);
+CREATE TABLE uses (
+    project TEXT NOT NULL, scope TEXT NOT NULL, key TEXT NOT NULL, used_at REAL NOT NULL,
+    PRIMARY KEY (project, scope, key)) WITHOUT ROWID;
+"""
 _SCHEMA = """
 CREATE TABLE presence (
     project TEXT NOT NULL, digest TEXT NOT NULL, state TEXT NOT NULL,
     size_bytes INTEGER NOT NULL, checked_at REAL NOT NULL,
     PRIMARY KEY (project, digest)) WITHOUT ROWID;
-CREATE TABLE entries (
-    project TEXT NOT NULL, scope TEXT NOT NULL, key TEXT NOT NULL,
-    document BLOB NOT NULL, created_at REAL NOT NULL,
-    PRIMARY KEY (project, scope, key)) WITHOUT ROWID;
 CREATE TABLE publications (
     id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL, project TEXT NOT NULL,
     created_at REAL NOT NULL);
@@ -39,9 +45,15 @@ CREATE TABLE upload_items (
     publication INTEGER NOT NULL REFERENCES publications (id) ON DELETE CASCADE,
     stage INTEGER NOT NULL, project TEXT NOT NULL, object_key TEXT NOT NULL, digest TEXT,
     body BLOB, size_bytes INTEGER NOT NULL,
-    attempts INTEGER NOT NULL DEFAULT 0, due_at REAL NOT NULL DEFAULT 0);
+    attempts INTEGER NOT NULL DEFAULT 0, due_at REAL NOT NULL DEFAULT 0,
+    done INTEGER NOT NULL DEFAULT 0);
 CREATE INDEX upload_items_by_publication ON upload_items (publication, stage);
 CREATE INDEX upload_items_by_key ON upload_items (object_key);
+"""
+_UPGRADE_FROM_1 = """
+DROP TABLE entries;
+ALTER TABLE upload_items ADD COLUMN done INTEGER NOT NULL DEFAULT 0;
+DELETE FROM publications WHERE name LIKE 'projects/%/scopes/%';
 """
 
 
@@ -84,11 +96,12 @@ class CacheDatabase:
             connection.execute("PRAGMA synchronous = NORMAL")
             connection.execute("PRAGMA foreign_keys = ON")
             version = connection.execute("PRAGMA user_version").fetchone()[0]
-            if version not in {0, _SCHEMA_VERSION}:
+            if version not in {0, 1, _SCHEMA_VERSION}:
                 raise sqlite3.DatabaseError(f"schema version {version} is not known")
-            if version == 0:
+            if version != _SCHEMA_VERSION:
+                script = (_UPGRADE_FROM_1 if version == 1 else _SCHEMA) + _CONTRIBUTIONS
                 connection.executescript(
-                    f"BEGIN; {_SCHEMA} PRAGMA user_version = {_SCHEMA_VERSION}; COMMIT;"
+                    f"BEGIN; {script} PRAGMA user_version = {_SCHEMA_VERSION}; COMMIT;"
                 )
         except sqlite3.DatabaseError:
             connection.close()
@@ -106,6 +119,10 @@ class CacheDatabase:
 
         def transaction() -> T:
             with connection:
-                return work(connection)
+                result = work(connection)
+            if isinstance(result, sqlite3.Cursor):
+                # Freed by another thread it would reset a statement that this one is using.
+                result.close()
+            return result
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, transaction)

@@ -116,6 +116,8 @@ class DiskStore:
         return self.max_bytes is not None and self._used_bytes > self.max_bytes
 
     def _files(self) -> Iterator[Path]:
+        if not self._blobs.is_dir():
+            return
         for folder in self._blobs.iterdir():
             yield from folder.iterdir()
 
@@ -235,6 +237,33 @@ class DiskStore:
             self._used_bytes -= size_bytes
             return size_bytes
 
+    def is_leased(self, digest: str) -> bool:
+        """Whether somebody keeps a blob from being trimmed now."""
+        with self._lock:
+            return digest in self._leases
+
+    def delete_unused(self, digest: str, used_until: float) -> int:
+        """Remove a blob that nobody holds and that was not used after a moment.
+
+        Args:
+            digest: the blob.
+            used_until: `BlobInfo.used_at` of when it was chosen.
+
+        Returns:
+            The bytes freed; 0 when it is leased, was used meanwhile or is not here.
+        """
+        path = self.blob_path(digest)
+        with self._lock:
+            try:
+                stat = path.stat()
+                if digest in self._leases or stat.st_atime > used_until:
+                    return 0
+                path.unlink()
+            except FileNotFoundError:
+                return 0
+            self._used_bytes -= stat.st_size
+            return stat.st_size
+
     def blobs(self) -> Iterator[BlobInfo]:
         """List all blobs, in no order; those that vanish meanwhile are left out."""
         for path in self._files():
@@ -271,10 +300,11 @@ class DiskStore:
         for blob in sorted(self.blobs(), key=lambda blob: blob.used_at):
             if self._used_bytes <= target:
                 break
-            if blob.digest in kept or self._leases[blob.digest] > 0:
+            if blob.digest in kept:
                 continue
-            removed_bytes += self.delete(blob.digest)
-            removed_blobs += 1
+            freed = self.delete_unused(blob.digest, blob.used_at)
+            removed_bytes += freed
+            removed_blobs += freed > 0
         _log.info(
             "blobs.trimmed",
             removed_blobs=removed_blobs,

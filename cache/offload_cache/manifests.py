@@ -91,7 +91,7 @@ def parse_manifest(data: bytes, content_type: str = "") -> Manifest:
         children = _descriptors(document, "manifests")
         return Manifest(media_type, None, (), children, document)
     if media_type in _IMAGES:
-        config = _descriptor(document.get("config"))
+        config = descriptor_of(document.get("config"))
         return Manifest(media_type, config, _descriptors(document, "layers"), (), document)
     raise UsageError("manifests of this media type are not served")
 
@@ -108,31 +108,19 @@ def parse_cache_manifest(data: bytes, content_type: str = "") -> Manifest:
     return manifest
 
 
-def select_layers(manifest: Manifest, body: bytes, keep: set[str]) -> bytes:
-    """Return the manifest with only the layers in `keep` listed.
-
-    BuildKit drops every result whose chain has a layer that is not listed, and keeps its records:
-    the configuration stays as it is. The bytes are unchanged when all layers are kept.
-    """
-    if all(layer.digest in keep for layer in manifest.layers):
-        return body
-    document = dict(manifest.document)
-    document["layers"] = [
-        raw
-        for raw, layer in zip(document["layers"], manifest.layers, strict=True)
-        if layer.digest in keep
-    ]
-    return orjson.dumps(document)
-
-
 def _descriptors(document: dict[str, Any], name: str) -> tuple[Descriptor, ...]:
     raw = document.get(name, [])
     if not isinstance(raw, list):
         raise UsageError(f"the manifest's {name} are no list")
-    return tuple(_descriptor(item) for item in raw)
+    return tuple(descriptor_of(item) for item in raw)
 
 
-def _descriptor(raw: Any) -> Descriptor:
+def descriptor_of(raw: Any) -> Descriptor:
+    """Read a descriptor.
+
+    Raises:
+        UsageError: it is none, or its digest is no SHA-256 digest.
+    """
     if not isinstance(raw, dict):
         raise UsageError("the manifest has a descriptor that is no object")
     digest, size_bytes, media_type = raw.get("digest"), raw.get("size"), raw.get("mediaType", "")

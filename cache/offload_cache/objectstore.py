@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from datetime import datetime
     from pathlib import Path
 
@@ -83,8 +84,31 @@ class ObjectStore(Protocol):
         With `start_after`, only those whose key is greater.
         """
 
+    async def create_bytes(self, key: str, data: bytes) -> bool:
+        """Store a small object unless there is one by that key; of several callers one succeeds.
+
+        `data` should differ from what any other caller would write, by an identifier of the
+        caller: a store without conditional writes is asked afterwards whose data it has.
+
+        Returns:
+            Whether the object is the caller's. After CacheUnavailableError it may or may not be.
+        """
+
+    async def list_folders(self, prefix: str) -> list[str]:
+        """Return the folders directly below `prefix` in order, with the prefix and a final slash.
+
+        `list_folders("a/")` is `["a/b/", "a/c/"]` when there are objects `a/b/x`, `a/c/d/y` and
+        `a/z`. `prefix` is empty or ends with a slash.
+        """
+
     async def delete(self, key: str) -> None:
         """Remove an object; fine when there is none."""
+
+    async def delete_many(self, keys: Sequence[str]) -> None:
+        """Remove objects with as few requests as the store allows; fine when there are none.
+
+        When it fails, some may be gone.
+        """
 
     @property
     def reachable(self) -> bool:
@@ -102,15 +126,21 @@ class SinkGate:
     """Lets pieces through to a sink until it is shut; afterwards no piece ever arrives.
 
     A thread cannot be cancelled; the gate makes sure that one whose caller has left does no harm.
+
+    Attributes:
+        sink_error: what the sink raised; no piece arrives after it.
+        heard_at: when a piece came last, as `time.monotonic`.
     """
 
     def __init__(self, sink: Callable[[bytes], None]) -> None:
         self._sink = sink
         self._lock = threading.Lock()
         self._open = True
+        self.sink_error: Exception | None = None
+        self.heard_at = float("-inf")
 
     def push(self, piece: bytes) -> None:
-        """Pass a piece on.
+        """Pass a piece on. What the sink raises is kept in `sink_error`.
 
         Raises:
             TimeoutError: the gate is shut; the thread should end.
@@ -118,7 +148,12 @@ class SinkGate:
         with self._lock:
             if not self._open:
                 raise TimeoutError("the reader has left")
-            self._sink(piece)
+            self.heard_at = time.monotonic()
+            if self.sink_error is None:
+                try:
+                    self._sink(piece)
+                except Exception as error:  # noqa: BLE001 - it is the reader's, not the store's
+                    self.sink_error = error
 
     def shut(self) -> None:
         """Stop all further pieces; waits for one that is just being taken."""

@@ -31,7 +31,7 @@ _LIFETIME_SECONDS = {
     BlobState.PRESENT: 6 * 3600.0,
     BlobState.ABSENT: 20.0,
     BlobState.LOST: 3600.0,
-    BlobState.UNREACHABLE: 60.0,
+    BlobState.UNREACHABLE: 10.0,
 }
 
 _MAX_FACTS = 200_000  # about 40 MB; beyond it faded facts are dropped at once

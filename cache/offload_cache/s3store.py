@@ -7,107 +7,76 @@ pools, because urllib3 throws surplus connections away.
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import urllib3
-from minio import Minio
-from minio.error import MinioException, S3Error
+from minio.deleteobjects import DeleteObject
+from minio.error import InvalidResponseError, S3Error
 
+from offload_cache.circuits import Verb
 from offload_cache.health import StoreHealth
 from offload_cache.objectstore import ObjectInfo, SinkGate
+from offload_cache.s3calls import StoreCalls
+from offload_cache.s3client import S3Client, encryption_of, make_pool
+from offload_cache.s3config import S3Config
+from offload_cache.s3create import SETTLE_SECONDS, ObjectCreator
+from offload_cache.s3credentials import make_provider
+from offload_cache.s3failures import (
+    DENIED,
+    MISSING,
+    NO_SUCH_FEATURE,
+    NOTHING_THERE,
+    NotRemovedError,
+)
 from offload_cache.statistics import CacheStatistics
-from offload_core.errors import CacheUnavailableError, ConfigError, NotFoundError
+from offload_core.errors import NotFoundError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
-    from types import TracebackType
+
+__all__ = ["S3Config", "S3Store"]
 
 T = TypeVar("T")
 
-_PIECE_BYTES = 1 << 20
+_PIECE_BYTES = 256 << 10
 _PART_BYTES = 8 << 20
 _PARALLEL_PARTS = 2
+_DELETED_AT_ONCE = 1_000  # Amazon S3 API reference, DeleteObjects
+_LISTED_AT_ONCE = 1_000  # Amazon S3 API reference, ListObjectsV2
 _SLOWEST_BYTES_PER_SECOND = 128 << 10
-_MISSING = {"NoSuchKey", "NoSuchBucket", "ResourceNotFound", "NoSuchObject"}
-_NOTHING_THERE = {*_MISSING, "InvalidRange"}
+_PROBE_BYTES = 64 << 10
 _BUCKET_EXISTS = {"BucketAlreadyOwnedByYou", "BucketAlreadyExists"}
-
-
-@dataclass(frozen=True, slots=True)
-class S3Config:
-    """Where the bucket is and who we are.
-
-    Attributes:
-        endpoint_url: "https://s3.eu-central-1.amazonaws.com" or "http://127.0.0.1:9000".
-        bucket: created when it does not exist and we may.
-        access_key: name of the key.
-        secret_key: never printed.
-        region: given to the signature; "us-east-1" suits MinIO.
-        prefix: of all keys, for several pools in one bucket.
-        connect_seconds: longest wait for a connection.
-        read_seconds: longest wait for the next bytes, and for any small answer.
-    """
-
-    endpoint_url: str
-    bucket: str
-    access_key: str
-    secret_key: str = field(repr=False)
-    region: str = "us-east-1"
-    prefix: str = ""
-    connect_seconds: float = 3.0
-    read_seconds: float = 30.0
-
-    def __post_init__(self) -> None:
-        url = urlsplit(self.endpoint_url)
-        if url.scheme not in {"http", "https"} or not url.hostname or url.path.strip("/"):
-            raise ConfigError(
-                "the S3 endpoint is no URL of the form https://HOST[:PORT] without a path"
-            )
-        if url.username is not None or url.password is not None:
-            raise ConfigError(
-                "the S3 endpoint must not hold credentials; set the keys on their own"
-            )
-
-
-class _Retry(urllib3.Retry):
-    """Repeats what a dropped connection or a 5xx ended, but never what was merely slow."""
-
-    def increment(
-        self,
-        method: str | None = None,
-        url: str | None = None,
-        response: Any = None,
-        error: Exception | None = None,
-        _pool: Any = None,
-        _stacktrace: TracebackType | None = None,
-    ) -> Self:
-        if isinstance(error, urllib3.exceptions.ReadTimeoutError):
-            raise error
-        return super().increment(method, url, response, error, _pool, _stacktrace)
 
 
 class _Response(Protocol):
     """What is used of urllib3's response."""
 
-    headers: Any
-
-    def stream(self, amt: int, decode_content: bool) -> Any: ...
+    def read1(self, amt: int, decode_content: bool) -> bytes | None: ...
     def close(self) -> None: ...
     def release_conn(self) -> None: ...
 
 
 class S3Store:
-    """ObjectStore in one bucket."""
+    """ObjectStore in one bucket.
+
+    What a build waits for fails after `S3Config.read_seconds` without a byte, and then the circuit
+    of the reads opens: all reads that are stuck end at once, and none is tried until a probe in
+    the background found the store well again. Uploads have the patience of
+    `S3Config.write_seconds` and a circuit of their own.
+
+    Args:
+        config: the bucket.
+        health: bounds of the circuits; its name is shown to people.
+        statistics: counters to use.
+        readers: parallel requests that builds wait for.
+        writers: parallel uploads.
+        settle_seconds: how long a creation waits where the store has no conditional writes.
+    """
 
     def __init__(
         self,
@@ -117,99 +86,58 @@ class S3Store:
         statistics: CacheStatistics | None = None,
         readers: int = 8,
         writers: int = 4,
+        settle_seconds: float = SETTLE_SECONDS,
     ) -> None:
         self._config = config
         self._prefix = config.prefix.strip("/") + "/" if config.prefix.strip("/") else ""
-        self._health = health or StoreHealth(config.endpoint_url)
         self._statistics = statistics or CacheStatistics()
-        self._readers = ThreadPoolExecutor(readers, thread_name_prefix="s3-read")
-        self._writers = ThreadPoolExecutor(writers, thread_name_prefix="s3-write")
-        self._pools = (
-            self._pool(readers, config.connect_seconds),
-            # While a body is sent, urllib3 has the connect timeout on the socket, and Python
-            # applies it to the whole body: it must suit one part on a slow line.
-            self._pool(writers * _PARALLEL_PARTS, config.read_seconds),
+        self._calls = StoreCalls(
+            config.endpoint_url,
+            health or StoreHealth(config.endpoint_url),
+            self._statistics,
+            readers=readers,
+            writers=writers,
+            probe_seconds=config.read_seconds * 2,
         )
-        self._reading, self._writing = (self._client(pool) for pool in self._pools)
-        # Its warnings about each retry repeat what the health line says, with long URLs.
-        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+        provider = make_provider(config)
+        # While a body is sent, urllib3 has the connect timeout on the socket, and Python applies
+        # it to the whole body: for uploads it must suit one part on a slow line.
+        patience, haste = config.write_seconds, config.read_seconds
+        self._pools = (
+            make_pool(
+                config, readers, connect_seconds=config.connect_seconds, read_seconds=haste
+            ),
+            make_pool(
+                config, writers * _PARALLEL_PARTS, connect_seconds=patience, read_seconds=patience
+            ),
+            # A creation that is repeated after a lost answer would meet its own object.
+            make_pool(
+                config, writers, connect_seconds=patience, read_seconds=patience, attempts=1
+            ),
+        )  # fmt: skip
+        self._reading, self._writing, creating = (
+            S3Client(config, provider, pool) for pool in self._pools
+        )
+        self._encryption = encryption_of(config)
+        self._creator = ObjectCreator(
+            creating, config.bucket, self._encryption, settle_seconds=settle_seconds
+        )
+        self._settle_seconds = settle_seconds
+        self._deletes_many = True
         self._bucket_lock = threading.Lock()
         self._bucket_ready = False
-
-    def _pool(self, size: int, connect_seconds: float) -> urllib3.PoolManager:
-        return urllib3.PoolManager(
-            maxsize=size,
-            timeout=urllib3.Timeout(connect=connect_seconds, read=self._config.read_seconds),
-            retries=_Retry(
-                total=2,
-                connect=1,
-                backoff_factor=0.2,
-                status_forcelist=(500, 502, 503, 504),
-                raise_on_status=True,
-            ),
-        )
-
-    def _client(self, pool: urllib3.PoolManager) -> Minio:
-        url = urlsplit(self._config.endpoint_url)
-        return Minio(
-            url.netloc,
-            access_key=self._config.access_key,
-            secret_key=self._config.secret_key,
-            secure=url.scheme == "https",
-            region=self._config.region,
-            http_client=pool,
-        )
 
     @property
     def reachable(self) -> bool:
         """See ObjectStore."""
-        return self._health.reachable
+        return self._calls.circuits.reachable
 
     @property
     def state(self) -> str:
         """See ObjectStore."""
-        return self._health.state
+        return self._calls.circuits.state
 
-    async def _call(
-        self, executor: ThreadPoolExecutor, work: Callable[[], T], deadline_seconds: float | None
-    ) -> T:
-        self._health.check()
-        loop = asyncio.get_running_loop()
-        begun = threading.Event()
-
-        def begin() -> T:
-            begun.set()
-            return work()
-
-        try:
-            async with asyncio.timeout(deadline_seconds):
-                result = await loop.run_in_executor(executor, begin)
-        except NotFoundError:
-            self._health.succeeded()  # "not there" is an answer
-            raise
-        except asyncio.CancelledError:
-            self._health.abandoned()
-            raise
-        except TimeoutError as error:
-            if not begun.is_set():
-                # It waited for a thread of ours; that says nothing about the store.
-                self._health.abandoned()
-                raise CacheUnavailableError("too many transfers are under way") from error
-            cause = str(error) or f"no answer in {deadline_seconds or 0:.1f} s"
-            raise self._failure(cause, weight=2) from error
-        except (MinioException, urllib3.exceptions.HTTPError) as error:
-            raise self._failure(_cause(error)) from error
-        except OSError as error:
-            raise self._failure(str(error)) from error
-        self._health.succeeded()
-        return result
-
-    def _failure(self, cause: str, *, weight: int = 1) -> CacheUnavailableError:
-        self._health.failed(cause, weight=weight)
-        self._statistics.shared_failures += 1
-        return CacheUnavailableError(
-            f"the shared cache at {self._config.endpoint_url} failed: {cause}"
-        )
+    # -- reading
 
     async def read(
         self,
@@ -222,31 +150,52 @@ class S3Store:
     ) -> int:
         """See ObjectStore."""
         gate = SinkGate(sink)
-
-        def work() -> int:
-            try:
-                response = self._reading.get_object(
-                    self._config.bucket, self._prefix + key, offset=offset, length=length or 0
-                )
-            except S3Error as error:
-                raise _missing(error, key) from error
-            return self._drain(response, gate)
-
         try:
             # The thread watches the rate itself, whatever the size turns out to be.
-            total = await self._call(self._readers, work, timeout)
+            total = await self._calls.run(
+                Verb.GET,
+                lambda: self._read(key, gate, offset, length),
+                timeout,
+                gate=gate,
+                probe=lambda: self._read(
+                    key, SinkGate(lambda _: None), offset, min(length or _PROBE_BYTES, _PROBE_BYTES)
+                ),
+            )
         finally:
             gate.shut()
+        if gate.sink_error is not None:
+            raise gate.sink_error
         self._statistics.shared_reads += 1
         self._statistics.shared_bytes_read += total
         return total
 
-    def _drain(self, response: _Response, gate: SinkGate) -> int:
+    def _read(self, key: str, gate: SinkGate, offset: int, length: int | None) -> int:
+        """Pass an object to a gate; a connection that breaks is continued once where it broke."""
         total = 0
         started = time.monotonic()
+        for is_last in (False, True):
+            left = 0 if length is None else length - total
+            with self._denied_or_absent(key):
+                response = self._reading.get_object(
+                    self._config.bucket, self._prefix + key, offset=offset + total, length=left
+                )
+            try:
+                for piece in self._pieces(response, total, started):
+                    total += len(piece)
+                    gate.push(piece)
+                    if gate.sink_error is not None:
+                        return total
+            except (urllib3.exceptions.ProtocolError, ConnectionError):
+                if is_last or not total:
+                    raise
+            else:
+                return total
+        return total
+
+    def _pieces(self, response: _Response, total: int, started: float) -> Iterator[bytes]:
         try:
-            for piece in response.stream(_PIECE_BYTES, decode_content=False):
-                gate.push(piece)
+            while piece := response.read1(_PIECE_BYTES, decode_content=False):
+                yield piece
                 total += len(piece)
                 allowed = self._config.read_seconds + total / _SLOWEST_BYTES_PER_SECOND
                 if time.monotonic() - started > allowed:
@@ -254,7 +203,14 @@ class S3Store:
         finally:
             response.close()
             response.release_conn()
-        return total
+
+    def _denied_or_absent(self, key: str) -> _DeniedOrAbsent:
+        return _DeniedOrAbsent(key, lambda: self._is_listed(key))
+
+    def _is_listed(self, key: str) -> bool:
+        full = self._prefix + key
+        listed = self._reading.list_objects(self._config.bucket, prefix=full, recursive=True)
+        return any(item.object_name == full for item in _first(listed, 1))
 
     async def read_bytes(self, key: str, *, max_bytes: int, timeout: float | None = None) -> bytes:
         """See ObjectStore."""
@@ -268,8 +224,70 @@ class S3Store:
                 raise NotFoundError(f"object {key} has more than {max_bytes} bytes")
             parts.append(piece)
 
-        await self.read(key, collect, timeout=timeout or self._config.read_seconds)
+        await self.read(key, collect, timeout=timeout)
         return b"".join(parts)
+
+    async def stat(self, key: str, *, timeout: float | None = None) -> ObjectInfo | None:
+        """See ObjectStore."""
+
+        def work() -> ObjectInfo | None:
+            try:
+                with self._denied_or_absent(key):
+                    found = self._reading.stat_object(self._config.bucket, self._prefix + key)
+            except NotFoundError:
+                return None
+            return ObjectInfo(key, found.size or 0, found.last_modified or datetime.now(UTC))
+
+        return await self._calls.run(Verb.HEAD, work, timeout, probe=work)
+
+    async def list_objects(
+        self, prefix: str, *, limit: int, start_after: str = "", timeout: float | None = None
+    ) -> list[ObjectInfo]:
+        """See ObjectStore."""
+
+        def work(limit: int = limit) -> list[ObjectInfo]:
+            return [
+                ObjectInfo(
+                    (item.object_name or "").removeprefix(self._prefix),
+                    item.size or 0,
+                    item.last_modified or datetime.now(UTC),
+                )
+                for item in _first(
+                    self._listed(prefix, recursive=True, start_after=start_after), limit
+                )
+            ]
+
+        # Each page has the patience of one answer.
+        pages = 1 + limit // _LISTED_AT_ONCE
+        bound = timeout or self._config.read_seconds * (1 + pages)
+        return await self._calls.run(Verb.LIST, work, bound, probe=lambda: work(1))
+
+    async def list_folders(self, prefix: str) -> list[str]:
+        """See ObjectStore."""
+
+        def work() -> list[str]:
+            listed = self._listed(prefix, recursive=False)
+            return sorted(
+                (item.object_name or "").removeprefix(self._prefix)
+                for item in listed
+                if item.is_dir
+            )
+
+        return await self._calls.run(Verb.LIST, work, None, probe=work)
+
+    def _listed(self, prefix: str, *, recursive: bool, start_after: str = "") -> Iterator[Any]:
+        try:
+            yield from self._reading.list_objects(
+                self._config.bucket,
+                prefix=self._prefix + prefix,
+                recursive=recursive,
+                start_after=self._prefix + start_after if start_after else None,
+            )
+        except S3Error as error:
+            if error.code not in MISSING:
+                raise
+
+    # -- writing
 
     async def write_file(self, key: str, path: Path) -> int:
         """See ObjectStore."""
@@ -290,12 +308,13 @@ class S3Store:
                     self._prefix + key,
                     file,
                     size,
+                    sse=self._encryption,
                     part_size=_PART_BYTES,
                     num_parallel_uploads=_PARALLEL_PARTS,
                 )
             return size
 
-        await self._call(self._writers, work, self._write_bound(size))
+        await self._calls.run(Verb.PUT, work, self._write_bound(size))
         self._count_write(size)
         return size
 
@@ -305,14 +324,31 @@ class S3Store:
         def work() -> None:
             self._ensure_bucket()
             self._writing.put_object(
-                self._config.bucket, self._prefix + key, BytesIO(data), len(data)
+                self._config.bucket,
+                self._prefix + key,
+                BytesIO(data),
+                len(data),
+                sse=self._encryption,
             )
 
-        await self._call(self._writers, work, self._write_bound(len(data)))
+        await self._calls.run(Verb.PUT, work, self._write_bound(len(data)))
         self._count_write(len(data))
 
+    async def create_bytes(self, key: str, data: bytes) -> bool:
+        """See ObjectStore and `s3create`."""
+
+        def work() -> bool:
+            self._ensure_bucket()
+            return self._creator.create(self._prefix + key, data)
+
+        bound = self._write_bound(len(data)) + self._settle_seconds
+        created = await self._calls.run(Verb.PUT, work, bound)
+        if created:
+            self._count_write(len(data))
+        return created
+
     def _write_bound(self, size: int) -> float:
-        return self._config.read_seconds * 4 + size / _SLOWEST_BYTES_PER_SECOND
+        return self._config.write_seconds * 4 + size / _SLOWEST_BYTES_PER_SECOND
 
     def _count_write(self, size: int) -> None:
         self._statistics.shared_writes += 1
@@ -326,54 +362,12 @@ class S3Store:
                 if not self._writing.bucket_exists(self._config.bucket):
                     self._writing.make_bucket(self._config.bucket, self._config.region)
             except S3Error as error:
-                # A key that may only write objects may not look at the bucket; the write tells.
-                if error.code not in _BUCKET_EXISTS and error.code != "AccessDenied":
+                # A key that may only use its prefix may not look at the bucket; the write tells.
+                if error.code not in _BUCKET_EXISTS and error.code not in DENIED:
                     raise
             self._bucket_ready = True
 
-    async def stat(self, key: str, *, timeout: float | None = None) -> ObjectInfo | None:
-        """See ObjectStore."""
-
-        def work() -> ObjectInfo | None:
-            try:
-                found = self._reading.stat_object(self._config.bucket, self._prefix + key)
-            except S3Error as error:
-                if error.code in _MISSING:
-                    return None
-                raise
-            return ObjectInfo(key, found.size or 0, found.last_modified or datetime.now(UTC))
-
-        return await self._call(self._readers, work, timeout or self._config.read_seconds)
-
-    async def list_objects(
-        self, prefix: str, *, limit: int, start_after: str = "", timeout: float | None = None
-    ) -> list[ObjectInfo]:
-        """See ObjectStore."""
-
-        def work() -> list[ObjectInfo]:
-            found: list[ObjectInfo] = []
-            try:
-                for item in self._reading.list_objects(
-                    self._config.bucket,
-                    prefix=self._prefix + prefix,
-                    recursive=True,
-                    start_after=self._prefix + start_after if start_after else None,
-                ):
-                    if len(found) >= limit:
-                        break
-                    found.append(
-                        ObjectInfo(
-                            (item.object_name or "").removeprefix(self._prefix),
-                            item.size or 0,
-                            item.last_modified or datetime.now(UTC),
-                        )
-                    )
-            except S3Error as error:
-                if error.code not in _MISSING:
-                    raise
-            return found
-
-        return await self._call(self._readers, work, timeout or self._config.read_seconds)
+    # -- deleting
 
     async def delete(self, key: str) -> None:
         """See ObjectStore."""
@@ -382,33 +376,76 @@ class S3Store:
             try:
                 self._writing.remove_object(self._config.bucket, self._prefix + key)
             except S3Error as error:
-                if error.code not in _MISSING:
+                if error.code not in MISSING:
                     raise
 
-        await self._call(self._writers, work, self._config.read_seconds)
+        await self._calls.run(Verb.DELETE, work, self._config.write_seconds * 2)
+
+    async def delete_many(self, keys: Sequence[str]) -> None:
+        """See ObjectStore."""
+        for start in range(0, len(keys), _DELETED_AT_ONCE):
+            chunk = keys[start : start + _DELETED_AT_ONCE]
+            if self._deletes_many and await self._delete_chunk(chunk):
+                continue
+            self._deletes_many = False
+            for key in chunk:
+                await self.delete(key)
+
+    async def _delete_chunk(self, keys: Sequence[str]) -> bool:
+        """Remove up to 1,000 objects; False when the store cannot do that in one request."""
+        objects = [DeleteObject(self._prefix + key) for key in keys]
+
+        def work() -> bool:
+            try:
+                for failure in self._writing.remove_objects(self._config.bucket, objects):
+                    if failure.code in NO_SUCH_FEATURE:
+                        return False
+                    if failure.code not in MISSING:
+                        raise NotRemovedError(failure.code or "")
+            except InvalidResponseError:
+                return False  # an answer that is no XML: the store does not know the request
+            except S3Error as error:
+                if error.code in NO_SUCH_FEATURE:
+                    return False
+                if error.code not in MISSING:
+                    raise
+            return True
+
+        return await self._calls.run(Verb.DELETE, work, self._config.write_seconds * 2)
 
     async def close(self) -> None:
         """See ObjectStore."""
-        for executor in (self._readers, self._writers):
-            executor.shutdown(wait=False, cancel_futures=True)
+        await self._calls.close()
         for pool in self._pools:
             pool.clear()
 
 
-def _missing(error: S3Error, key: str) -> Exception:
-    return NotFoundError(f"there is no object {key}") if error.code in _NOTHING_THERE else error
+class _DeniedOrAbsent:
+    """Turns a client's error into NotFoundError when there is no such object.
+
+    AWS answers "403" for an absent object to those who may list only below a prefix: Amazon S3 API
+    reference, GetObject, "Permissions". A listing below the prefix tells the two apart.
+    """
+
+    def __init__(self, key: str, is_listed: Callable[[], bool]) -> None:
+        self._key = key
+        self._is_listed = is_listed
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, S3Error):
+            return
+        absent = error.code in NOTHING_THERE
+        if not absent and error.code in DENIED:
+            absent = not self._is_listed()
+        if absent:
+            raise NotFoundError(f"there is no object {self._key}") from error
 
 
-def _cause(error: Exception) -> str:
-    """Return a short cause for people, without the signed URL that some messages hold."""
-    if isinstance(error, S3Error):
-        if error.code in {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"}:
-            return f"access was refused ({error.code}); check the keys and their policy"
-        return f"the store answered {error.code}"
-    if isinstance(error, urllib3.exceptions.MaxRetryError):
-        return _cause(error.reason) if error.reason else "too many failed attempts"
-    if isinstance(error, urllib3.exceptions.TimeoutError):
-        return "no answer in time"
-    if isinstance(error, urllib3.exceptions.NewConnectionError):
-        return "no connection"
-    return type(error).__name__
+def _first(found: Iterator[T], limit: int) -> Iterator[T]:
+    for number, item in enumerate(found):
+        if number >= limit:
+            return
+        yield item

@@ -25,6 +25,10 @@ class CacheStatistics:
         shared_writes_skipped: objects that the shared store had already.
         shared_failures: calls to the shared store that failed.
         corrupt_objects: objects of the shared store whose bytes were not what their name says.
+        base_checks: names of base images that an upstream registry was asked for.
+        base_stale_answers: of these, answered from memory because no registry answered.
+        base_pulls: manifests and blobs pulled from upstream registries.
+        base_bytes_pulled: their bytes.
     """
 
     manifest_hits: int = 0
@@ -42,6 +46,10 @@ class CacheStatistics:
     shared_writes_skipped: int = 0
     shared_failures: int = 0
     corrupt_objects: int = 0
+    base_checks: int = 0
+    base_stale_answers: int = 0
+    base_pulls: int = 0
+    base_bytes_pulled: int = 0
 
     def snapshot(self) -> dict[str, int]:
         """Return all counters by name."""

@@ -132,7 +132,8 @@ class ProjectStore:
             return await self._download(objects, digest, size_bytes)
         except CacheUnavailableError as error:
             await self.presence.note(digest, BlobState.UNREACHABLE)
-            _log.warning("blob.fetch.failed", digest=digest, cause=error.message)
+            # The store's health says it once for all blobs.
+            _log.debug("blob.fetch.failed", digest=digest, cause=error.message)
             raise NotFoundError(f"blob {digest} is out of reach: {error.message}") from error
         except DigestMismatchError as error:
             self.statistics.corrupt_objects += 1
@@ -269,8 +270,8 @@ class ProjectStore:
     async def publish(self, name: str, stages: Sequence[Sequence[str | UploadItem]]) -> int | None:
         """Queue blobs and documents for the shared store, stage after stage.
 
-        Blobs that are not on disk are taken to be in the shared store already; the caller has
-        checked that.
+        Blobs that are not on disk must be in the shared store already; when one is not, the
+        publication is given up.
 
         Returns:
             The number to wait for with `UploadQueue.wait_published`, None without a shared store.
@@ -282,7 +283,8 @@ class ProjectStore:
             for member in members:
                 if isinstance(member, UploadItem):
                     items.append(member)
-                elif (size_bytes := self.disk.size(member)) is not None:
+                else:
+                    size_bytes = self.disk.size(member)
                     items.append(UploadItem.for_blob(self.project_id, stage, member, size_bytes))
         return await self.uploads.publish(name, self.project_id, items)
 
@@ -291,6 +293,11 @@ class ProjectStore:
     def lease(self, digests: Iterable[str]) -> AbstractContextManager[None]:
         """Keep blobs on disk while the returned context is open."""
         return self.disk.lease(digests)
+
+    def set_max_bytes(self, max_bytes: int | None) -> None:
+        """Change the bound of the disk; what is above it is removed soon."""
+        self.disk.max_bytes = max_bytes
+        self._trim_if_needed()
 
     def _trim_if_needed(self) -> None:
         if self.disk.over_limit:

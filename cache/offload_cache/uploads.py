@@ -1,14 +1,18 @@
 """The durable queue that brings a node's blobs to the shared store, off the builds' critical path.
 
 A publication is a set of blobs and the document that names them, in stages: layers first, then
-manifests, then the cache entry. A stage is started when the one before is complete, so a reader
+manifests, then the document. A stage is started when the one before is complete, so a reader
 that sees a document can read all it names. The queue lives in the node's index: what was accepted
 is uploaded after a restart, too.
+
+A lease keeps collections from the blobs that a publication relies upon. Where it lapsed, as after
+a restart or a long outage, the publication begins again with its first stage.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
 from collections import defaultdict, deque
@@ -17,6 +21,13 @@ from typing import TYPE_CHECKING, Self
 
 import structlog
 
+from offload_cache.collection.publishing import (
+    BlobFound,
+    CondemnedError,
+    Publishing,
+    Sightings,
+)
+from offload_cache.collection.timing import CONDEMNED_WAIT_SECONDS
 from offload_cache.presence import BlobState
 from offload_cache.statistics import CacheStatistics
 from offload_cache.uploadtable import UploadTable
@@ -39,7 +50,9 @@ _MAX_ATTEMPTS = 8
 _FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 60.0
 _IDLE_SECONDS = 30.0
-_TRUST_SECONDS = 3600.0  # older knowledge is checked before a document relies on it
+_KEEP_LEASES_SECONDS = 60.0
+_WITHDRAW_SECONDS = 10.0
+_WITHDRAW_POLL_SECONDS = 0.02
 _REMEMBERED_DROPS = 1_000
 
 
@@ -75,12 +88,16 @@ class UploadQueue:
         self._running: set[str] = set()
         self._waiters: defaultdict[int, list[asyncio.Future[bool]]] = defaultdict(list)
         self._dropped: deque[int] = deque(maxlen=_REMEMBERED_DROPS)
+        self._sightings = Sightings()
+        self._publishing: dict[int, Publishing] = {}
         self._tasks = TaskSet(on_error=self._crashed)
         self._pause_until = 0.0
         self._pause_seconds = _FIRST_PAUSE_SECONDS
 
     async def __aenter__(self) -> Self:
+        await self._table.restart()  # no lease has outlived the last run
         self._tasks.start(self._dispatch(), name="upload-queue")
+        self._tasks.start(self._keep_leases(), name="upload-leases")
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -129,17 +146,32 @@ class UploadQueue:
             if not self._waiters[publication]:
                 del self._waiters[publication]
 
+    async def withdraw(self, publication: int) -> None:
+        """Give a publication up; what of it is under way has ended when this returns.
+
+        Waits at most `_WITHDRAW_SECONDS` for that.
+        """
+        keys = await self._table.keys(publication)
+        await self._drop(publication)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_WITHDRAW_SECONDS):
+                while not self._running.isdisjoint(keys):  # noqa: ASYNC110 - rare and short
+                    await asyncio.sleep(_WITHDRAW_POLL_SECONDS)
+
     async def pending_digests(self, project_id: str) -> set[str]:
         """Return the blobs of a project that must stay on disk because they are to be uploaded."""
         return await self._table.pending_digests(project_id)
 
-    async def pending_count(self) -> int:
-        """Return how many objects wait for their upload."""
-        return await self._table.count()
+    async def pending_count(self, project_id: str = "") -> int:
+        """Return how many objects wait for their upload, of one project or of all."""
+        return await self._table.count(project_id)
 
     def _settle(self, publication: int, *, published: bool) -> None:
         if not published:
             self._dropped.append(publication)
+        publishing = self._publishing.pop(publication, None)
+        if publishing is not None:
+            self._tasks.start(self._end(publishing), name=f"end lease {publication}")
         for waiter in self._waiters.get(publication, ()):
             if not waiter.done():
                 waiter.set_result(published)
@@ -165,9 +197,11 @@ class UploadQueue:
 
     async def _handle(self, item: QueuedUpload) -> None:
         try:
-            await self._upload(item)
+            finished = await self._upload(item)
         except CacheUnavailableError as error:
             self._pause(error.message)
+        except CondemnedError:
+            await self._table.delay(item.publication, CONDEMNED_WAIT_SECONDS)
         except NotFoundError:
             _log.warning("cache.upload.dropped", object_key=item.object_key, cause="blob is gone")
             await self._drop(item.publication)
@@ -179,15 +213,19 @@ class UploadQueue:
                 await self._table.postpone(item.id, _backoff(item.attempts))
         else:
             self._pause_seconds = _FIRST_PAUSE_SECONDS
-            finished, replaced = await self._table.done(item)
-            for publication in finished:
-                _log.info("cache.publication.completed", publication=publication)
-                self._settle(publication, published=True)
-            for publication in replaced:
-                self._settle(publication, published=False)
+            if finished:
+                await self._done(item)
         finally:
             self._running.discard(item.object_key)
             self._wake.set()
+
+    async def _done(self, item: QueuedUpload) -> None:
+        finished, replaced = await self._table.done(item)
+        for publication in finished:
+            _log.info("cache.publication.completed", publication=publication)
+            self._settle(publication, published=True)
+        for publication in replaced:
+            self._settle(publication, published=False)
 
     async def _drop(self, publication: int) -> None:
         await self._table.remove(publication)
@@ -201,27 +239,78 @@ class UploadQueue:
         _log.info("cache.upload.paused", cause=cause, pause_seconds=round(self._pause_seconds, 1))
         self._pause_seconds = min(self._pause_seconds * 2, _LONGEST_PAUSE_SECONDS)
 
-    async def _upload(self, item: QueuedUpload) -> None:
+    async def _upload(self, item: QueuedUpload) -> bool:
+        """Bring one item to the store; False when its publication had to begin again."""
+        publishing = await self._publishing_of(item)
+        if not await publishing.protect() and await self._table.restart(item.publication):
+            _log.info("cache.publication.restarted", publication=item.publication)
+            return False
+        turn = publishing.turn
         if item.digest is None:
             await self._objects.write_bytes(item.object_key, item.body or b"")
-            return
+        else:
+            await self._upload_blob(publishing, item, item.digest)
+        if publishing.turn == turn and publishing.holds:
+            return True
+        # It took longer than the lease counts: a blob of an earlier stage may be gone.
+        await self._table.restart(item.publication)
+        return False
+
+    async def _upload_blob(self, publishing: Publishing, item: QueuedUpload, digest: str) -> None:
         project = await self._resolve(item.project)
-        known = project.presence.get(item.digest, max_age_seconds=_TRUST_SECONDS)
-        if known is not None and known.state is BlobState.PRESENT:
-            self._statistics.shared_writes_skipped += 1
-            return
-        if known is None or known.state is not BlobState.LOST:
+        known = project.presence.get(digest)
+        if known is not None and known.state is BlobState.LOST:
             # A lost object may still be listed with the right size: write it again unasked.
-            found = await self._objects.stat(item.object_key)
-            if found is not None and found.size_bytes == item.size_bytes:
-                self._statistics.shared_writes_skipped += 1
-                await project.presence.note(item.digest, BlobState.PRESENT, item.size_bytes)
-                return
-        path = project.find(item.digest)
-        if path is None:
-            raise NotFoundError(f"blob {item.digest} is no longer on this node")
-        await self._objects.write_file(item.object_key, path)
-        await project.presence.note(item.digest, BlobState.PRESENT, item.size_bytes)
+            self._sightings.forget(item.project, digest)
+            found = await publishing.write(digest, project.find)
+        else:
+            try:
+                found = await publishing.ensure(digest, item.size_bytes, project.find)
+            except NotFoundError:
+                # Somebody was told that it is there; the next build shall push it.
+                await project.presence.note(digest, BlobState.LOST)
+                raise
+        if found is not BlobFound.WRITTEN:
+            self._statistics.shared_writes_skipped += 1
+        if found is not BlobFound.KNOWN and item.size_bytes is not None:
+            await project.presence.note(digest, BlobState.PRESENT, item.size_bytes)
+
+    async def _publishing_of(self, item: QueuedUpload) -> Publishing:
+        publishing = self._publishing.get(item.publication)
+        if publishing is None:
+            digests = await self._table.digests(item.publication)
+            publishing = self._publishing.setdefault(
+                item.publication,
+                Publishing(
+                    self._objects,
+                    item.project,
+                    digests,
+                    self._sightings,
+                    holder=f"publication {item.publication}",
+                ),
+            )
+        return publishing
+
+    async def _keep_leases(self) -> None:
+        """Renew leases also while one large blob is under way."""
+        while True:
+            await asyncio.sleep(_KEEP_LEASES_SECONDS)
+            if time.monotonic() < self._pause_until:
+                continue
+            for publication, publishing in list(self._publishing.items()):
+                if not await self._table.is_pending(publication):
+                    self._settle(publication, published=publication not in self._dropped)
+                if not publishing.holds:
+                    continue
+                try:
+                    if not await publishing.protect():
+                        await self._table.restart(publication)
+                except (CacheUnavailableError, CondemnedError):
+                    break
+
+    async def _end(self, publishing: Publishing) -> None:
+        with contextlib.suppress(CacheUnavailableError):
+            await publishing.end()
 
 
 def _backoff(attempts: int) -> float:

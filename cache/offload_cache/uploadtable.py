@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from offload_cache.database import CacheDatabase
 
+_UNKNOWN = -1  # size of a blob
+
 
 @dataclass(frozen=True, slots=True)
 class UploadItem:
@@ -24,18 +26,18 @@ class UploadItem:
         object_key: where it goes.
         digest: the blob, None for a body.
         body: the bytes, None for a blob.
-        size_bytes: of either.
+        size_bytes: of either; None for a blob that is not on this node's disk.
     """
 
     stage: int
     object_key: str
     digest: str | None
     body: bytes | None
-    size_bytes: int
+    size_bytes: int | None
 
     @classmethod
-    def for_blob(cls, project_id: str, stage: int, digest: str, size_bytes: int) -> Self:
-        """Return the item that uploads a blob of the project's disk store."""
+    def for_blob(cls, project_id: str, stage: int, digest: str, size_bytes: int | None) -> Self:
+        """Return the item that sees to a blob: it is uploaded where the store has none."""
         return cls(stage, blob_key(project_id, digest), digest, None, size_bytes)
 
     @classmethod
@@ -54,7 +56,7 @@ class QueuedUpload:
     object_key: str
     digest: str | None
     body: bytes | None
-    size_bytes: int
+    size_bytes: int | None
     attempts: int
 
 
@@ -83,10 +85,13 @@ class UploadTable:
                 "INSERT INTO upload_items (publication, stage, project, object_key, digest, body,"
                 " size_bytes) VALUES (?, ?, ?, ?, ?, ?, ?)",
                 [
-                    (number, i.stage, project_id, i.object_key, i.digest, i.body, i.size_bytes)
+                    (
+                        number, i.stage, project_id, i.object_key, i.digest, i.body,
+                        _UNKNOWN if i.size_bytes is None else i.size_bytes,
+                    )
                     for i in items
                 ],
-            )
+            )  # fmt: skip
             dropped = connection.execute(
                 "SELECT id FROM publications WHERE name = ?1 AND id != ?2 AND id !="
                 " (SELECT MIN(id) FROM publications WHERE name = ?1)"
@@ -111,7 +116,7 @@ class UploadTable:
         )
 
     async def pending_digests(self, project_id: str) -> set[str]:
-        """Return the blobs of a project that wait for their upload."""
+        """Return the blobs of a project that wait for their upload, or may have to again."""
         rows = await self._database.run(
             lambda connection: connection.execute(
                 "SELECT DISTINCT digest FROM upload_items WHERE project = ? AND digest IS NOT NULL",
@@ -120,12 +125,24 @@ class UploadTable:
         )
         return {row[0] for row in rows}
 
-    async def count(self) -> int:
-        """Return how many items wait."""
+    async def count(self, project_id: str = "") -> int:
+        """Return how many items wait, of one project or of all."""
         row = await self._database.run(
-            lambda connection: connection.execute("SELECT COUNT(*) FROM upload_items").fetchone()
+            lambda connection: connection.execute(
+                "SELECT COUNT(*) FROM upload_items WHERE NOT done AND ?1 IN ('', project)",
+                (project_id,),
+            ).fetchone()
         )
         return int(row[0])
+
+    async def keys(self, publication: int) -> set[str]:
+        """Return the keys of all objects of a publication."""
+        rows = await self._database.run(
+            lambda connection: connection.execute(
+                "SELECT object_key FROM upload_items WHERE publication = ?", (publication,)
+            ).fetchall()
+        )
+        return {row[0] for row in rows}
 
     async def due(self, running: Collection[str], limit: int) -> tuple[list[QueuedUpload], float]:
         """Return at most `limit` items to start now, none of a key in `running`.
@@ -139,10 +156,11 @@ class UploadTable:
             found: list[QueuedUpload] = []
             taken = set(busy)
             rows = connection.execute(
-                "SELECT id, publication, project, object_key, digest, body, size_bytes, attempts"
-                " FROM upload_items AS item WHERE due_at <= ? AND stage ="
-                " (SELECT MIN(stage) FROM upload_items WHERE publication = item.publication)"
-                " ORDER BY id LIMIT ?",
+                "SELECT id, publication, project, object_key, digest, body,"
+                " NULLIF(size_bytes, -1), attempts"
+                " FROM upload_items AS item WHERE NOT done AND due_at <= ? AND stage ="
+                " (SELECT MIN(stage) FROM upload_items"
+                " WHERE publication = item.publication AND NOT done) ORDER BY id LIMIT ?",
                 (now, limit + 4 * len(busy)),
             )
             for row in rows:
@@ -151,7 +169,7 @@ class UploadTable:
                     taken.add(item.object_key)
                     found.append(item)
             later = connection.execute(
-                "SELECT MIN(due_at) FROM upload_items WHERE due_at > ?", (now,)
+                "SELECT MIN(due_at) FROM upload_items WHERE due_at > ? AND NOT done", (now,)
             ).fetchone()[0]
             return found, (later - now if later is not None else float("inf"))
 
@@ -166,23 +184,51 @@ class UploadTable:
             )
         )
 
-    async def done(self, item: QueuedUpload) -> tuple[list[int], list[int]]:
-        """Remove a finished item; return the publications it completed and those it replaced.
+    async def delay(self, publication: int, seconds: float) -> None:
+        """Let a whole publication wait; no attempt has failed."""
+        await self._database.run(
+            lambda connection: connection.execute(
+                "UPDATE upload_items SET due_at = ? WHERE publication = ? AND NOT done",
+                (time.time() + seconds, publication),
+            )
+        )
 
-        An uploaded blob is done for every publication that names it. A document replaces the older
-        ones of its name, which must not overwrite it later.
+    async def digests(self, publication: int) -> list[str]:
+        """Return all blobs that a publication relies upon."""
+        rows = await self._database.run(
+            lambda connection: connection.execute(
+                "SELECT DISTINCT digest FROM upload_items WHERE publication = ?"
+                " AND digest IS NOT NULL",
+                (publication,),
+            ).fetchall()
+        )
+        return [row[0] for row in rows]
+
+    async def restart(self, publication: int | None = None) -> bool:
+        """Count nothing of a publication, or of any, as done; False when nothing was."""
+        return await self._database.run(
+            lambda connection: (
+                connection.execute(
+                    "UPDATE upload_items SET done = 0"
+                    " WHERE done AND (publication = ?1 OR ?1 IS NULL)",
+                    (publication,),
+                ).rowcount
+                > 0
+            )
+        )
+
+    async def done(self, item: QueuedUpload) -> tuple[list[int], list[int]]:
+        """Note a finished item; return the publications it completed and those it replaced.
+
+        Items stay until their publication is complete: it may have to begin again. A document
+        replaces the older ones of its name, which must not overwrite it later.
         """
 
         def work(connection: sqlite3.Connection) -> tuple[list[int], list[int]]:
-            if item.digest is not None:
-                connection.execute(
-                    "DELETE FROM upload_items WHERE object_key = ?", (item.object_key,)
-                )
-            else:
-                connection.execute("DELETE FROM upload_items WHERE id = ?", (item.id,))
+            connection.execute("UPDATE upload_items SET done = 1 WHERE id = ?", (item.id,))
             finished = connection.execute(
                 "SELECT id, name FROM publications WHERE NOT EXISTS"
-                " (SELECT 1 FROM upload_items WHERE publication = publications.id)"
+                " (SELECT 1 FROM upload_items WHERE publication = publications.id AND NOT done)"
             ).fetchall()
             replaced: list[int] = []
             for number, name in finished:

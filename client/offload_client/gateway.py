@@ -10,6 +10,7 @@ from offload_core.errors import GatewayUnreachableError
 from offload_core.status import error_from_rpc
 from offload_core.versions import call_metadata
 from offload_proto.v1.builds_service_pb2_grpc import BuildsServiceStub
+from offload_proto.v1.cache_service_pb2_grpc import CacheServiceStub
 from offload_proto.v1.identity_service_pb2_grpc import AdminServiceStub, IdentityServiceStub
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class GatewayCalls:
         self.builds = BuildsServiceStub(channel)
         self.identity = IdentityServiceStub(channel)
         self.admin = AdminServiceStub(channel)
+        self.cache = CacheServiceStub(channel)
 
     @classmethod
     async def open(
@@ -43,14 +45,14 @@ class GatewayCalls:
         identity = await connections.identity(invocation, settings.gateway)
         return cls(settings.gateway, await connections.gateway(settings.gateway, identity))
 
-    async def call(self, method: Any, request: Any) -> Any:
-        """Await a unary call.
+    async def call(self, method: Any, request: Any, *, timeout: float = CALL_SECONDS) -> Any:
+        """Await a unary call, at most `timeout` seconds.
 
         Raises:
             OffloadError: what the gateway says, or that it does not answer.
         """
         try:
-            return await method(request, timeout=CALL_SECONDS, metadata=call_metadata())
+            return await method(request, timeout=timeout, metadata=call_metadata())
         except grpc.RpcError as error:
             raise self._translated(error) from error
 

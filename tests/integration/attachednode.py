@@ -14,7 +14,7 @@ from offload_proto.v1 import nodes_service_pb2 as nodes_pb
 from offload_proto.v1.nodes_service_pb2_grpc import NodesServiceStub
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from offload_core.tls import KeyPair
     from tests.fixtures.gateway import RunningGateway
@@ -44,6 +44,10 @@ class AttachedNode:
         self.offers: list[str] = []
         self.cancelled: dict[str, str] = {}
         self.running = 0
+        self.limits: list[nodes_pb.ProjectLimits] = []
+        self.tasks: list[nodes_pb.CacheTask] = []
+        self.answer: Callable[[nodes_pb.CacheTask], nodes_pb.CacheTaskReply] | None = None
+        """Answers cache tasks; without it the node is silent."""
         self.ended: grpc.aio.AioRpcError | None = None
         self._outbox: asyncio.Queue[nodes_pb.AttachRequest | None] = asyncio.Queue()
         self._welcomed = asyncio.Event()
@@ -114,6 +118,14 @@ class AttachedNode:
                         self.reply(message.offer.build_id, accepted=self.accepts)
                 elif kind == "cancel_build":
                     self.cancelled[message.cancel_build.build_id] = message.cancel_build.reason
+                elif kind == "project_limits":
+                    self.limits.append(message.project_limits)
+                elif kind == "cache_task":
+                    self.tasks.append(message.cache_task)
+                    if self.answer is not None:
+                        reply = self.answer(message.cache_task)
+                        reply.task_id = message.cache_task.task_id
+                        self.send(cache_task_reply=reply)
         except grpc.aio.AioRpcError as error:
             self.ended = error
 

@@ -13,7 +13,8 @@ import pytest
 
 from offload_builder.node.config import NodeConfig
 from offload_builder.node.contextshare import SharingLimits
-from offload_builder.node.project import ProjectPool
+from offload_builder.node.projectpool import ProjectPool
+from offload_builder.node.registries import Bases
 from offload_cache.keys import pack_prefix
 from offload_cache.nodestore import NodeStore
 from offload_cache.s3store import S3Config, S3Store
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
     from offload_builder.node.contextshare import SharedContext
+    from offload_cache.tiered import ProjectStore
 
 SHARED_SECONDS = 30.0
 MISS_SECONDS = 4.0
@@ -522,12 +524,18 @@ async def test_memory_stays_small_while_much_is_packed_and_fetched(pool: Pool) -
 
 
 @asynccontextmanager
+async def no_bases(_: ProjectStore, *, trusted: bool) -> AsyncIterator[Bases]:
+    del trusted
+    yield Bases({}, None)
+
+
+@asynccontextmanager
 async def projects(pool: Pool, name: str) -> AsyncIterator[ProjectPool]:
     async with AsyncExitStack() as stack:
         config = NodeConfig(gateway="127.0.0.1:1", data=pool.root / name)
         store = NodeStore(config.data / "cache", objects=pool.store())
         await stack.enter_async_context(store)
-        yield await stack.enter_async_context(ProjectPool(config, store))
+        yield await stack.enter_async_context(ProjectPool(config, store, no_bases))
 
 
 async def test_a_node_that_stops_leaves_its_context_content_to_the_others(pool: Pool) -> None:
@@ -551,5 +559,5 @@ async def test_a_node_that_stops_leaves_its_context_content_to_the_others(pool: 
 
 async def test_a_node_on_its_own_shares_nothing(tmp_path: Path) -> None:
     config = NodeConfig(gateway="127.0.0.1:1", data=tmp_path)
-    async with NodeStore(tmp_path / "cache") as store, ProjectPool(config, store) as pool:
+    async with NodeStore(tmp_path / "cache") as store, ProjectPool(config, store, no_bases) as pool:
         assert (await pool.runtime("web")).shared_context is None

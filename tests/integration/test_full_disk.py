@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import aiohttp
 import pytest
 
+from offload_cache.contributions import Writer
 from offload_cache.diskstore import DiskStore
 from offload_cache.keys import blob_key
 from offload_cache.nodestore import NodeStore
@@ -60,7 +61,7 @@ async def test_a_full_disk_refuses_an_upload_and_makes_a_fetch_a_miss(
         project = await node.project("p")
         with pytest.raises(NotFoundError, match="full"):
             await project.store.open_blob(DIGEST)
-        capability = registry.grant(Grant(project, (), "main", "k", "b", "m"))
+        capability = registry.grant(Grant(project, (), "main", "k", Writer("b", "m", "member")))
         url = f"http://{server.address}/v2/{capability}/cache/blobs/uploads/"
         async with http.post(url, params={"digest": DIGEST}, data=io.BytesIO(DATA)) as response:
             assert response.status == 507

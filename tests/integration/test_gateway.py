@@ -12,6 +12,7 @@ import pytest
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from offload_core.errors import (
+    AccessDeniedError,
     BuildCanceledError,
     GatewayUnreachableError,
     NotFoundError,
@@ -115,6 +116,47 @@ async def test_free_node_gets_the_build_with_a_ticket_that_it_can_verify(gateway
     assert ticket.expires_at.seconds > time.time()
     assert assigned.server_name == "node-1.node.offload"
     assert list(assigned.endpoints) == ["10.0.0.1:7444", gateway.address]
+
+
+async def test_wish_for_the_cache_is_kept_over_a_restart_and_refused_before_the_queue(
+    gateway, client
+):
+    choice = builds_pb.CacheChoice(scope="nightly", read_scopes=["base"])
+    stream = client.create(
+        request_id="r", vcs_branch="topic", vcs_target_branch="main", cache=choice
+    )
+    await stream.read()
+    bad = client.create(cache=builds_pb.CacheChoice(scope="~team"))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await bad.read()
+    assert isinstance(domain_error(caught.value), UsageError)
+    await gateway.stop()
+    await gateway.start()
+    again = await client_of(gateway)
+    async with await node_of(gateway):
+        assigned = await again.assigned(request_id="r")
+    ticket = builds_pb.Ticket.FromString(assigned.ticket.payload)
+    assert list(ticket.read_scopes) == [
+        f"default/{name}" for name in ("base", "nightly", "main", "master", "~team")
+    ]
+    assert (ticket.write_scope, ticket.vcs_branch) == ("default/nightly", "topic")
+    assert (ticket.role, ticket.trust_domain) == ("admin", "")
+
+
+async def test_wish_that_new_rules_forbid_ends_the_build_and_frees_its_slot(gateway, client):
+    token = await gateway.create_token("ann", identity_pb.ROLE_MEMBER)
+    ann = await client_of(gateway, token)
+    await ann.create(request_id="r", cache=builds_pb.CacheChoice(scope="main")).read()
+    await gateway.stop()
+    gateway.options["protected_branches"] = ("main",)
+    await gateway.start()
+    ann = await client_of(gateway, token)
+    async with await node_of(gateway) as node:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await ann.assigned(request_id="r", cache=builds_pb.CacheChoice(scope="topic"))
+        assert isinstance(domain_error(caught.value), AccessDeniedError)
+        await node.eventually(lambda: len(node.cancelled) == 1)
+        await ann.until(next(iter(node.cancelled)), CANCELED)
 
 
 async def test_build_waits_with_place_and_reason_until_a_node_comes(gateway, client):

@@ -2,67 +2,18 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
-import ipaddress
 import json
 import socket
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from offload_client.load.loader import load_image
 from offload_core.errors import ImageLoadError
+from tests.fixtures.authority import Authority
 from tests.fixtures.engine import DockerEngine
 from tests.fixtures.ociimages import MemorySource, busybox_layer
-
-
-class Authority:
-    """A certificate authority that writes PEM files."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._key = ec.generate_private_key(ec.SECP256R1())
-        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test authority")])
-        builder = self._builder("test authority", self._key.public_key()).add_extension(
-            x509.BasicConstraints(ca=True, path_length=None), critical=True
-        )
-        self._write("ca", builder.sign(self._key, hashes.SHA256()))
-
-    def issue(self, name: str) -> None:
-        """Write NAME.pem and NAME-key.pem for 127.0.0.1."""
-        key = ec.generate_private_key(ec.SECP256R1())
-        address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-        builder = self._builder(name, key.public_key()).add_extension(
-            x509.SubjectAlternativeName([address]), critical=False
-        )
-        self._write(name, builder.sign(self._key, hashes.SHA256()))
-        (self._directory / f"{name}-key.pem").write_bytes(
-            key.private_bytes(
-                serialization.Encoding.PEM,
-                serialization.PrivateFormat.PKCS8,
-                serialization.NoEncryption(),
-            )
-        )
-
-    def _builder(self, name: str, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
-        now = datetime.datetime.now(datetime.UTC)
-        return x509.CertificateBuilder(
-            issuer_name=self._name,
-            subject_name=x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]),
-            public_key=key,
-            serial_number=x509.random_serial_number(),
-            not_valid_before=now - datetime.timedelta(hours=1),
-            not_valid_after=now + datetime.timedelta(hours=1),
-        )
-
-    def _write(self, name: str, certificate: x509.Certificate) -> None:
-        pem = certificate.public_bytes(serialization.Encoding.PEM)
-        (self._directory / f"{name}.pem").write_bytes(pem)
 
 
 def make_context(home: Path, name: str, host: str, certificates: Path) -> None:

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 INFO = "/containerd.services.content.v1.Content/Info"
 READ = "/containerd.services.content.v1.Content/Read"
 _STORE_ID = "buildkit-attachable-store-id"
-_STORE_PREFIX = "oci:"
+_STORE_PREFIXES = ("oci:", "local:")
+"""Of an image in a layout, and of a cache (BuildKit's cache/remotecache/local)."""
 
 
 class LayoutBlobs(Protocol):
@@ -92,9 +93,10 @@ async def _serve_read(call: ServerCall, blobs: LayoutBlobs) -> None:
 
 def _store(call: ServerCall) -> str:
     name = call.metadata.get(_STORE_ID, [""])[0]
-    if not name.startswith(_STORE_PREFIX):
-        raise GrpcError(NOT_FOUND, f"unknown store {name}")
-    return name.removeprefix(_STORE_PREFIX)
+    for prefix in _STORE_PREFIXES:
+        if name.startswith(prefix):
+            return name.removeprefix(prefix)
+    raise GrpcError(NOT_FOUND, f"unknown store {name}")
 
 
 async def _size(blobs: LayoutBlobs, store: str, digest: str) -> int:

@@ -22,11 +22,12 @@ from offload_builder.buildkit.daemon_exit import DaemonExit, count_oom_kills
 from offload_builder.buildkit.daemon_leftovers import end_leftovers, end_previous_daemon
 from offload_builder.buildkit.daemon_log import DaemonLog
 from offload_builder.buildkit.daemon_rundir import make_private, run_directory
+from offload_builder.buildkit.runcwrapper import write_runc_wrapper
 from offload_core.aio import TaskSet, finish
 from offload_core.errors import ConfigError, NodeLostError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 _log = structlog.get_logger(__name__)
@@ -148,14 +149,15 @@ class BuildkitDaemon:
         make_private(self._run_dir)
         self.socket_path.unlink(missing_ok=True)
         config = settings.root / "buildkitd.toml"
-        config.write_text(daemon_toml(settings, self.socket_path, self._runc))
+        wrapper = write_runc_wrapper(settings.root, self._runc)
+        config.write_text(daemon_toml(settings, self.socket_path, wrapper))
         self._stopping, self.info = False, None
         process = await asyncio.create_subprocess_exec(
             *self._command(binary, config),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
-            env={**os.environ, **settings.environment},
+            env={**inherited_environment(os.environ), **settings.environment},
             start_new_session=True,
         )
         self._process = process
@@ -251,6 +253,19 @@ class BuildkitDaemon:
             return "buildkitd was stopped"
         await asyncio.wait((self._exit,), timeout=1.0)
         return self._exit.result().describe() if self._exit.done() else ""
+
+
+def inherited_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return what a daemon may know of our environment.
+
+    Not our settings, among them the keys of the shared store; and not the keys of a cloud, which
+    BuildKit's own S3 and Azure caches would use for anybody who names a bucket.
+    """
+    return {
+        name: value
+        for name, value in environment.items()
+        if not name.startswith(("OFFLOAD_", "AWS_", "AZURE_"))
+    }
 
 
 def _pipe_of(process: asyncio.subprocess.Process) -> asyncio.StreamReader:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from offload_builder.gateway.config import GatewayConfig
     from offload_builder.gateway.members import Members
+    from offload_builder.gateway.projectbounds import BoundsTable
 
 F = TypeVar("F", bound="Callable[..., Any]")
 
@@ -65,8 +66,20 @@ async def gateway_members(config: GatewayConfig) -> AsyncIterator[Members]:
     Raises:
         ConfigError: it cannot be opened.
     """
+    async with gateway_projects(config) as (members, _):
+        yield members
+
+
+@asynccontextmanager
+async def gateway_projects(config: GatewayConfig) -> AsyncIterator[tuple[Members, BoundsTable]]:
+    """Do as `gateway_members`, with the bounds of projects.
+
+    Raises:
+        ConfigError: it cannot be opened.
+    """
     from offload_builder.gateway.app import open_members
+    from offload_builder.gateway.projectbounds import BoundsTable
 
     async with AsyncExitStack() as stack:
-        _, _, members = await open_members(config, stack)
-        yield members
+        _, store, members = await open_members(config, stack)
+        yield members, BoundsTable(store)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from offload_builder.gateway.cachetrust import MAX_NAME
 from offload_builder.gateway.history import BuildRecord
 from offload_builder.gateway.offers import Offers
 from offload_builder.gateway.scheduler import QueuedBuild, fair_order, plan, waiting_reason
@@ -113,8 +114,10 @@ class Admission:
             dockerfile_path=request.dockerfile_path[:4096],
             target=request.target[:500],
             platforms=tuple(request.platforms),
-            vcs_branch=request.vcs_branch[:500],
+            vcs_branch=request.vcs_branch[:MAX_NAME],
             vcs_revision=request.vcs_revision[:200],
+            vcs_target_branch=request.vcs_target_branch[:MAX_NAME],
+            cache_choice=request.cache.SerializeToString(),
         )
         # In memory first: the same request may come a second time while this one is written.
         build = self._builds.add(record)

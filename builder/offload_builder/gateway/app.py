@@ -18,6 +18,8 @@ from offload_builder.gateway.admin_service import AdminService
 from offload_builder.gateway.admission import Admission
 from offload_builder.gateway.builds_service import BuildsService
 from offload_builder.gateway.ca import CertificateAuthority
+from offload_builder.gateway.cache_service import CacheService
+from offload_builder.gateway.cachework import CacheWork
 from offload_builder.gateway.credentials import RenewingCredentials
 from offload_builder.gateway.front import Front, Route, TcpRoute, UnixRoute
 from offload_builder.gateway.history import History
@@ -31,6 +33,8 @@ from offload_builder.gateway.log_book import LogBook
 from offload_builder.gateway.members import DEFAULT_PROJECT, Members
 from offload_builder.gateway.nodes import NodeRegistry
 from offload_builder.gateway.nodes_service import NodesService
+from offload_builder.gateway.projectbounds import BoundsFeed, BoundsTable
+from offload_builder.gateway.steptimes import StepTimes
 from offload_builder.gateway.store import Store, default_url
 from offload_builder.gateway.tracking import BuildTracking
 from offload_core.aio import TaskSet, finish
@@ -40,6 +44,7 @@ from offload_core.tls import ENROLL_NAME, GATEWAY_NAME, NODE_SUFFIX, SERVER_OPTI
 from offload_core.trust import split_address
 from offload_proto.v1 import identity_service_pb2 as identity_pb
 from offload_proto.v1.builds_service_pb2_grpc import add_BuildsServiceServicer_to_server
+from offload_proto.v1.cache_service_pb2_grpc import add_CacheServiceServicer_to_server
 from offload_proto.v1.identity_service_pb2_grpc import (
     add_AdminServiceServicer_to_server,
     add_EnrollmentServiceServicer_to_server,
@@ -149,12 +154,14 @@ class Gateway:
         stack.callback(builds.close)
         admission = Admission(config, builds, nodes)
         builds.listen(admission.wake)
-        tracking = BuildTracking(builds, admission, nodes, config.restart_grace)
+        tracking = BuildTracking(builds, admission, nodes, config.restart_grace, StepTimes(store))
         nodes.listen(tracking)
         await tracking.restore()
         credentials = RenewingCredentials(authority)
         housekeeping = Housekeeping(credentials, members, nodes, history, config.history_retention)
+        bounds = BoundsFeed(BoundsTable(store), nodes)
         tasks.start(logs.run(), name="log-book")
+        tasks.start(bounds.run(), name="project-bounds")
         tasks.start(nodes.watch(), name="node-watch")
         tasks.start(admission.run(), name="admission")
         tasks.start(housekeeping.run(), name="housekeeping")
@@ -171,7 +178,10 @@ class Gateway:
         add_IdentityServiceServicer_to_server(IdentityService(access, issuer), api)
         add_AdminServiceServicer_to_server(AdminService(access, members, nodes, admission), api)
         add_NodesServiceServicer_to_server(
-            NodesService(authority.ticket_public_pem(), access, nodes, tracking, logs), api
+            NodesService(
+                authority.ticket_public_pem(), access, nodes, tracking, logs, bounds, history
+            ),
+            api,
         )
         add_BuildsServiceServicer_to_server(
             BuildsService(
@@ -186,6 +196,9 @@ class Gateway:
                 self._relay_address,
             ),
             api,
+        )
+        add_CacheServiceServicer_to_server(
+            CacheService(config, access, members, store, history, CacheWork(nodes)), api
         )
         self._sockets = Path(tempfile.mkdtemp(prefix="offload-"))
         stack.callback(shutil.rmtree, self._sockets, ignore_errors=True)

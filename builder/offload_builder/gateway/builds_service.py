@@ -7,9 +7,13 @@ from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+import structlog
+
 from offload_builder.gateway.admission import Placed
+from offload_builder.gateway.cachetrust import CacheMember, CacheTrust
 from offload_builder.gateway.history import build_message
-from offload_builder.gateway.tickets import cache_scopes, sign
+from offload_builder.gateway.tickets import CacheWish, cache_scopes, sign
+from offload_builder.gateway.tokens import role_name
 from offload_core.errors import OffloadError, UsageError
 from offload_core.tls import NODE_SUFFIX
 from offload_proto.v1 import builds_service_pb2 as builds_pb
@@ -28,6 +32,8 @@ if TYPE_CHECKING:
     from offload_builder.gateway.history import History
     from offload_builder.gateway.log_book import LogBook
     from offload_builder.gateway.members import Members
+
+log = structlog.get_logger(__name__)
 
 TICKET_SKEW = timedelta(seconds=30)
 """How much longer than the slot a ticket is valid, for nodes whose clocks are ahead."""
@@ -52,6 +58,7 @@ class BuildsService(BuildsServiceServicer):
         relay_address: Callable[[], str],
     ) -> None:
         self._config = config
+        self._trust = CacheTrust(config.default_branches, config.protected_branches)
         self._ticket_key = ticket_key
         self._access = access
         self._members = members
@@ -70,6 +77,13 @@ class BuildsService(BuildsServiceServicer):
             raise UsageError("a build needs a project; set it with --project or in offload.toml")
         caller.token.check_project(request.project_id)
         await self._members.project(request.project_id, visible_to=caller.token)
+        # What is not allowed is refused before the build waits for its turn.
+        cache_scopes(
+            request.project_id,
+            CacheMember(caller.token.name, caller.token.role),
+            CacheWish(request.vcs_branch, request.vcs_target_branch, request.cache),
+            self._trust,
+        )
         build = await self._admission.submit(request, caller.token)
         started = asyncio.get_running_loop().time()
         async with aclosing(self._admission.updates(build)) as updates:
@@ -77,7 +91,7 @@ class BuildsService(BuildsServiceServicer):
                 if isinstance(update, Placed):
                     if asyncio.get_running_loop().time() - started > _RECHECK_SECONDS:
                         await self._still_allowed(build, context)
-                    yield builds_pb.CreateResponse(assigned=self._assigned(build, update))
+                    yield builds_pb.CreateResponse(assigned=self._place(build, update))
                 else:
                     queued = builds_pb.Queued(
                         build_id=build.build_id, position=update.position, reason=update.reason
@@ -94,15 +108,30 @@ class BuildsService(BuildsServiceServicer):
             self._admission.give_back(build, why=error.message)
             raise
 
+    def _place(self, build: ActiveBuild, placed: Placed) -> builds_pb.Assigned:
+        try:
+            return self._assigned(build, placed)
+        except OffloadError as error:
+            # The gateway came back with other rules while the build waited.
+            self._admission.give_back(build, why=error.message)
+            raise
+
     def _assigned(self, build: ActiveBuild, placed: Placed) -> builds_pb.Assigned:
         record, node = build.record, placed.node
+        choice = builds_pb.CacheChoice.FromString(record.cache_choice)
         scopes = cache_scopes(
             record.project_id,
-            branch=record.vcs_branch,
+            CacheMember(record.member, record.role),
+            CacheWish(record.vcs_branch, record.vcs_target_branch, choice),
+            self._trust,
+        )
+        log.info(
+            "ticket.signed",
+            build_id=record.build_id,
             member=record.member,
-            role=record.role,
-            default_branches=self._config.default_branches,
-            protected_branches=self._config.protected_branches,
+            read_scopes=scopes.read,
+            write_scope=scopes.write,
+            trust_domain=scopes.trust_domain,
         )
         ticket = builds_pb.Ticket(
             build_id=record.build_id,
@@ -111,6 +140,10 @@ class BuildsService(BuildsServiceServicer):
             member=record.member,
             read_scopes=scopes.read,
             write_scope=scopes.write,
+            trust_domain=scopes.trust_domain,
+            role=role_name(record.role),
+            vcs_branch=record.vcs_branch,
+            vcs_revision=record.vcs_revision,
         )
         hold = timedelta(seconds=self._config.slot_hold)
         ticket.expires_at.FromDatetime(datetime.now(UTC) + hold + TICKET_SKEW)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
@@ -32,6 +32,7 @@ FINAL_STATES = frozenset(
 _BUILD_ID = re.compile(r"[a-z2-7]{1,12}")
 _PAGE_TOKEN = re.compile(r"(\d{1,18})-([a-z2-7]{12})")
 _SWEEP_BUILDS = 200
+_RECENT = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,9 @@ class BuildRecord:
     platforms: tuple[str, ...] = ()
     vcs_branch: str = ""
     vcs_revision: str = ""
+    vcs_target_branch: str = ""
+    cache_choice: bytes = b""
+    """A serialised CacheChoice."""
     node_id: str = ""
     started_at: datetime | None = None
     completed_at: datetime | None = None
@@ -166,6 +170,37 @@ class History:
         records = [_build(row) for row in rows[:size]]
         return records, _page_token(records[-1]) if len(rows) > size else ""
 
+    async def earlier_alike(self, record: BuildRecord, *, limit: int) -> list[BuildRecord]:
+        """Return builds before one with its Dockerfile and target that ended well, newest first."""
+        table = schema.builds
+        query = (
+            sa.select(table)
+            .where(
+                table.c.project_id == record.project_id,
+                table.c.created_at < record.created_at,
+                table.c.state == builds_pb.BUILD_STATE_SUCCEEDED,
+                table.c.dockerfile_path == record.dockerfile_path,
+                table.c.target == record.target,
+            )
+            .order_by(table.c.created_at.desc(), table.c.build_id.desc())
+            .limit(limit)
+        )
+        rows = await self._store.read(lambda db: db.execute(query).all())
+        return [_build(row) for row in rows]
+
+    async def recent_projects(self, limit: int) -> list[str]:
+        """Return the projects that have built in the last day, the busiest first."""
+        table = schema.builds
+        count = sa.func.count()
+        query = (
+            sa.select(table.c.project_id)
+            .where(table.c.created_at > datetime.now(UTC) - _RECENT)
+            .group_by(table.c.project_id)
+            .order_by(count.desc(), table.c.project_id)
+            .limit(limit)
+        )
+        return await self._store.read(lambda db: list(db.scalars(query)))
+
     async def unfinished(self) -> list[BuildRecord]:
         """Return the builds that had not ended when the gateway did, oldest first."""
         table = schema.builds
@@ -226,6 +261,9 @@ def build_message(record: BuildRecord) -> builds_pb.Build:
 
 def _build(row: sa.Row[Any]) -> BuildRecord:
     values = dict(row._mapping)
+    # Builds that were written before version 2 have neither.
+    values["vcs_target_branch"] = row.vcs_target_branch or ""
+    values["cache_choice"] = row.cache_choice or b""
     return BuildRecord(**values | {"platforms": tuple(row.platforms)})
 
 

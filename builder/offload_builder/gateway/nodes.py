@@ -56,6 +56,8 @@ class AttachedNode:
     last_owned: str = ""
     """Ended build that still sends its log, so that not each message asks the history."""
     offers: dict[str, asyncio.Future[nodes_pb.OfferReply]] = field(default_factory=dict)
+    tasks: dict[str, asyncio.Future[nodes_pb.CacheTaskReply]] = field(default_factory=dict)
+    """Questions about the layer cache that are open, by task."""
 
     def post(self, message: nodes_pb.AttachResponse) -> bool:
         """Send a message soon; False when the node is not connected."""
@@ -72,6 +74,17 @@ class AttachedNode:
         for future in offers.values():
             if not future.done():
                 future.set_result(nodes_pb.OfferReply(reason="the connection to the node broke"))
+        for task in self.tasks.values():
+            if not task.done():
+                task.set_exception(
+                    NodeLostError(f"the connection to node {self.node_id} broke; try again")
+                )
+
+    def take_reply(self, reply: nodes_pb.CacheTaskReply) -> None:
+        """Hand an answer to the one who waits for it; one that comes too late is dropped."""
+        future = self.tasks.get(reply.task_id)
+        if future is not None and not future.done():
+            future.set_result(reply)
 
     def view(self, load: int) -> NodeView:
         """Return what the scheduler needs to know.
@@ -216,6 +229,11 @@ class NodeRegistry:
     def connected(self) -> list[AttachedNode]:
         """Return the nodes that can be asked now."""
         return [node for node in self._nodes.values() if node.connection is not None]
+
+    def away(self) -> list[AttachedNode]:
+        """Return the nodes that cannot be asked now, but may come back."""
+        nodes = self._nodes.values()
+        return [node for node in nodes if node.connection is None and not node.lost]
 
     def disconnect_token(self, token_id: str, error: OffloadError) -> None:
         """End the streams of all nodes of a token."""

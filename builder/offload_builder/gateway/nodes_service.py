@@ -19,13 +19,17 @@ if TYPE_CHECKING:
     from grpc import aio
 
     from offload_builder.gateway.access import Access
+    from offload_builder.gateway.history import History
     from offload_builder.gateway.log_book import LogBook
     from offload_builder.gateway.nodes import AttachedNode, Connection, NodeRegistry
+    from offload_builder.gateway.projectbounds import BoundsFeed
     from offload_builder.gateway.tracking import BuildTracking
 
 log = structlog.get_logger(__name__)
 
 HELLO_SECONDS = 10.0
+
+RECENT_PROJECTS = 8
 
 
 class NodesService(NodesServiceServicer):
@@ -38,12 +42,16 @@ class NodesService(NodesServiceServicer):
         nodes: NodeRegistry,
         tracking: BuildTracking,
         logs: LogBook,
+        bounds: BoundsFeed,
+        history: History,
     ) -> None:
         self._ticket_public_pem = ticket_public_pem
         self._access = access
         self._nodes = nodes
         self._tracking = tracking
         self._logs = logs
+        self._bounds = bounds
+        self._history = history
 
     async def Attach(  # noqa: N802
         self,
@@ -59,10 +67,14 @@ class NodesService(NodesServiceServicer):
             raise InternalError("an attached node has no connection")
         readers = TaskSet()
         try:
-            welcome = nodes_pb.Welcome(ticket_public_key_pem=self._ticket_public_pem)
+            welcome = nodes_pb.Welcome(
+                ticket_public_key_pem=self._ticket_public_pem,
+                recent_project_ids=await self._history.recent_projects(RECENT_PROJECTS),
+            )
             interval = round(self._nodes.heartbeat_interval * 1000)
             welcome.heartbeat_interval.FromMilliseconds(interval)
             yield nodes_pb.AttachResponse(welcome=welcome)
+            await self._bounds.greet(node)
             await self._tracking.attached(node)
             readers.start(
                 self._read(request_iterator, node, connection), name=f"node-{node.node_id}"
@@ -105,6 +117,8 @@ class NodesService(NodesServiceServicer):
             await self._tracking.updated(node, request.build_update)
         elif kind == "build_log":
             await self._take_log(node, request.build_log)
+        elif kind == "cache_task_reply":
+            node.take_reply(request.cache_task_reply)
         elif kind == "hello":
             raise UsageError("a node says hello once per stream")
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Older databases get the columns that they lack; newer ones are refused."""
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -57,6 +58,28 @@ projects = sa.Table(
     sa.Column("created_at", Instant, nullable=False),
 )
 
+# Tables of their own, so that a database of before gets them when it is opened. A bound of 0 is
+# none of the project's own.
+project_bounds = sa.Table(
+    "project_bounds",
+    metadata,
+    sa.Column("project_id", sa.String(40), primary_key=True),
+    sa.Column("shared_keep_bytes", sa.BigInteger, nullable=False),
+    sa.Column("shared_idle_seconds", sa.BigInteger, nullable=False),
+    sa.Column("node_keep_bytes", sa.BigInteger, nullable=False),
+)
+
+# How long steps took when they last ran, for what a cache hit saves.
+step_times = sa.Table(
+    "step_times",
+    metadata,
+    sa.Column("project_id", sa.String(40), primary_key=True),
+    sa.Column("step_key", sa.String(32), primary_key=True),
+    sa.Column("milliseconds", sa.BigInteger, nullable=False),
+    sa.Column("ran_at", Instant, nullable=False),
+    sa.Index("step_times_by_age", "project_id", "ran_at"),
+)
+
 builds = sa.Table(
     "builds",
     metadata,
@@ -82,6 +105,9 @@ builds = sa.Table(
     sa.Column("platforms", sa.JSON, nullable=False),
     sa.Column("vcs_branch", sa.Text, nullable=False),
     sa.Column("vcs_revision", sa.Text, nullable=False),
+    sa.Column("vcs_target_branch", sa.Text),
+    # A serialised CacheChoice.
+    sa.Column("cache_choice", sa.LargeBinary),
     # A request of one token is one build, also when it is repeated after a restart.
     sa.UniqueConstraint("token_id", "request_id", name="one_build_per_request"),
     sa.Index("builds_by_time", "created_at", "build_id"),
@@ -100,3 +126,19 @@ build_logs = sa.Table(
     # zstd frame of a serialised LogsResponse.
     sa.Column("batches", sa.LargeBinary, nullable=False),
 )
+
+
+def add_missing_columns(connection: sa.Connection) -> None:
+    """Bring the tables of an older version up to date: columns are only ever added.
+
+    A column that comes later must be nullable, so that rows which are there already have a value.
+    """
+    inspector = sa.inspect(connection)
+    prepare = connection.dialect.identifier_preparer
+    for table in metadata.sorted_tables:
+        there = {column["name"] for column in inspector.get_columns(table.name)}
+        for column in table.columns:
+            if column.name not in there:
+                kind = column.type.compile(connection.dialect)
+                name = prepare.format_table(table), prepare.format_column(column)
+                connection.exec_driver_sql(f"ALTER TABLE {name[0]} ADD COLUMN {name[1]} {kind}")

@@ -100,7 +100,6 @@ class Store:
         try:
             self._engine = _make_engine(self._url)
             with self._engine.begin() as connection:
-                schema.metadata.create_all(connection)
                 _check_version(connection)
         except (sa.exc.SQLAlchemyError, ImportError, OSError) as error:
             if self._engine is not None:
@@ -116,17 +115,23 @@ class Store:
 
 
 def _check_version(connection: sa.Connection) -> None:
+    # First: a database of a newer version stays as it is.
+    schema.meta.create(connection, checkfirst=True)
     key = schema.meta.c.key == "schema_version"
     found = connection.scalar(sa.select(schema.meta.c.value).where(key))
-    if found is None:
-        connection.execute(
-            schema.meta.insert(), {"key": "schema_version", "value": str(schema.SCHEMA_VERSION)}
-        )
-    elif int(found) != schema.SCHEMA_VERSION:
+    if found is not None and int(found) > schema.SCHEMA_VERSION:
         raise ConfigError(
             f"the gateway's database has version {found}, this program works with version "
             f"{schema.SCHEMA_VERSION}; install the offload-build that wrote it"
         )
+    schema.metadata.create_all(connection)
+    version = {"value": str(schema.SCHEMA_VERSION)}
+    if found is None:
+        connection.execute(schema.meta.insert(), {"key": "schema_version", **version})
+    elif int(found) < schema.SCHEMA_VERSION:
+        schema.add_missing_columns(connection)
+        connection.execute(schema.meta.update().where(key).values(**version))
+        log.info("store.upgraded", from_version=int(found), to_version=schema.SCHEMA_VERSION)
 
 
 def _make_engine(url: str) -> sa.Engine:

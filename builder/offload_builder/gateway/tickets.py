@@ -6,21 +6,32 @@ needs no call to the gateway for it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
-from urllib.parse import quote
 
+from offload_builder.gateway.cachetrust import (
+    TEAM,
+    UNTRUSTED,
+    check_branch,
+    check_scope_name,
+    scope_id,
+)
+from offload_core.errors import AccessDeniedError, UsageError
 from offload_proto.v1 import builds_service_pb2 as builds_pb
-from offload_proto.v1 import identity_service_pb2 as identity_pb
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    from offload_builder.gateway.cachetrust import CacheMember, CacheTrust
 
 SIGNED_PREFIX = b"offload.v1.Ticket\n"
 """Keeps a ticket's signature from being valid for any other kind of message."""
+
+PROTECTED = "protected"
+"""Trust domain of builds that may write a protected scope."""
+
+MAX_READ_SCOPES = 16
+"""Scopes that a user may name for one build."""
 
 
 def sign(key: Ed25519PrivateKey, ticket: builds_pb.Ticket) -> builds_pb.SignedTicket:
@@ -31,44 +42,105 @@ def sign(key: Ed25519PrivateKey, ticket: builds_pb.Ticket) -> builds_pb.SignedTi
 
 @dataclass(frozen=True)
 class CacheScopes:
-    """What a build may read, in order, and write; `write` is empty for nothing."""
+    """What a build may read, in order, and write.
+
+    Attributes:
+        read: scopes; none when nothing is to be read.
+        write: a scope; empty for nothing.
+        trust_domain: builds of different domains never share a BuildKit: empty for ordinary
+            members, "protected" for builds that may write a protected scope, "untrusted-NAME".
+    """
 
     read: tuple[str, ...]
     write: str
+    trust_domain: str = ""
+
+
+@dataclass(frozen=True)
+class CacheWish:
+    """What a build says of itself and asks of the cache.
+
+    Attributes:
+        branch: of the context; empty when unknown.
+        target_branch: that a pull request is to be merged into; empty when it is none.
+        choice: what the user asks.
+    """
+
+    branch: str = ""
+    target_branch: str = ""
+    choice: builds_pb.CacheChoice = field(default_factory=builds_pb.CacheChoice)
 
 
 def cache_scopes(
-    project_id: str,
-    *,
-    branch: str,
-    member: str,
-    role: int,
-    default_branches: Sequence[str],
-    protected_branches: Sequence[str],
+    project_id: str, member: CacheMember, wish: CacheWish, trust: CacheTrust
 ) -> CacheScopes:
     """Return the cache scopes of a build.
 
-    Scopes are `PROJECT/BRANCH` with the branch percent-encoded. Names that begin with "~" are
-    ours and cannot be branches: git-check-ref-format(1) forbids that character. `~team` is the
-    scope of builds without a known branch, `~untrusted-MEMBER` belongs to one untrusted member.
+    Read are: the scopes that the user names, the own one, the target of a pull request, the
+    default branches, `~team`. A build that may write a protected scope reads protected ones only.
+    Whoever asks, a pull request writes no protected scope, no default branch and not its target:
+    its code is not accepted there yet, and in a fork its branch may have any name.
 
     Args:
         project_id: the project.
-        branch: as the client says; empty when unknown.
-        member: name of the caller.
-        role: of the caller's token.
-        default_branches: read after the own branch.
-        protected_branches: patterns; only administrators and pipelines write these.
+        member: the caller.
+        wish: what is asked for.
+        trust: the gateway's rules.
+
+    Raises:
+        UsageError: a name cannot be used, or wishes contradict each other.
+        AccessDeniedError: the user asks for what identity does not allow.
     """
-    team = f"{project_id}/~team"
-    own = f"{project_id}/{quote(branch, safe='')}" if branch else team
-    if role == identity_pb.ROLE_UNTRUSTED:
-        own = f"{project_id}/~untrusted-{quote(member, safe='')}"
-    trusted = role in (identity_pb.ROLE_ADMIN, identity_pb.ROLE_CI)
-    protected = any(fnmatchcase(branch, pattern) for pattern in protected_branches)
-    defaults = [f"{project_id}/{quote(name, safe='')}" for name in default_branches]
-    may_write = role == identity_pb.ROLE_UNTRUSTED or trusted or not protected
+    choice = wish.choice
+    _check_names(wish)
+    if member.is_untrusted:
+        below = f"/{choice.scope}" if choice.scope else ""
+        own = f"{member.own_scope}{below}"
+        domain = f"{UNTRUSTED}{member.name}"
+        reason = ""
+    else:
+        own, domain = choice.scope or wish.branch or TEAM, ""
+        reason = trust.why_not_write(member, own) or _pull_request_reason(own, wish, trust)
+        if reason and choice.scope and not choice.write_off:
+            raise AccessDeniedError(
+                reason, hint="choose another cache scope, or ask for it to be read only"
+            )
+        if not reason and trust.is_protected(own):
+            domain = PROTECTED
+    names = [*choice.read_scopes, own, wish.target_branch, *trust.default_branches, TEAM]
+    if domain == PROTECTED:
+        low = next((name for name in choice.read_scopes if not trust.is_protected(name)), None)
+        if low is not None:
+            raise AccessDeniedError(
+                f'a build for the protected cache scope "{own}" reads protected scopes only, '
+                f'and "{low}" is not protected',
+                hint="promote its entries, or build for another cache scope",
+            )
+        names = [name for name in names if trust.is_protected(name)]
+    read = dict.fromkeys(scope_id(project_id, name) for name in names if name)
     return CacheScopes(
-        read=tuple(dict.fromkeys([own, *defaults, team])),
-        write=own if may_write else "",
+        read=() if choice.read_off else tuple(read),
+        write="" if reason or choice.write_off else scope_id(project_id, own),
+        trust_domain=domain,
     )
+
+
+def _check_names(wish: CacheWish) -> None:
+    choice = wish.choice
+    check_branch(wish.branch)
+    check_branch(wish.target_branch, "target branch")
+    for name in (*choice.read_scopes, *([choice.scope] if choice.scope else [])):
+        check_scope_name(name)
+    if len(choice.read_scopes) > MAX_READ_SCOPES:
+        raise UsageError(f"a build reads at most {MAX_READ_SCOPES} cache scopes that are named")
+    if choice.read_off and choice.read_scopes:
+        raise UsageError("a build that reads no cache cannot read named cache scopes; choose one")
+
+
+def _pull_request_reason(name: str, wish: CacheWish, trust: CacheTrust) -> str:
+    if not wish.target_branch:
+        return ""
+    kept = name == wish.target_branch or name in trust.default_branches
+    if not kept and not trust.is_protected(name):
+        return ""
+    return f'the build of a pull request does not write the cache scope "{name}"'

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from offload_builder.gateway.active_builds import ActiveBuild, ActiveBuilds
     from offload_builder.gateway.admission import Admission
     from offload_builder.gateway.nodes import AttachedNode, NodeRegistry
+    from offload_builder.gateway.steptimes import StepTimes
 
 log = structlog.get_logger(__name__)
 
@@ -33,12 +34,14 @@ class BuildTracking:
         admission: Admission,
         nodes: NodeRegistry,
         restart_grace: float,
+        step_times: StepTimes,
     ) -> None:
         """Set the seconds in which nodes may come back after a restart of the gateway."""
         self._builds = builds
         self._admission = admission
         self._nodes = nodes
         self._restart_grace = restart_grace
+        self._step_times = step_times
 
     async def restore(self) -> None:
         """Take up what a former gateway process left unfinished.
@@ -127,6 +130,9 @@ class BuildTracking:
     async def updated(self, node: AttachedNode, update: nodes_pb.BuildUpdate) -> None:
         """Take in news of a build."""
         build = self._builds.find(update.build_id)
+        if build is not None and update.steps and build.node_id == node.node_id:
+            await self._note_steps(build.record.project_id, update)
+            build = self._builds.find(update.build_id)
         if build is None:
             await self._late_news(node, update)
             return
@@ -152,6 +158,8 @@ class BuildTracking:
         if record is None or record.node_id != node.node_id:
             log.warning("build.update.refused", build_id=update.build_id, node_id=node.node_id)
             return
+        if update.steps:
+            await self._note_steps(record.project_id, update)
         values = _columns(update)
         if record.state == builds_pb.BUILD_STATE_LOST and update.state == _RUNNING:
             self._revive(record)
@@ -159,6 +167,11 @@ class BuildTracking:
             values |= {"state": update.state, "error": _error(update)}
         if values:
             self._builds.history.change(update.build_id, **values)
+
+    async def _note_steps(self, project_id: str, update: nodes_pb.BuildUpdate) -> None:
+        """Complete the numbers with the time that cached steps took when they last ran."""
+        saved = await self._step_times.note(project_id, update.steps)
+        update.stats.saved_milliseconds = saved
 
     def node_lost(self, node_id: str, why: str) -> None:
         """Give up the builds of a lost node."""

@@ -9,21 +9,30 @@ import sqlite3
 import time
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Self
 
 import structlog
 
+from offload_builder.node.cachedesk import CacheDesk
+from offload_builder.node.cachetasks import CacheTasks
 from offload_builder.node.clientlink import ClientLink
 from offload_builder.node.faults import storage_error
 from offload_builder.node.gatewaylink import GatewayLink
 from offload_builder.node.job import BuildJob
 from offload_builder.node.journal import Journal
-from offload_builder.node.project import ProjectPool
+from offload_builder.node.projectlimits import LimitBook
+from offload_builder.node.projectpool import ProjectPool
+from offload_builder.node.registries import Registries
 from offload_builder.node.tickets import TicketVerifier
+from offload_cache.collection.collector import Collector
+from offload_cache.collection.loop import CollectionLoop
+from offload_cache.collection.plan import Limits
+from offload_cache.nodebounds import NodeBounds
 from offload_cache.nodestore import NodeStore
 from offload_cache.registry.grants import Registry
 from offload_cache.registry.server import RegistryServer
-from offload_cache.s3store import S3Config, S3Store
+from offload_cache.s3store import S3Store
 from offload_cache.statistics import CacheStatistics
 from offload_core import VERSION
 from offload_core.aio import TaskSet, finish
@@ -33,12 +42,14 @@ from offload_proto.v1.builds_service_pb2 import BuildState
 from offload_proto.v1.nodes_service_pb2 import BuildUpdate, Heartbeat, Hello
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from types import TracebackType
 
     from offload_builder.node.config import NodeConfig
     from offload_builder.node.enrolment import NodeIdentity
     from offload_proto.v1.builds_service_pb2 import Ticket
     from offload_proto.v1.node_service_pb2 import Result, Start
+    from offload_proto.v1.nodes_service_pb2 import CacheTask, CacheTaskReply, ProjectLimits
 
 log = structlog.get_logger(__name__)
 
@@ -84,25 +95,19 @@ class NodeAgent:
         # As many exports as builds; more would only slow each other down, and the next builds.
         self._export_slots = asyncio.Semaphore(max(1, config.slots))
         self._exporting = 0
+        self.limits = LimitBook(config.data / "limits.json")
+        self.cache_desk = CacheDesk()
         self._stack = AsyncExitStack()
         self._store: NodeStore
+        self._bounds: NodeBounds
         self._registry_server: RegistryServer
         self._projects: ProjectPool
 
     async def __aenter__(self) -> Self:
+        registries = Registries(self.config.registry_config)
         objects = None
         if self.config.s3_endpoint:
-            objects = S3Store(
-                S3Config(
-                    endpoint_url=self.config.s3_endpoint,
-                    bucket=self.config.s3_bucket,
-                    access_key=self.config.s3_access_key,
-                    secret_key=self.config.s3_secret_key,
-                    region=self.config.s3_region,
-                    prefix=self.config.s3_prefix,
-                ),
-                statistics=self.statistics,
-            )
+            objects = S3Store(self.config.shared_store(), statistics=self.statistics)
         async with AsyncExitStack() as stack:
             shutil.rmtree(self.config.data / "journals", ignore_errors=True)
             self._store = await stack.enter_async_context(
@@ -111,16 +116,44 @@ class NodeAgent:
                     objects=objects,
                     max_project_bytes=self.config.blobs_keep,
                     statistics=self.statistics,
+                    holder=self.identity.node_id,
                 )
             )
-            self._registry_server = await stack.enter_async_context(
-                RegistryServer(self.registry, self.statistics)
+            self._bounds = NodeBounds(
+                self._store,
+                keep_bytes=self.config.blobs_keep_all,
+                idle_seconds=self.config.blobs_idle,
             )
-            self._projects = await stack.enter_async_context(ProjectPool(self.config, self._store))
+            self.limits.on_change(self._limits_changed)
+            self._limits_changed()
+            if objects is not None:
+                await stack.enter_async_context(self._collection(objects))
+            mirrors = await stack.enter_async_context(
+                registries.mirrors(self.config, self._store.database)
+            )
+            self._registry_server = await stack.enter_async_context(
+                RegistryServer(self.registry, self.statistics, extra=mirrors.routes())
+            )
+            self._projects = await stack.enter_async_context(
+                ProjectPool(
+                    self.config,
+                    self._store,
+                    partial(registries.serve, mirrors, self._registry_server.address),
+                )
+            )
             stack.push_async_callback(self._background.close)
             stack.push_async_callback(self._publishing.close)
             stack.push_async_callback(self._concluding.close)
             self._background.start(self._projects.reap(), name="projects.reap")
+            self._background.start(self._bounds.run(), name="node.bounds")
+            CacheTasks(
+                self.identity.node_id,
+                self.config,
+                self._store,
+                self._projects,
+                self._bounds,
+                lambda project_id: self._shared_limits(project_id).keep_bytes,
+            ).register(self.cache_desk)
             self._stack = stack.pop_all()
         return self
 
@@ -131,6 +164,27 @@ class NodeAgent:
         trace: TracebackType | None,
     ) -> None:
         await self._stack.aclose()
+
+    def _collection(self, objects: S3Store) -> CollectionLoop:
+        config = self.config
+        collector = Collector(
+            objects,
+            self.identity.node_id,
+            self._shared_limits,
+            pool_keep_bytes=config.cache_shared_pool_keep,
+            grace_seconds=config.cache_grace,
+        )
+        return CollectionLoop(objects, collector, config.cache_collect_every)
+
+    def _shared_limits(self, project_id: str) -> Limits:
+        """Return what a project may keep in the shared store: its own bounds, else this node's."""
+        own, config = self.limits.of(project_id), self.config
+        return Limits(
+            keep_bytes=own.shared_keep_bytes or config.cache_shared_keep,
+            idle_seconds=own.shared_idle_seconds or config.cache_shared_idle,
+            context_keep_bytes=config.context_shared_keep,
+            context_idle_seconds=config.context_shared_idle,
+        )
 
     @staticmethod
     def _crashed(name: str, error: BaseException) -> None:
@@ -172,6 +226,11 @@ class NodeAgent:
         """Take the gateway's ticket key."""
         self.tickets.trust(ticket_key_pem)
 
+    def expect_projects(self, project_ids: Sequence[str]) -> None:
+        """Start the BuildKits of a few projects, so that their first builds need not wait."""
+        for project_id in project_ids[: self.config.warm_projects]:
+            self._background.start(self._warm_up(project_id), name=f"warm-up.{project_id}")
+
     def offer(self, build_id: str, project_id: str, hold_seconds: float) -> str:
         """Reserve a slot for a build; return why not, or an empty text."""
         now = time.monotonic()
@@ -189,9 +248,21 @@ class NodeAgent:
         self._background.start(self._warm_up(project_id), name=f"warm-up.{build_id}")
         return ""
 
+    def limit_projects(self, limits: ProjectLimits) -> None:
+        """Take the bounds of all projects that have some."""
+        self.limits.take(limits)
+
+    def _limits_changed(self) -> None:
+        self._store.set_bounds(self.limits.node_bounds())
+
+    async def cache_task(self, task: CacheTask) -> CacheTaskReply:
+        """Do work on the layer cache; what goes wrong is in the answer."""
+        return await self.cache_desk.answer(task)
+
     async def _warm_up(self, project_id: str) -> None:
         with contextlib.suppress(OffloadError, OSError, sqlite3.Error):
-            runtime = await self._projects.runtime(project_id)
+            runtime = await self._projects.likely_runtime(project_id)
+            runtime.cache.offers.expect()
             await runtime.warm_up()
 
     def cancel(self, build_id: str, reason: str) -> None:
@@ -245,13 +316,14 @@ class NodeAgent:
             build_id=job.build_id,
             project_id=ticket.project_id,
             member=member,
+            trust_domain=ticket.trust_domain,
         )
         self._report(job, BuildState.BUILD_STATE_RUNNING)
         return job
 
     async def _open(self, ticket: Ticket, start: Start) -> BuildJob:
         try:
-            runtime = await self._projects.runtime(ticket.project_id)
+            runtime = await self._projects.runtime(ticket.project_id, ticket.trust_domain)
         except (OSError, sqlite3.Error) as error:
             raise storage_error("open the project", error) from error
         journal = Journal(self.config.data / "journals" / ticket.build_id)
@@ -328,6 +400,7 @@ class NodeAgent:
             async with asyncio.timeout(CONCLUDE_SECONDS):
                 await job.log_sent.wait()
         self._report(job, state, error=error)
+        await job.save_record()
 
     async def _publish(self, job: BuildJob) -> None:
         try:
@@ -393,6 +466,7 @@ class NodeAgent:
                 stats=job.stats,
                 image_digest=job.image_digest,
                 cache_state=job.cache_state,
+                steps=job.step_times(),
             )
         )
 

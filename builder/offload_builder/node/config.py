@@ -7,12 +7,24 @@ import re
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
+from offload_cache.collection.timing import MIN_GRACE_SECONDS
+from offload_cache.s3config import S3Config
 from offload_core.config import option
 from offload_core.errors import ConfigError
 from offload_core.trust import join_address, split_address
 
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _IPV4 = re.compile(r"[0-9]+(?:\.[0-9]+){3}")
+_MEANING_OF_ZERO = {
+    "warm_projects": "starts none",
+    "blobs_keep_all": "sets no bound",
+    "blobs_idle": "sets no bound",
+    "cache_shared_pool_keep": "sets no bound",
+    "drain_timeout": "stops at once",
+    "base_images_recheck": "asks a registry each time",
+    "base_images_stale": "builds with nothing that a registry does not confirm",
+    "cache_mount_interval": "stores after each build",
+}
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -40,14 +52,57 @@ class NodeConfig:
     buildkit_idle: float = option(
         900.0, "stop a project's BuildKit after so long without a build", unit="duration"
     )
+    warm_projects: int = option(
+        2,
+        "start the BuildKits of so many of the projects that built lately when the node attaches; "
+        "0 starts them with their first builds",
+    )
     buildkit_keep: int = option(
-        20 * 1024**3, "bytes of BuildKit's own cache to keep per project", unit="size"
+        20 * 1024**3,
+        "bytes of BuildKit's own cache to keep per project; where branches are protected, as much "
+        "again for the builds that write them",
+        unit="size",
+    )
+    untrusted_keep: int = option(
+        4 * 1024**3,
+        "bytes of BuildKit's own cache, and as much again of context files, to keep for each "
+        "untrusted member of a project",
+        unit="size",
+    )
+    untrusted_idle: float = option(
+        3600.0,
+        "remove everything that builds of an untrusted member left on the node after so long "
+        "without one; its BuildKit is stopped after a quarter of buildkit_idle",
+        unit="duration",
     )
     registry_config: Path | None = option(
-        None, "TOML file with BuildKit's [registry] tables (mirrors, CAs, plain HTTP)"
+        None,
+        "TOML file with a [registry] table per host: mirrors, CAs, plain HTTP, the pool's login",
+    )
+    base_images: bool = option(
+        True, "keep base images of Docker Hub and of the hosts in registry_config for the pool"
+    )
+    base_images_recheck: float = option(
+        300.0, "ask a registry again what a tag means after so long", unit="duration"
+    )
+    base_images_stale: float = option(
+        7 * 86_400.0,
+        "build with what a tag last meant for so long while its registry does not answer",
+        unit="duration",
     )
     blobs_keep: int = option(
         20 * 1024**3, "bytes of cache and image blobs to keep on disk per project", unit="size"
+    )
+    blobs_keep_all: int = option(
+        0,
+        "bytes of cache and image blobs to keep on disk for all projects together, the longest "
+        "unused go first; 0 for no such bound",
+        unit="size",
+    )
+    blobs_idle: float = option(
+        0.0,
+        "remove cache and image blobs that were not used for so long; 0 keeps them",
+        unit="duration",
     )
     context_keep: int = option(
         10 * 1024**3, "bytes of build context files to keep per project", unit="size"
@@ -63,12 +118,77 @@ class NodeConfig:
         "remove build context files from the shared store that no node stored or read for so long",
         unit="duration",
     )
+    cache_shared_keep: int = option(
+        50 * 1024**3,
+        "bytes of layers and images to keep per project in the shared store; when there are more, "
+        "those go first that were of no use for longest",
+        unit="size",
+    )
+    cache_shared_idle: float = option(
+        30 * 86_400.0,
+        "remove layers and images from the shared store that were of no use for so long",
+        unit="duration",
+    )
+    cache_shared_pool_keep: int = option(
+        0, "bytes of layers and images of all projects together; 0 for no such bound", unit="size"
+    )
+    cache_grace: float = option(
+        86_400.0,
+        "how long what nothing needs any more stays in the shared store, an hour or more; no build "
+        "may run longer without its node reaching the store",
+        unit="duration",
+    )
+    cache_collect_every: float = option(
+        3600.0,
+        "how often one node of the pool removes what nothing needs from the shared store",
+        unit="duration",
+    )
+    cache_mounts: bool = option(
+        True,
+        "store the cache mounts of builds in the shared store, and restore them where they are "
+        "missing",
+    )
+    cache_mount_max: int = option(
+        2 * 1024**3, "bytes of content up to which a cache mount is stored or restored", unit="size"
+    )
+    cache_mount_interval: float = option(
+        600.0, "store a cache mount at most once in so long", unit="duration"
+    )
     s3_endpoint: str = option("", "S3 endpoint URL of the shared cache; none when empty")
     s3_bucket: str = option("offload", "bucket of the shared cache; created when missing")
     s3_prefix: str = option("", "prefix of all keys in the bucket")
     s3_region: str = option("us-east-1", "region of the bucket")
+    s3_credentials: str = option(
+        "keys",
+        "where the keys come from: `keys` (the options below), `aws` (environment, credentials "
+        "file, web identity, container or instance metadata), `assume-role` (the keys below take "
+        "on a role), `web-identity` (a token file)",
+    )
     s3_access_key: str = option("", "access key for the bucket", secret=True)
     s3_secret_key: str = option("", "secret key for the bucket", secret=True)
+    s3_session_token: str = option("", "session token that belongs to the keys", secret=True)
+    s3_role_arn: str = option("", "role to take on; MinIO needs none")
+    s3_sts_endpoint: str = option(
+        "", "URL of the STS; AWS's regional one for AWS, else s3_endpoint when empty"
+    )
+    s3_external_id: str = option("", "external id that the role asks for", secret=True)
+    s3_session_policy: Path | None = option(None, "JSON file with a policy that narrows the role")
+    s3_web_identity_token_file: Path | None = option(
+        None, "file with the token of an OIDC issuer, read again at each renewal"
+    )
+    s3_addressing: str = option(
+        "auto", "`path` (HOST/BUCKET), `virtual` (BUCKET.HOST) or `auto` (virtual on AWS only)"
+    )
+    s3_ca: Path | None = option(
+        None, "PEM file with the authorities of the store's certificate; the system's when not set"
+    )
+    s3_verify_tls: bool = option(True, "check the store's certificate; leave it on")
+    s3_encryption: str = option(
+        "",
+        "server-side encryption to ask for: `s3` (SSE-S3), `kms` (SSE-KMS) or empty for what the "
+        "bucket does by itself",
+    )
+    s3_kms_key: str = option("", "id or ARN of the key for `kms`")
     drain_timeout: float = option(
         60.0, "how long running builds may go on after a stop was asked for", unit="duration"
     )
@@ -87,13 +207,22 @@ class NodeConfig:
             "context_keep",
             "context_shared_keep",
             "context_shared_idle",
+            "cache_shared_keep",
+            "cache_shared_idle",
+            "cache_collect_every",
             "buildkit_keep",
             "buildkit_idle",
+            "untrusted_keep",
+            "untrusted_idle",
+            "cache_mount_max",
         ):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be greater than 0")
-        if self.drain_timeout < 0:
-            raise ConfigError("drain_timeout must not be negative; 0 stops at once")
+        for name, zero in _MEANING_OF_ZERO.items():
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative; 0 {zero}")
+        if self.cache_grace < MIN_GRACE_SECONDS:
+            raise ConfigError("cache_grace must be an hour or more")
         if self.log_level not in LOG_LEVELS:
             raise ConfigError(
                 f'log_level "{self.log_level}" is unknown; use {", ".join(LOG_LEVELS)}'
@@ -103,14 +232,40 @@ class NodeConfig:
                 split_address(address)
         if self.s3_endpoint:
             check_bucket(self.s3_bucket)
-        if self.s3_endpoint and not (self.s3_access_key and self.s3_secret_key):
-            raise ConfigError("s3_endpoint needs s3_access_key and s3_secret_key as well")
+            self.shared_store()
 
     def name(self) -> str:
         """Return the node's name in a form that fits a DNS label."""
         raw = (self.node_id or platform.node() or "node").lower().split(".")[0]
         label = "".join(char if char.isascii() and char.isalnum() else "-" for char in raw)
         return label.strip("-")[:40].rstrip("-") or "node"
+
+    def shared_store(self) -> S3Config:
+        """Return the bucket of the shared cache and the way to it.
+
+        Raises:
+            ConfigError: the options do not go together.
+        """
+        return S3Config(
+            endpoint_url=self.s3_endpoint,
+            bucket=self.s3_bucket,
+            access_key=self.s3_access_key,
+            secret_key=self.s3_secret_key,
+            region=self.s3_region,
+            prefix=self.s3_prefix,
+            session_token=self.s3_session_token,
+            credentials=self.s3_credentials,
+            role_arn=self.s3_role_arn,
+            sts_endpoint=self.s3_sts_endpoint,
+            external_id=self.s3_external_id,
+            session_policy=self.s3_session_policy,
+            web_identity_token_file=self.s3_web_identity_token_file,
+            addressing=self.s3_addressing,
+            ca_file=self.s3_ca,
+            verify_tls=self.s3_verify_tls,
+            encryption=self.s3_encryption,
+            kms_key=self.s3_kms_key,
+        )
 
     def gateway_address(self) -> str:
         """Return the gateway as HOST:PORT, also when it was written as a URL."""

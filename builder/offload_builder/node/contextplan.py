@@ -74,7 +74,7 @@ def context_attributes(spec: BuildSpec) -> dict[str, str]:
     for name, value in spec.named_contexts.items():
         source = value
         if value.startswith(_LAYOUT):
-            source = f"{_LAYOUT}{_store_id(name)}@{value.rpartition('@')[2]}"
+            source = f"{_LAYOUT}{store_id(name)}@{value.rpartition('@')[2]}"
         attributes[f"context:{name}"] = source
     if spec.named_contexts:
         # A frontend that is too old for them says so, and does not build without them.
@@ -85,12 +85,12 @@ def context_attributes(spec: BuildSpec) -> dict[str, str]:
 def layout_stores(spec: BuildSpec) -> dict[str, str]:
     """Return the local sources of a request's OCI layouts, by the name that BuildKit uses."""
     return {
-        _store_id(name): layout_source_name(name)
+        store_id(name): layout_source_name(name)
         for name, value in spec.named_contexts.items()
         if value.startswith(_LAYOUT)
     }
 
 
-def _store_id(name: str) -> str:
+def store_id(name: str) -> str:
     """Return a name for a layout that BuildKit takes for the repository of an image."""
     return hashlib.sha256(name.encode()).hexdigest()[:20]

@@ -351,15 +351,7 @@ class ContextStore:
             Bytes that were freed.
         """
         self._added_bytes = 0
-        found: list[tuple[float, int, bytes | int]] = [*self._small.segments()]
-        for folder in os.scandir(self._root):
-            if not folder.is_dir() or folder.name == "small":
-                continue
-            for entry in os.scandir(folder.path):
-                with contextlib.suppress(FileNotFoundError, ValueError):
-                    digest = bytes.fromhex(entry.name)
-                    status = entry.stat()
-                    found.append((status.st_mtime, status.st_size, digest))
+        found = self._stored_sync()
         total = sum(size for _, size, _ in found)
         keep_bytes = min(self._keep_bytes, int(share * total))
         leased = self._small.segments_of(list(self._leased))
@@ -376,6 +368,23 @@ class ContextStore:
                     os.unlink(self.path(name))  # noqa: PTH108 - hot
                     freed += size
         return freed
+
+    def _stored_sync(self) -> list[tuple[float, int, bytes | int]]:
+        """Return time of use, bytes and name of all that is stored."""
+        found: list[tuple[float, int, bytes | int]] = [*self._small.segments()]
+        for folder in os.scandir(self._root):
+            if not folder.is_dir() or folder.name == "small":
+                continue
+            for entry in os.scandir(folder.path):
+                with contextlib.suppress(FileNotFoundError, ValueError):
+                    digest = bytes.fromhex(entry.name)
+                    status = entry.stat()
+                    found.append((status.st_mtime, status.st_size, digest))
+        return found
+
+    async def used_bytes(self) -> int:
+        """Return the bytes of all that is stored."""
+        return sum(size for _, size, _ in await self.run(self._stored_sync))
 
     async def trim(self) -> int:
         """Enforce the bound; see `trim_sync`."""

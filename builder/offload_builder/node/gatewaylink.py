@@ -26,11 +26,16 @@ from offload_proto.v1.nodes_service_pb2 import (
 from offload_proto.v1.nodes_service_pb2_grpc import NodesServiceStub
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
 
     from offload_builder.node.journal import Journal
     from offload_core.tls import KeyPair
-    from offload_proto.v1.nodes_service_pb2 import AttachResponse
+    from offload_proto.v1.nodes_service_pb2 import (
+        AttachResponse,
+        CacheTask,
+        CacheTaskReply,
+        ProjectLimits,
+    )
     from offload_proto.v1.nodes_service_pb2_grpc import NodesServiceAsyncStub
 
 log = structlog.get_logger(__name__)
@@ -46,6 +51,8 @@ CHANNEL_OPTIONS = (
     # Not gRPC's two minutes, for which a gateway that is back would wait for its nodes.
     ("grpc.max_reconnect_backoff_ms", 5000),
 )
+CACHE_TASKS = 4
+"""Questions about the layer cache that are worked on at once."""
 _SEND_SECONDS = 0.1
 _FLUSH_POLL_SECONDS = 0.01
 _FINAL = (
@@ -71,11 +78,20 @@ class NodeState(Protocol):
     def trust_gateway(self, ticket_key_pem: bytes) -> None:
         """Take the gateway's ticket key."""
 
+    def expect_projects(self, project_ids: Sequence[str]) -> None:
+        """Hear which projects will probably build here."""
+
     def offer(self, build_id: str, project_id: str, hold_seconds: float) -> str:
         """Reserve a slot; return why not, or an empty text."""
 
     def cancel(self, build_id: str, reason: str) -> None:
         """End a build or give back its slot."""
+
+    def limit_projects(self, limits: ProjectLimits) -> None:
+        """Take the bounds of all projects that have some."""
+
+    async def cache_task(self, task: CacheTask) -> CacheTaskReply:
+        """Do work on the layer cache; what goes wrong is in the answer."""
 
 
 class GatewayLink:
@@ -97,6 +113,7 @@ class GatewayLink:
         self._journals: dict[str, tuple[Journal, asyncio.Event]] = {}
         self._changed = asyncio.Event()
         self.connected = asyncio.Event()
+        self._cache_slots = asyncio.Semaphore(CACHE_TASKS)
 
     def report(self, update: BuildUpdate) -> None:
         """Send an update as soon as there is a connection."""
@@ -168,21 +185,24 @@ class GatewayLink:
         call = stub.Attach(self._drain(outbox), metadata=call_metadata())
         async with asyncio.TaskGroup() as tasks:
             sender: asyncio.Task[None] | None = None
+            working: set[asyncio.Task[None]] = set()
             try:
                 async for message in call:
                     if message.WhichOneof("message") == "welcome":
                         self._state.trust_gateway(message.welcome.ticket_public_key_pem)
+                        self._state.expect_projects(message.welcome.recent_project_ids)
                         interval = message.welcome.heartbeat_interval
                         seconds = interval.seconds + interval.nanos / 1e9
                         sender = tasks.create_task(self._send(outbox, seconds or 2.0))
                         self.connected.set()
                         log.info("gateway.attached", address=self._address)
                     else:
-                        await self._answer(message, outbox)
+                        await self._answer(message, outbox, tasks, working)
             finally:
                 call.cancel()
-                if sender is not None:
-                    sender.cancel()
+                for task in (sender, *working):
+                    if task is not None:
+                        task.cancel()
 
     def _recently_ended(self) -> dict[str, tuple[float, BuildUpdate]]:
         limit = asyncio.get_running_loop().time() - RESEND_SECONDS
@@ -199,7 +219,13 @@ class GatewayLink:
                 written.set()
             self._unwritten = outbox.qsize()
 
-    async def _answer(self, message: AttachResponse, outbox: _Outbox) -> None:
+    async def _answer(
+        self,
+        message: AttachResponse,
+        outbox: _Outbox,
+        tasks: asyncio.TaskGroup,
+        working: set[asyncio.Task[None]],
+    ) -> None:
         kind = message.WhichOneof("message")
         if kind == "offer":
             offer = message.offer
@@ -209,6 +235,18 @@ class GatewayLink:
             await outbox.put((AttachRequest(offer_reply=reply), None))
         elif kind == "cancel_build":
             self._state.cancel(message.cancel_build.build_id, message.cancel_build.reason)
+        elif kind == "project_limits":
+            self._state.limit_projects(message.project_limits)
+        elif kind == "cache_task":
+            # Offers must not wait for it.
+            work = tasks.create_task(self._work(message.cache_task, outbox))
+            working.add(work)
+            work.add_done_callback(working.discard)
+
+    async def _work(self, task: CacheTask, outbox: _Outbox) -> None:
+        async with self._cache_slots:
+            reply = await self._state.cache_task(task)
+        await outbox.put((AttachRequest(cache_task_reply=reply), None))
 
     async def _send(self, outbox: _Outbox, interval: float) -> None:
         sending: dict[str, asyncio.Task[None]] = {}

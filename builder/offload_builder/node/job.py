@@ -1,4 +1,4 @@
-"""One build at the node: from a redeemed ticket to a result, and the cache entry after it."""
+"""One build at the node: from a redeemed ticket to a result, and what it adds to the cache."""
 
 from __future__ import annotations
 
@@ -13,12 +13,19 @@ from offload_builder.buildkit.failure import SolveFailure
 from offload_builder.buildkit.providers import SessionProviders
 from offload_builder.buildkit.session import BkSession
 from offload_builder.buildkit.solve import Attributed, SolveResult, SolveSpec
+from offload_builder.node.cacheplan import (
+    cache_stores,
+    local_export_index,
+    other_exports,
+    other_imports,
+)
 from offload_builder.node.content import BuildContent
 from offload_builder.node.contextplan import layout_stores
 from offload_builder.node.faults import storage_error
 from offload_builder.node.imagefiles import ImageFiles
 from offload_builder.node.localsource import BuildContext
 from offload_builder.node.logins import ClientLogins
+from offload_builder.node.mounts.usage import BuildMounts
 from offload_builder.node.ocilayout import ClientLayouts
 from offload_builder.node.outcomes import error_of, failure_of
 from offload_builder.node.outputs import Outputs
@@ -34,6 +41,8 @@ from offload_builder.node.solveplan import (
     shared_key_base,
 )
 from offload_builder.node.steps import StepTally
+from offload_builder.node.why.record import BuildRecord
+from offload_cache.contributions import Writer
 from offload_cache.registry.grants import EXPORT_TAG, IMAGE, IMPORT_TAG, Grant
 from offload_core.aio import finish
 from offload_core.errors import (
@@ -57,6 +66,7 @@ if TYPE_CHECKING:
     from offload_proto.v1.builds_service_pb2 import Ticket
     from offload_proto.v1.events_pb2 import ProgressBatch
     from offload_proto.v1.node_service_pb2 import Start
+    from offload_proto.v1.nodes_service_pb2 import StepTime
 
 log = structlog.get_logger(__name__)
 
@@ -105,15 +115,16 @@ class BuildJob:
         self._key = AsyncExitStack()
         self._steps = StepTally()
         self._repeats = RepeatFilter()
+        self._record = BuildRecord(ticket, start)
         self._credentials = ClientLogins(link)
         self._client: BuildkitClient
         self._session: BkSession
-        self._source: BuildContext
+        self._source: BuildContext | None = None
         self._layouts: ClientLayouts | None = None
         self._outputs: Outputs | None = None
         self._capability = ""
         self._rewrite: NameRewriter
-        self._has_entry = False
+        self._has_own_key = False
         self._imports = False
         self.ending: tuple[BuildState.ValueType, str] | None = None
         """State and error, once it has ended."""
@@ -149,13 +160,25 @@ class BuildJob:
         finally:
             if isinstance(outcome, Failure):
                 outcome.message = self._clean(outcome.message)
+                self._explain(outcome)
             if self._outputs is not None:
                 self._outputs.settle(error_of(outcome))
+            if self._source is not None:
+                self._record.read(self._source.told())
             self.stats.steps_total = self._steps.total
             self.stats.steps_cached = self._steps.cached
         if isinstance(outcome, Failure):
             return Result(failure=outcome, stats=self.stats)
         return Result(success=outcome, stats=self.stats)
+
+    def _explain(self, failure: Failure) -> None:
+        """Add why a base image could not be had, which BuildKit does not tell."""
+        bases = self._runtime.base_images
+        trouble = bases.explain(failure.message) if bases is not None else None
+        if trouble is not None:
+            failure.message += f"\n{trouble}"
+            if trouble.denied and not self._credentials.given:
+                failure.kind = Failure.KIND_REGISTRY_AUTH
 
     async def _run(self) -> Success | Failure:
         spec = self._start.spec
@@ -173,7 +196,7 @@ class BuildJob:
             self.stats,
         )
         self._stack.push_async_callback(self._source.close)
-        if stores := layout_stores(spec):
+        if stores := layout_stores(spec) | cache_stores(spec):
             self._layouts = ClientLayouts(stores, self._source.open_tree)
             self._stack.push_async_callback(self._layouts.close)
         self._session = await self._stack.enter_async_context(
@@ -188,27 +211,44 @@ class BuildJob:
                 ),
             )
         )
-        outcome = await self._solve_and_repair(
-            [Attributed(item.type, item.attributes) for item in plan]
+        mounts = BuildMounts(
+            read_scopes=tuple(self._ticket.read_scopes),
+            write_scope=self._ticket.write_scope,
+            build_id=self.build_id,
+            tell=self.link.notice,
         )
+        with self._runtime.building(mounts):
+            outcome = await self._solve_and_repair(
+                [Attributed(item.type, item.attributes) for item in plan]
+            )
+            mounts.worked = isinstance(outcome, SolveResult)
         if isinstance(outcome, SolveFailure):
             return outcome.to_message()
         success = Success(exporter_response=self._rewrite.response(outcome.exporter_response))
         await self._note_image(success)
+        await self._note_layouts(success)
         return success
 
     async def _prepare(self) -> None:
         spec, ticket = self._start.spec, self._ticket
+        if spec.pull and self._runtime.base_images is not None:
+            self._runtime.base_images.recheck()
         native = self._runtime.native_platform
-        self._entry_key = cache_entry_key(spec, native)
+        self._entry_key = self._record.key = cache_entry_key(spec, native)
         self._capability = self._registry.grant(
             Grant(
                 cache=self._runtime.cache,
                 read_scopes=tuple(ticket.read_scopes),
                 write_scope=ticket.write_scope or None,
                 entry_key=self._entry_key,
-                build_id=ticket.build_id,
-                member=ticket.member,
+                writer=Writer(
+                    build_id=ticket.build_id,
+                    member=ticket.member,
+                    role=ticket.role,
+                    node_id=ticket.node_id,
+                    branch=ticket.vcs_branch,
+                    revision=ticket.vcs_revision,
+                ),
                 may_import=not spec.no_cache,
             )
         )
@@ -220,8 +260,9 @@ class BuildJob:
             offer = await offering
         finally:
             offering.cancel()
+        self._record.offered(offer)
         self._imports = offer is not None and not spec.no_cache
-        self._has_entry = offer is not None and offer.entry.key == self._entry_key
+        self._has_own_key = offer is not None and offer.own_key
         base = shared_key_base(ticket.project_id, spec, native)
         self._stack.push_async_callback(self.release_key)
         alike = likeness(spec, self._start.inline_files, native)
@@ -233,11 +274,13 @@ class BuildJob:
                 f"the shared cache is not reachable ({problem}); the build goes on without it"
             )
 
-    async def _offer(self) -> Offer | None:
+    async def _offer(self, *, after_fault: bool = False) -> Offer | None:
         """Return what can be imported; whatever goes wrong with the cache is a miss."""
         scopes = tuple(self._ticket.read_scopes)
         try:
-            return await self._runtime.cache.offers.offer(scopes, self._entry_key)
+            return await self._runtime.cache.offers.offer(
+                scopes, self._entry_key, after_fault=after_fault
+            )
         except Exception as error:
             log.error("cache.offer.failed", build_id=self.build_id, exc_info=error)
             return None
@@ -260,6 +303,7 @@ class BuildJob:
             log.warning(
                 "cache.import.failed", build_id=self.build_id, reason=self._clean(outcome.message)
             )
+            self._record.faults += 1
             # The damaged content stays as long as other builds need BuildKit's downloads.
             kept = outcome.is_digest_mismatch and not await self._runtime.wipe_ingest()
             if number == 0:
@@ -267,7 +311,7 @@ class BuildJob:
                     "cached content could not be read; its steps are built again"
                 )
             # When nothing whole is left to import, BuildKit would only complain about that.
-            useless = kept or await self._offer() is None
+            useless = kept or await self._offer(after_fault=True) is None
             number = len(attempts) - 1 if useless else number + 1
 
     async def _solve(
@@ -276,7 +320,10 @@ class BuildJob:
         spec = SolveSpec(
             frontend_attributes=frontend_attributes(self._start.spec),
             exporters=plan,
-            cache_imports=imports,
+            cache_imports=[*imports, *other_imports(self._start.spec)],
+            cache_exports=other_exports(
+                self._start.spec, f"{self._registry_address}/{self._capability}/{IMAGE}"
+            ),
             # The gateway keeps the history; BuildKit's own record would cost some 10 ms of
             # synchronous writes at the end of each build.
             internal=True,
@@ -298,6 +345,7 @@ class BuildJob:
                 self._steps.add(batch)
                 self._repeats.apply(batch)
                 self._clean_batch(batch)
+                self._record.add(batch)
                 self.stats.warnings += len(batch.warnings)
                 if not self.journal.append(batch) and self.journal.lost_batches == 1:
                     await self.link.notice(
@@ -328,11 +376,34 @@ class BuildJob:
                     )
                 )
 
+    async def _note_layouts(self, success: Success) -> None:
+        """Let the client read the caches that belong into its directories."""
+        for exported in self._registry.exports(self._capability):
+            index = local_export_index(exported.reference)
+            if exported.repository != IMAGE or index is None:
+                continue
+            media_type = await self.image.admit(exported.digest)
+            size = self.image.size(exported.digest)
+            success.cache_layouts.add(
+                export_index=index,
+                manifest=ImageDescriptor(
+                    digest=exported.digest, media_type=media_type, size_bytes=size
+                ),
+            )
+
+    def step_times(self) -> list[StepTime]:
+        """Return how long the steps took; empty before the end."""
+        return self._steps.times(self._entry_key) if self.ending is not None else []
+
+    async def save_record(self) -> None:
+        """Keep what explains later which steps ran, and why."""
+        await self._record.save(self._runtime.traces)
+
     def will_publish(self) -> bool:
-        """Say whether this build has cache entries that others lack, and set `cache_state`."""
+        """Say whether this build has records that others lack, and set `cache_state`."""
         if not self._ticket.write_scope:
             self.cache_state = CacheState.CACHE_STATE_SKIPPED
-        elif self._has_entry and self._steps.total == self._steps.cached:
+        elif self._has_own_key and self._steps.total == self._steps.cached:
             self.cache_state = CacheState.CACHE_STATE_UNCHANGED
         else:
             self.cache_state = CacheState.CACHE_STATE_PENDING
@@ -359,7 +430,10 @@ class BuildJob:
             cache_exports=[Attributed("registry", {"ref": reference, **EXPORT_ATTRIBUTES})],
             internal=True,
         )
-        self._source.on_replayed = self.release_key
+        source = self._source
+        if source is None:
+            raise NodeLostError("the build has not begun")
+        source.on_replayed = self.release_key
         try:
             async with (
                 asyncio.timeout(EXPORT_SECONDS),
@@ -367,7 +441,7 @@ class BuildJob:
                     self._client,
                     self._shared_key,
                     SessionProviders(
-                        source=self._source,
+                        source=source,
                         credentials=self._credentials,
                         layouts=self._layouts,
                     ),

@@ -118,6 +118,16 @@ class Listing:
         return self._complete
 
     @property
+    def name(self) -> str:
+        """Name of the local source."""
+        return self._key.name
+
+    @property
+    def page_digests(self) -> list[bytes]:
+        """Digests of the pages that BuildKit was told of, in order."""
+        return [page.digest for page in self._pages]
+
+    @property
     def failed(self) -> bool:
         """Whether the listing cannot be read to its end."""
         return self._error is not None

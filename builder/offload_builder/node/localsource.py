@@ -190,6 +190,10 @@ class BuildContext:
         listing.start()
         return listing
 
+    def told(self) -> list[tuple[str, list[bytes]]]:
+        """Return what BuildKit was told of each local source: the digests of pages."""
+        return [(listing.name, listing.page_digests) for listing in self._listings.values()]
+
     async def close(self) -> None:
         """Release everything; safe to call again."""
         while self._listings:

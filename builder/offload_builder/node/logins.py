@@ -17,6 +17,11 @@ class ClientLogins:
         self._link = link
         self._known: dict[str, tuple[str, str]] = {}
 
+    @property
+    def given(self) -> bool:
+        """Whether the client had a login for a registry that was asked for."""
+        return bool(self._known)
+
     async def credentials(self, host: str) -> tuple[str, str]:
         """Return user and secret for a registry; two empty strings for none.
 

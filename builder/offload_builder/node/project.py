@@ -1,89 +1,85 @@
-"""What a node keeps per project: a BuildKit of its own, its cache, its context files."""
+"""What a node runs per project and trust domain: a BuildKit of its own, cache, context files."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import time
-from contextlib import AsyncExitStack, asynccontextmanager
-from pathlib import Path
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Self
 
 import structlog
 
 from offload_builder.buildkit.daemon import BuildkitDaemon
-from offload_builder.buildkit.daemon_config import DaemonSettings, RegistrySettings
-from offload_builder.node.arrivals import Arrivals
-from offload_builder.node.contextshare import SharedContext, SharingLimits, SharingThreads
-from offload_builder.node.contextstore import ContextStore
+from offload_builder.buildkit.daemon_config import DaemonSettings
+from offload_builder.node.mounts.service import CacheMounts, open_cache_mounts
 from offload_builder.node.stickytimes import StickyTimes
 from offload_builder.provider.process import tools_directory
-from offload_core.config import read_toml
-from offload_core.errors import ConfigError, OffloadError
+from offload_core.errors import OffloadError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping
+    from collections.abc import AsyncIterator, Iterator
     from types import TracebackType
 
     from offload_builder.buildkit.client import BuildkitClient
     from offload_builder.node.config import NodeConfig
+    from offload_builder.node.mounts.usage import BuildMounts
+    from offload_builder.node.projectcontent import ProjectContent
+    from offload_builder.node.registries import Bases
+    from offload_builder.node.trustdomain import TrustDomain
     from offload_cache.nodestore import NodeStore, ProjectCache
     from offload_cache.uploads import UploadQueue
 
 log = structlog.get_logger(__name__)
 
-REAP_SECONDS = 5.0
 EXPORT_WAIT_SECONDS = 1.0
 MAX_ALIKE = 256
-REGISTRY_KEYS = {"http", "insecure", "mirrors", "ca"}
 
 
 class ProjectRuntime:
-    """One project on this node; its BuildKit runs from the first build until it is idle."""
+    """A trust domain of a project; its BuildKit runs from the first build until it is idle."""
 
     def __init__(
         self,
-        project_id: str,
+        domain: TrustDomain,
         cache: ProjectCache,
+        content: ProjectContent,
         node_store: NodeStore,
         config: NodeConfig,
-        registries: Mapping[str, RegistrySettings],
-        folder: Path,
-        threads: SharingThreads,
-        busy: Callable[[], bool],
+        bases: Bases,
+        packing: asyncio.Semaphore,
     ) -> None:
-        self.project_id = project_id
+        folder = domain.folder(config)
+        self.domain = domain
+        self.project_id = domain.project_id
         self.cache = cache
+        self.base_images = bases.images
         self.native_platform = config.native_platforms()[0]
-        self.context_store = ContextStore(folder / "context", keep_bytes=config.context_keep)
-        self.arrivals = Arrivals()
-        self.shared_context: SharedContext | None = None
-        if node_store.objects is not None:
-            self.shared_context = SharedContext(
-                project_id,
-                node_store.objects,
-                folder / "context-share",
-                limits=SharingLimits(config.context_shared_keep, config.context_shared_idle),
-                threads=threads,
-                read=self._read_blob,
-                busy=busy,
-            )
+        self.context_store = content.store
+        self.arrivals = content.arrivals
+        self.traces = content.traces
+        self.why = content.why
+        self.shared_context = content.shared
         self.times: StickyTimes
         self._times_path = folder / "times.db"
         self._node_store = node_store
-        self._idle_seconds = config.buildkit_idle
+        self._idle_stop_seconds = domain.buildkit_idle(config)
         self._users = 0
         self._idle_since = time.monotonic()
         self._keys_in_use: dict[str, asyncio.Event | None] = {}
         self._alike: dict[str, str] = {}
         self._wipe_due = False
+        self.mounts: CacheMounts | None = open_cache_mounts(
+            cache.store, folder / "mounts", config, packing
+        )
         self._daemon = BuildkitDaemon(
             DaemonSettings(
                 root=folder / "buildkit",
                 binary=config.buildkitd,
-                registries=registries,
+                runc=self.mounts.runc if self.mounts is not None else None,
+                registries=bases.registries,
                 search=(tools_directory(),),
-                gc_max_used_bytes=config.buildkit_keep,
+                gc_max_used_bytes=domain.buildkit_keep(config),
             )
         )
         self._stack = AsyncExitStack()
@@ -96,11 +92,11 @@ class ProjectRuntime:
             NodeLostError: it cannot be opened.
         """
         async with AsyncExitStack() as stack:
-            await stack.enter_async_context(self.context_store)
             self.times = await self.context_store.run(StickyTimes, self._times_path)
             stack.callback(self.times.close)
-            if self.shared_context is not None:
-                await stack.enter_async_context(self.shared_context)
+            if self.mounts is not None:
+                await stack.enter_async_context(self.mounts)
+                self.mounts.serve(self._daemon)
             await stack.enter_async_context(self._daemon)
             self._stack = stack.pop_all()
         return self
@@ -113,18 +109,19 @@ class ProjectRuntime:
     ) -> None:
         await self._stack.aclose()
 
-    def _read_blob(self, digest: bytes) -> bytes | None:
-        """Return a context blob for the shared store, which verifies it; None when it is gone."""
-        try:
-            return self.context_store.read_sync(digest, verify=False)
-        except OffloadError as error:
-            log.warning("context.blob.unreadable", sha256=digest.hex(), cause=error.message)
-            return None
-
     @property
     def busy(self) -> bool:
         """Whether a build uses the project's BuildKit."""
         return self._users > 0
+
+    @property
+    def idle_seconds(self) -> float:
+        """For how long no build has used it; 0 while one does."""
+        return 0.0 if self._users else time.monotonic() - self._idle_since
+
+    def touch(self) -> None:
+        """Note that a build is about to use it."""
+        self._idle_since = time.monotonic()
 
     @property
     def uploads(self) -> UploadQueue | None:
@@ -152,6 +149,15 @@ class ProjectRuntime:
         finally:
             self._users -= 1
             self._idle_since = time.monotonic()
+
+    @contextmanager
+    def building(self, build: BuildMounts) -> Iterator[None]:
+        """Have cache mounts filled for the steps of a build, and stored when it has worked."""
+        if self.mounts is None:
+            yield
+        else:
+            with self.mounts.building(build):
+                yield
 
     async def warm_up(self) -> None:
         """Start BuildKit ahead of a build; a failure is told by the build itself."""
@@ -231,123 +237,27 @@ class ProjectRuntime:
         removed = await self._daemon.wipe_ingest()
         log.warning("buildkit.ingest.wiped", project_id=self.project_id, files=removed)
 
+    async def buildkit_bytes(self) -> int:
+        """Return what BuildKit's own cache takes; 0 when it does not run.
+
+        Raises:
+            NodeLostError: it does not answer.
+        """
+        if not self._daemon.running:
+            return 0
+        return sum(record.size_bytes for record in await self._daemon.client.disk_usage())
+
     async def rest(self) -> None:
         """Stop BuildKit when it has been idle for long, and enforce the bound of the context."""
-        idle = self._users == 0 and time.monotonic() - self._idle_since > self._idle_seconds
-        if idle and self._daemon.running:
+        if self.idle_seconds > self._idle_stop_seconds and self._daemon.running:
             await self._daemon.stop()
             await self.context_store.trim()
-            log.info("buildkit.stopped", project_id=self.project_id, reason="idle")
+            log.info(
+                "buildkit.stopped",
+                project_id=self.project_id,
+                trust_domain=self.domain.name,
+                reason="idle",
+            )
         elif self.context_store.trim_due:
             freed = await self.context_store.trim()
             log.info("context.trimmed", project_id=self.project_id, freed_bytes=freed)
-
-
-class ProjectPool:
-    """The projects of a node, opened at their first build.
-
-    Raises:
-        ConfigError: the registry settings cannot be read.
-    """
-
-    def __init__(self, config: NodeConfig, node_store: NodeStore) -> None:
-        self._config = config
-        self._registries = read_registries(config.registry_config)
-        self._node_store = node_store
-        self._threads = SharingThreads()
-        self._stack = AsyncExitStack()
-        self._opening = asyncio.Lock()
-        self._runtimes: dict[str, ProjectRuntime] = {}
-
-    async def __aenter__(self) -> Self:
-        self._stack.callback(self._threads.close)
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            await asyncio.gather(
-                *(
-                    runtime.shared_context.settle()
-                    for runtime in self.running()
-                    if runtime.shared_context is not None
-                )
-            )
-        finally:
-            await self._stack.aclose()
-
-    def _busy(self) -> bool:
-        return any(runtime.busy for runtime in self._runtimes.values())
-
-    async def runtime(self, project_id: str) -> ProjectRuntime:
-        """Return a project, opened now or before.
-
-        Raises:
-            UsageError: the name is no project name.
-            OffloadError: its data cannot be opened.
-        """
-        async with self._opening:
-            runtime = self._runtimes.get(project_id)
-            if runtime is None:
-                cache = await self._node_store.project(project_id)
-                folder = self._config.data / "projects" / project_id
-                runtime = await self._stack.enter_async_context(
-                    ProjectRuntime(
-                        project_id,
-                        cache,
-                        self._node_store,
-                        self._config,
-                        self._registries,
-                        folder,
-                        self._threads,
-                        self._busy,
-                    )
-                )
-                self._runtimes[project_id] = runtime
-            return runtime
-
-    def running(self) -> list[ProjectRuntime]:
-        """Return the projects that are open."""
-        return list(self._runtimes.values())
-
-    async def reap(self) -> None:
-        """Stop idle BuildKits until cancelled."""
-        while True:
-            await asyncio.sleep(REAP_SECONDS)
-            for runtime in self.running():
-                try:
-                    await runtime.rest()
-                except Exception as error:
-                    log.error("project.rest.failed", project_id=runtime.project_id, exc_info=error)
-
-
-def read_registries(path: Path | None) -> Mapping[str, RegistrySettings]:
-    """Read BuildKit's registry settings: a table per host with http, insecure, mirrors, ca.
-
-    Raises:
-        ConfigError: the file cannot be read, or a key is unknown.
-    """
-    if path is None:
-        return {}
-    found: dict[str, RegistrySettings] = {}
-    hosts = read_toml(path).get("registry", {})
-    if not isinstance(hosts, dict) or not all(isinstance(table, dict) for table in hosts.values()):
-        raise ConfigError(f'{path}: write one table per host, for example [registry."docker.io"]')
-    for host, table in hosts.items():
-        unknown = set(table) - REGISTRY_KEYS
-        if unknown:
-            raise ConfigError(
-                f"{path}: unknown key {min(unknown)!r} in registry {host!r}; "
-                f"known keys are {', '.join(sorted(REGISTRY_KEYS))}"
-            )
-        found[host] = RegistrySettings(
-            http=bool(table.get("http", False)),
-            insecure=bool(table.get("insecure", False)),
-            mirrors=tuple(table.get("mirrors", ())),
-            ca_files=tuple(Path(item) for item in table.get("ca", ())),
-        )
-    return found

@@ -10,6 +10,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from offload_builder.node.cacheplan import check_caches
 from offload_builder.node.contextplan import (
     DOCKERFILE_KEY,
     check_contexts,
@@ -33,6 +34,8 @@ IMAGE_ATTRIBUTES = {
 EXPORT_ATTRIBUTES = {
     "mode": "max",
     "compression": "zstd",
+    # Nobody waits for it, and everybody pulls it: a tenth smaller at half the pace.
+    "compression-level": "7",
     "oci-mediatypes": "true",
     "image-manifest": "true",
     # A cache that cannot be written never fails a build.
@@ -75,6 +78,7 @@ def check_spec(spec: BuildSpec) -> None:
         if output.type in _STREAMS and _is_false(output.attributes.get("tar", "")):
             raise UsageError("an output with tar=false is not supported")
     check_contexts(spec)
+    check_caches(spec)
 
 
 def _is_false(text: str) -> bool:
@@ -135,7 +139,7 @@ def exporters(spec: BuildSpec, image_repository: str) -> list[Exporter]:
 def cache_entry_key(spec: BuildSpec, native_platform: str) -> str:
     """Return what tells builds of one scope apart: definition, target, platforms.
 
-    Builds with one key replace each other's entry, so two images of a project must not share it.
+    When not all that a scope has fits into one import, contributions of the build's own key stay.
     """
     platforms = ",".join(spec.platforms) or native_platform
     return _digest(spec.definition or spec.dockerfile_path, spec.target, platforms)

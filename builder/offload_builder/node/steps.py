@@ -1,15 +1,28 @@
-"""Counting the steps of a Dockerfile: how many there were, how many came from a cache."""
+"""Steps of a Dockerfile: how many there were, how many came from a cache, how long they took."""
 
 from __future__ import annotations
 
+import hashlib
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from offload_proto.v1.events_pb2 import ProgressBatch
+from offload_proto.v1.nodes_service_pb2 import StepTime
 
+if TYPE_CHECKING:
+    from offload_proto.v1.events_pb2 import ProgressBatch, Vertex
+
+MAX_REPORTED = 1000
 _STEP = re.compile(r"\[(?:[^\]]+ )?\d+/\d+\] ")
 """BuildKit numbers instructions: "[2/5]", "[build 2/5]", "[linux/arm64 build 2/5]"."""
+
+
+@dataclass(slots=True)
+class _Step:
+    name: str
+    cached: bool
+    milliseconds: int
+    failed: bool
 
 
 class StepTally:
@@ -20,8 +33,8 @@ class StepTally:
     """
 
     def __init__(self) -> None:
-        self._before: dict[str, bool] = {}
-        self._now: dict[str, bool] = {}
+        self._before: dict[str, _Step] = {}
+        self._now: dict[str, _Step] = {}
 
     def begin_attempt(self) -> None:
         """Hear that the build is solved once more; a step that ran before counts as run."""
@@ -32,12 +45,17 @@ class StepTally:
         """Take news."""
         for vertex in batch.vertices:
             if vertex.HasField("completed_at") and _STEP.match(vertex.name):
-                self._now[vertex.digest] = self._now.get(vertex.digest, False) or vertex.cached
+                known = self._now.get(vertex.digest)
+                cached = vertex.cached or (known is not None and known.cached)
+                taken = max(_milliseconds(vertex), 0 if known is None else known.milliseconds)
+                self._now[vertex.digest] = _Step(vertex.name, cached, taken, bool(vertex.error))
 
-    def _united(self) -> dict[str, bool]:
+    def _united(self) -> dict[str, _Step]:
         united = dict(self._before)
-        for digest, cached in self._now.items():
-            united[digest] = cached and united.get(digest, True)
+        for digest, step in self._now.items():
+            before = united.get(digest)
+            if before is None or before.cached:
+                united[digest] = step
         return united
 
     @property
@@ -48,4 +66,30 @@ class StepTally:
     @property
     def cached(self) -> int:
         """Steps whose result came from a cache."""
-        return sum(self._united().values())
+        return sum(step.cached for step in self._united().values())
+
+    def times(self, definition: str) -> list[StepTime]:
+        """Return the steps that worked with how long they took, for the gateway.
+
+        A step is known by its name within its definition: BuildKit's own digests of steps change
+        with the build context.
+
+        Args:
+            definition: names the Dockerfile, target and platforms, the same on every node.
+        """
+        steps = [step for step in self._united().values() if not step.failed][:MAX_REPORTED]
+        return [
+            StepTime(key=_key(definition, step), milliseconds=step.milliseconds, cached=step.cached)
+            for step in steps
+        ]
+
+
+def _key(definition: str, step: _Step) -> str:
+    return hashlib.sha256(f"{definition}\0{step.name}".encode()).hexdigest()[:32]
+
+
+def _milliseconds(vertex: Vertex) -> int:
+    if not vertex.HasField("started_at"):
+        return 0
+    taken = vertex.completed_at.ToNanoseconds() - vertex.started_at.ToNanoseconds()
+    return max(0, taken // 1_000_000)

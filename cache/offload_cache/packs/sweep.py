@@ -9,6 +9,7 @@ know a deleted pack: for them its blobs are a miss, which is a question to the c
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
@@ -126,13 +127,7 @@ class PackSweeper:
             keep_bytes=self._keep_bytes,
             keep_seconds=self._keep_seconds,
         )
-        for name in plan.packs:
-            # Index first: nobody learns of a pack that is going.
-            for kind, found in (("index", indexes), ("packs", packs), ("used", marks)):
-                if name in found:
-                    await self._objects.delete(pack_key(self._project_id, kind, name))
-        for name in plan.marks:
-            await self._objects.delete(pack_key(self._project_id, "used", name))
+        await delete_packs(self._objects, self._project_id, plan, indexes, packs, marks)
         if plan.packs:
             await asyncio.get_running_loop().run_in_executor(
                 self._threads, self._catalog.forget, plan.packs
@@ -148,12 +143,40 @@ class PackSweeper:
     async def _list(self, kind: str) -> dict[str, ObjectInfo]:
         prefix = pack_prefix(self._project_id, kind)
         found = await self._objects.list_objects(prefix, limit=MAX_PACKS, timeout=_LIST_SECONDS)
-        named: dict[str, ObjectInfo] = {}
-        for info in found:
-            name = info.key.removeprefix(prefix)
-            try:
-                pack_key(self._project_id, kind, name)
-            except UsageError:
-                continue  # nothing of ours
+        return valid_packs(
+            self._project_id, kind, {info.key.removeprefix(prefix): info for info in found}
+        )
+
+
+def valid_packs(
+    project_id: str, kind: str, found: Mapping[str, ObjectInfo]
+) -> dict[str, ObjectInfo]:
+    """Return the objects, by name, that are packs, indexes or marks of use; others are not ours."""
+    named: dict[str, ObjectInfo] = {}
+    for name, info in found.items():
+        with contextlib.suppress(UsageError):
+            pack_key(project_id, kind, name)
             named[name] = info
-        return named
+    return named
+
+
+async def delete_packs(
+    objects: ObjectStore,
+    project_id: str,
+    plan: SweepPlan,
+    indexes: Mapping[str, ObjectInfo],
+    packs: Mapping[str, ObjectInfo],
+    marks: Mapping[str, ObjectInfo],
+) -> None:
+    """Carry a plan out that was made of these objects.
+
+    Raises:
+        CacheUnavailableError: the shared store does not answer.
+    """
+    for name in plan.packs:
+        # Index first: nobody learns of a pack that is going.
+        for kind, found in (("index", indexes), ("packs", packs), ("used", marks)):
+            if name in found:
+                await objects.delete(pack_key(project_id, kind, name))
+    for name in plan.marks:
+        await objects.delete(pack_key(project_id, "used", name))

@@ -2,5 +2,6 @@
 
 from offload_cache.registry.grants import Exported, Grant, Registry
 from offload_cache.registry.server import RegistryServer
+from offload_cache.registry.sessions import UploadLimits
 
-__all__ = ["Exported", "Grant", "Registry", "RegistryServer"]
+__all__ = ["Exported", "Grant", "Registry", "RegistryServer", "UploadLimits"]

@@ -8,15 +8,28 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from offload_core.errors import AccessDeniedError, NotFoundError, QuotaExceededError
+import structlog
+
+from offload_cache.registry.links import ImageLinks
+from offload_cache.registry.responses import UNKNOWN_NAME, RegistryError
+from offload_core.errors import AccessDeniedError, NotFoundError
 
 if TYPE_CHECKING:
-    from offload_cache.blobwriter import BlobWriter
+    from collections.abc import Iterable
+
+    from aiohttp import web
+
+    from offload_cache.contributions import Writer
     from offload_cache.nodestore import ProjectCache
+    from offload_cache.registry.sessions import UploadSession
+
+_log = structlog.get_logger(__name__)
 
 _CAPABILITY_BYTES = 24  # 192 bits; hex, because repository names are lower case
 _MAX_UPLOADS = 64
 _MAX_HELD_MANIFESTS = 64
+_MAX_HELD_BYTES = 32 << 20
+_MAX_EXPORTS = 20_000
 
 CACHE = "cache"
 IMAGE = "image"
@@ -34,8 +47,7 @@ class Grant:
         read_scopes: cache scopes to import from, in order of preference.
         write_scope: scope that the exported cache manifest goes to; None forbids the export.
         entry_key: tells builds of one scope apart.
-        build_id: noted in what is published.
-        member: who runs the build; noted, too.
+        writer: which build of whom; noted in what is published.
         may_import: False for a build without cache.
     """
 
@@ -43,8 +55,7 @@ class Grant:
     read_scopes: tuple[str, ...]
     write_scope: str | None
     entry_key: str
-    build_id: str
-    member: str
+    writer: Writer
     may_import: bool = True
 
 
@@ -79,8 +90,9 @@ class GrantState:
     """A capability's uploads, tags and leases; ends with `Registry.revoke`."""
 
     grant: Grant
-    writers: dict[tuple[str, str], BlobWriter] = field(default_factory=dict)
-    tags: dict[str, dict[str, HeldManifest]] = field(default_factory=lambda: {CACHE: {}, IMAGE: {}})
+    uploads: dict[tuple[str, str], UploadSession] = field(default_factory=dict)
+    image: ImageLinks = field(default_factory=ImageLinks)
+    cache_tags: dict[str, str] = field(default_factory=dict)
     held: OrderedDict[tuple[str, str], HeldManifest] = field(default_factory=OrderedDict)
     exports: list[Exported] = field(default_factory=list)
     leased: set[str] = field(default_factory=set)
@@ -93,12 +105,28 @@ class GrantState:
             self.leased.add(digest)
             self.leases.enter_context(self.grant.cache.store.lease([digest]))
 
+    def keep_shared(
+        self, digests: Iterable[str], contributions: Iterable[tuple[str, str]] = ()
+    ) -> None:
+        """Keep blobs that this build may read in the shared store until the capability ends."""
+        cache = self.grant.cache
+        if cache.read_lease is not None and not self.revoked:
+            self.leases.enter_context(
+                cache.read_lease.reading(
+                    cache.store.project_id, digests=digests, contributions=contributions
+                )
+            )
+
     def hold(self, repository: str, manifest: HeldManifest) -> None:
         """Let a manifest be read by its digest, as clients do right after asking for a tag."""
         self.held[repository, manifest.digest] = manifest
         self.held.move_to_end((repository, manifest.digest))
-        while len(self.held) > _MAX_HELD_MANIFESTS:
-            self.held.popitem(last=False)
+        held_bytes = sum(len(held.body) for held in self.held.values())
+        while len(self.held) > 1 and (
+            len(self.held) > _MAX_HELD_MANIFESTS or held_bytes > _MAX_HELD_BYTES
+        ):
+            _, dropped = self.held.popitem(last=False)
+            held_bytes -= len(dropped.body)
 
     def check_write(self, repository: str) -> None:
         """Refuse writes that the grant does not allow.
@@ -110,13 +138,41 @@ class GrantState:
             raise AccessDeniedError("this build may not write to the cache")
 
     def check_upload(self) -> None:
-        """Refuse more uploads at a time than a client needs.
+        """Refuse more uploads at a time than a client needs, and any after the build's end.
 
         Raises:
-            QuotaExceededError: too many are open.
+            RegistryError: too many are open, or the capability was revoked.
         """
-        if len(self.writers) >= _MAX_UPLOADS:
-            raise QuotaExceededError(f"more than {_MAX_UPLOADS} uploads are open at a time")
+        if self.revoked:  # while its request waited: nobody would end this upload
+            raise RegistryError(*UNKNOWN_NAME)
+        if len(self.uploads) >= _MAX_UPLOADS:
+            raise RegistryError(
+                429, "TOOMANYREQUESTS", f"more than {_MAX_UPLOADS} uploads are open at a time"
+            )
+
+    def check_push(self, repository: str) -> None:
+        """Refuse a manifest that the grant does not allow, or one of far too many.
+
+        Raises:
+            AccessDeniedError: this build exports no cache.
+            RegistryError: too many were pushed.
+        """
+        self.check_write(repository)
+        if len(self.exports) >= _MAX_EXPORTS:
+            raise RegistryError(
+                429, "TOOMANYREQUESTS", f"a build may push {_MAX_EXPORTS} manifests"
+            )
+
+    async def end_expired_uploads(self) -> None:
+        """End the uploads that their clients have left, or take too long for."""
+        for key, upload in list(self.uploads.items()):
+            if upload.expired and self.uploads.pop(key, None) is not None:
+                _log.info(
+                    "blob.upload.expired",
+                    build_id=self.grant.writer.build_id,
+                    received_bytes=upload.writer.size_bytes,
+                )
+                await upload.writer.abort()
 
 
 class Registry:
@@ -138,9 +194,9 @@ class Registry:
             return
         state.revoked = True
         state.leases.close()
-        while state.writers:
-            _, writer = state.writers.popitem()
-            await writer.abort()
+        while state.uploads:
+            _, upload = state.uploads.popitem()
+            await upload.writer.abort()
 
     def exports(self, capability: str) -> list[Exported]:
         """Return what a build pushed so far, in order.
@@ -161,6 +217,23 @@ class Registry:
         if state is None:
             raise NotFoundError("there is no such repository")
         return state
+
+    def requested(self, request: web.Request) -> tuple[GrantState, str]:
+        """Return the capability and the repository of a request.
+
+        Raises:
+            RegistryError: the capability is unknown or was revoked.
+        """
+        info = request.match_info
+        try:
+            return self.state(info["capability"]), info["repository"]
+        except NotFoundError:
+            raise RegistryError(*UNKNOWN_NAME) from None
+
+    async def end_expired_uploads(self) -> None:
+        """End all uploads that came to a halt."""
+        for state in list(self._states.values()):
+            await state.end_expired_uploads()
 
     async def close(self) -> None:
         """Revoke everything."""

@@ -1,18 +1,20 @@
 """Manifests over HTTP: the cache that a build imports and exports, and the image it pushes.
 
-Source: OCI distribution specification 1.1, "Pulling manifests", "Pushing manifests", "Content
-discovery".
+Source: OCI distribution specification 1.1, "Pulling manifests", "Pushing Manifests", "Deleting
+Manifests".
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from offload_cache.keys import blob_key
+from offload_cache.images import ImageDocument
+from offload_cache.keys import image_key
 from offload_cache.manifests import (
     MAX_MANIFEST_BYTES,
     Descriptor,
@@ -21,9 +23,19 @@ from offload_cache.manifests import (
     parse_manifest,
 )
 from offload_cache.registry.grants import CACHE, EXPORT_TAG, Exported, HeldManifest
-from offload_cache.registry.responses import RegistryError, unknown_manifest
+from offload_cache.registry.links import check_tag_room, referrer_of
+from offload_cache.registry.responses import (
+    RegistryError,
+    accepted,
+    created,
+    matches_etag,
+    not_deleted,
+    not_modified,
+    unknown_manifest,
+)
+from offload_cache.uploadtable import UploadItem
 from offload_core.digest import is_digest, sha256_digest
-from offload_core.errors import DigestMismatchError, NotFoundError
+from offload_core.errors import DigestMismatchError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from offload_cache.registry.grants import GrantState, Registry
@@ -32,10 +44,12 @@ _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _BODY_SECONDS = 60.0
 _IMAGE_CHECK_SECONDS = 600.0
 _PARALLEL_CHECKS = 16
+_MAX_TAGS_AT_ONCE = 100
+_MAX_IMAGE_BLOBS = 10_000
 
 
 class ManifestHandlers:
-    """The endpoints below `/v2/<capability>/<repository>/manifests/`, tags and referrers."""
+    """The endpoints below `/v2/<capability>/<repository>/manifests/`."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
@@ -45,17 +59,12 @@ class ManifestHandlers:
         return [
             web.get(f"{base}/manifests/{{reference}}", self.pull, allow_head=True),
             web.put(f"{base}/manifests/{{reference}}", self.push),
-            web.get(f"{base}/tags/list", self.tags),
-            web.get(f"{base}/referrers/{{digest}}", self.referrers),
+            web.delete(f"{base}/manifests/{{reference}}", self.delete),
         ]
-
-    def _state(self, request: web.Request) -> tuple[GrantState, str]:
-        state = self._registry.state(request.match_info["capability"])
-        return state, request.match_info["repository"]
 
     async def pull(self, request: web.Request) -> web.StreamResponse:
         """GET and HEAD of a manifest."""
-        state, repository = self._state(request)
+        state, repository = self._registry.requested(request)
         reference = request.match_info["reference"]
         if is_digest(reference):
             manifest = await self._by_digest(state, repository, reference)
@@ -64,9 +73,19 @@ class ManifestHandlers:
         elif repository == CACHE and reference != EXPORT_TAG:
             manifest = await self._import(state)
         else:
-            manifest = state.tags[repository].get(reference)
+            tags = state.cache_tags if repository == CACHE else state.image.tags
+            tagged = tags.get(reference)
+            manifest = None
+            if tagged is not None:
+                manifest = await self._by_digest(state, repository, tagged)
         if manifest is None:
             raise unknown_manifest()
+        if not accepts(request, manifest.media_type):
+            raise RegistryError(
+                404, "MANIFEST_UNKNOWN", f"the client does not accept {manifest.media_type}"
+            )
+        if matches_etag(request, manifest.digest):
+            return not_modified(manifest.digest)
         if request.method == "GET":
             state.grant.cache.store.statistics.bytes_served += len(manifest.body)
         return web.Response(
@@ -74,6 +93,7 @@ class ManifestHandlers:
             headers={
                 "Content-Type": manifest.media_type,
                 "Docker-Content-Digest": manifest.digest,
+                "ETag": f'"{manifest.digest}"',
             },
         )
 
@@ -88,7 +108,10 @@ class ManifestHandlers:
             statistics.manifest_misses += 1
             return None
         statistics.manifest_hits += 1
-        state.lease(offer.entry.config_digest)
+        state.lease(offer.config_digest)
+        if offer.own_key:
+            grant.cache.scopes.note_use(grant.read_scopes, grant.entry_key)
+        state.keep_shared(offer.layers)
         manifest = HeldManifest(offer.body, offer.digest, offer.media_type)
         state.hold(CACHE, manifest)
         return manifest
@@ -97,46 +120,73 @@ class ManifestHandlers:
         self, state: GrantState, repository: str, digest: str
     ) -> HeldManifest | None:
         held = state.held.get((repository, digest))
-        if held is not None or repository == CACHE:
+        if repository == CACHE:
             # Other cache manifests are not served: what a build may import is decided by scopes.
             return held
+        if digest in state.image.removed:
+            return None
+        if held is not None:
+            return held
+        pushed_as = state.image.manifests.get(digest, "")
         try:
             body = await state.grant.cache.store.read_blob(digest, max_bytes=MAX_MANIFEST_BYTES)
-            return HeldManifest(body, digest, parse_manifest(body).media_type)
-        except NotFoundError:
-            return None
+            return HeldManifest(body, digest, parse_manifest(body, pushed_as).media_type)
+        except (NotFoundError, UsageError):
+            return None  # UsageError: it is some other blob
 
     async def push(self, request: web.Request) -> web.StreamResponse:
-        """PUT of a manifest, by tag or digest."""
-        state, repository = self._state(request)
-        state.check_write(repository)
-        reference = request.match_info["reference"]
-        if not is_digest(reference) and _TAG.fullmatch(reference) is None:
-            raise RegistryError(400, "MANIFEST_INVALID", "this is neither a tag nor a digest")
+        """PUT of a manifest, by tag or digest; by digest it may come with tags as parameters."""
+        state, repository = self._registry.requested(request)
+        state.check_push(repository)
+        reference, tags = _names(request)
         body = await _read_body(request)
         digest = sha256_digest(body)
         if is_digest(reference) and reference != digest:
             raise DigestMismatchError(f"the manifest has digest {digest}, not {reference}")
         content_type = request.headers.get("Content-Type", "")
         state.grant.cache.store.statistics.bytes_received += len(body)
+        headers = {}
         if repository == CACHE:
+            check_tag_room(state.cache_tags, tags)
             media_type, publication = await self._push_cache(state, body, content_type)
+            state.cache_tags.update(dict.fromkeys(tags, digest))
         else:
+            manifest = parse_manifest(body, content_type)
+            referrer = referrer_of(manifest, digest, len(body))
+            state.image.check_room(digest, tags, referrer)
             media_type, publication = await self._push_image(state, body, digest, content_type)
+            state.image.add(digest, media_type, tags, referrer)
+            if referrer is not None:
+                headers["OCI-Subject"] = referrer.subject
         state.lease(digest)
-        held = HeldManifest(body, digest, media_type)
-        state.hold(repository, held)
-        if not is_digest(reference):
-            state.tags[repository][reference] = held
-        state.exports.append(Exported(repository, reference, digest, publication))
-        info = request.match_info
-        return web.Response(
-            status=201,
-            headers={
-                "Location": f"/v2/{info['capability']}/{repository}/manifests/{digest}",
-                "Docker-Content-Digest": digest,
-            },
-        )
+        state.hold(repository, HeldManifest(body, digest, media_type))
+        for name in tags or [digest]:
+            state.exports.append(Exported(repository, name, digest, publication))
+        response = created(request, f"manifests/{digest}", digest)
+        response.headers.update(headers)
+        if tags and is_digest(reference):
+            response.headers["OCI-Tag"] = ", ".join(tags)
+        return response
+
+    async def delete(self, request: web.Request) -> web.StreamResponse:
+        """DELETE of a tag, or of a manifest with all its tags, from the image repository."""
+        state, repository = self._registry.requested(request)
+        if repository == CACHE:
+            raise not_deleted("GET,HEAD,PUT")
+        image, reference = state.image, request.match_info["reference"]
+        if is_digest(reference):
+            if await self._by_digest(state, repository, reference) is None:
+                raise unknown_manifest()
+            image.remove(reference)
+            state.held.pop((repository, reference), None)
+        elif image.tags.pop(reference, None) is None:
+            raise unknown_manifest()
+        state.exports = [
+            export
+            for export in state.exports
+            if export.repository != repository or reference not in {export.reference, export.digest}
+        ]
+        return accepted()
 
     async def _push_cache(
         self, state: GrantState, body: bytes, content_type: str
@@ -146,11 +196,7 @@ class ManifestHandlers:
         if manifest.config is not None and not grant.cache.store.disk.has(manifest.config.digest):
             raise _unknown_content(manifest.config.digest)
         published = await grant.cache.scopes.publish(
-            grant.write_scope or "",
-            grant.entry_key,
-            body,
-            build_id=grant.build_id,
-            member=grant.member,
+            grant.write_scope or "", grant.entry_key, body, writer=grant.writer
         )
         return manifest.media_type, published.publication
 
@@ -162,11 +208,35 @@ class ManifestHandlers:
         await self._check_content(state, manifest)
         await store.put_blob(body, digest)
         # Stages: what an index names was pushed, and so queued, before it.
+        blobs = await self._image_blobs(state, manifest)
+        document = ImageDocument(
+            digest, state.grant.writer.build_id, ((digest, len(body)), *blobs.items())
+        )
+        # Last the document that keeps them: without it a collection takes all of this away.
+        key = image_key(store.project_id, digest)
         publication = await store.publish(
-            blob_key(store.project_id, digest),
-            [[blob.digest for blob in manifest.blobs], [digest]],
+            key, [list(blobs), [digest], [UploadItem.for_document(2, key, document.to_bytes())]]
         )
         return manifest.media_type, publication
+
+    async def _image_blobs(self, state: GrantState, manifest: Manifest) -> dict[str, int]:
+        """Return all blobs below a manifest, with their sizes in bytes."""
+        found = {blob.digest: blob.size_bytes for blob in manifest.blobs}
+        waiting = list(manifest.children)
+        while waiting and len(found) < _MAX_IMAGE_BLOBS:
+            child = waiting.pop()
+            if child.digest in found:
+                continue
+            found[child.digest] = child.size_bytes
+            # A client does not push again what is there, so an index keeps its images itself.
+            with contextlib.suppress(NotFoundError):
+                body = await state.grant.cache.store.read_blob(
+                    child.digest, max_bytes=MAX_MANIFEST_BYTES
+                )
+                below = parse_manifest(body)
+                found |= {blob.digest: blob.size_bytes for blob in below.blobs}
+                waiting += below.children
+        return found
 
     async def _check_content(self, state: GrantState, manifest: Manifest) -> None:
         """Refuse an image that could not be pulled: each blob is here or was seen lately."""
@@ -174,6 +244,8 @@ class ManifestHandlers:
         gate = asyncio.Semaphore(_PARALLEL_CHECKS)
 
         async def check(blob: Descriptor) -> None:
+            if blob.digest in state.image.removed:
+                raise _unknown_content(blob.digest)
             async with gate:
                 size_bytes = await store.stat_blob(
                     blob.digest, max_age_seconds=_IMAGE_CHECK_SECONDS
@@ -191,16 +263,32 @@ class ManifestHandlers:
             if isinstance(result, BaseException):
                 raise result
 
-    async def tags(self, request: web.Request) -> web.StreamResponse:
-        """GET of a repository's tags."""
-        state, repository = self._state(request)
-        name = f"{request.match_info['capability']}/{repository}"
-        return web.json_response({"name": name, "tags": sorted(state.tags[repository])})
 
-    async def referrers(self, request: web.Request) -> web.StreamResponse:
-        """GET of referrers: not kept here; 404 sends clients to the tag scheme."""
-        self._state(request)
-        raise RegistryError(404, "UNSUPPORTED", "this registry keeps no referrers")
+def accepts(request: web.Request, media_type: str) -> bool:
+    """Return whether a client takes this kind of manifest; one that says nothing takes all.
+
+    Weights are no matter: there is one representation. Source: RFC 9110, section 12.5.1.
+    """
+    named = {
+        part.partition(";")[0].strip().lower()
+        for value in request.headers.getall("Accept", [])
+        for part in value.split(",")
+    }
+    named.discard("")
+    return not named or bool(named & {media_type.lower(), "*/*", "application/*"})
+
+
+def _names(request: web.Request) -> tuple[str, list[str]]:
+    """Return the reference of a push, and the tags that it makes."""
+    reference = request.match_info["reference"]
+    tags = [reference]
+    if is_digest(reference):
+        tags = list(dict.fromkeys(request.query.getall("tag", [])))
+        if len(tags) > _MAX_TAGS_AT_ONCE:
+            raise RegistryError(414, "MANIFEST_INVALID", "these are too many tags at once")
+    if any(_TAG.fullmatch(tag) is None for tag in tags):
+        raise RegistryError(400, "MANIFEST_INVALID", "this is neither a tag nor a digest")
+    return reference, tags
 
 
 async def _read_body(request: web.Request) -> bytes:

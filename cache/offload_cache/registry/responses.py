@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING
 
 import orjson
 import structlog
 from aiohttp import web
 
+from offload_core.digest import is_digest
 from offload_core.errors import (
     AccessDeniedError,
     DigestMismatchError,
@@ -20,17 +20,12 @@ from offload_core.errors import (
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
-    from pathlib import Path
-
-    from aiohttp.abc import AbstractStreamWriter
 
     from offload_cache.statistics import CacheStatistics
-    from offload_cache.tiered import ProjectStore
 
 _log = structlog.get_logger(__name__)
 
 STATISTICS: web.AppKey[CacheStatistics] = web.AppKey("statistics")
-_SEND_SECONDS = 3600.0
 
 
 class RegistryError(Exception):
@@ -59,6 +54,53 @@ def unknown_manifest() -> RegistryError:
     return RegistryError(404, "MANIFEST_UNKNOWN", "the manifest is not here")
 
 
+def not_deleted(allowed: str) -> RegistryError:
+    """Return the answer to a delete in a cache; `allowed` are the methods that work there."""
+    why = "nothing is deleted from a cache: its scopes decide what it holds"
+    return RegistryError(405, "UNSUPPORTED", why, headers={"Allow": allowed})
+
+
+def digest_of(text: str) -> str:
+    """Return a digest from a request.
+
+    Raises:
+        RegistryError: it is none, or of an algorithm that is not served.
+    """
+    if not is_digest(text):
+        raise RegistryError(400, "DIGEST_INVALID", "this is no sha256 digest")
+    return text
+
+
+def created(request: web.Request, location: str, digest: str) -> web.Response:
+    """Return the answer to a push; `location` is below the repository."""
+    info = request.match_info
+    return web.Response(
+        status=201,
+        headers={
+            "Location": f"/v2/{info['capability']}/{info['repository']}/{location}",
+            "Docker-Content-Digest": digest,
+        },
+    )
+
+
+def accepted() -> web.Response:
+    """Return the answer to a delete."""
+    return web.Response(status=202)
+
+
+def matches_etag(request: web.Request, digest: str) -> bool:
+    """Return whether the client has this content already: RFC 9110, "If-None-Match"."""
+    text = request.headers.get("If-None-Match", "")
+    tags = {tag.strip().removeprefix("W/").strip('"') for tag in text.split(",")}
+    return digest in tags or "*" in tags
+
+
+def not_modified(digest: str) -> web.Response:
+    """Return the answer to a client that has the content already."""
+    headers = {"ETag": f'"{digest}"', "Docker-Content-Digest": digest}
+    return web.Response(status=304, headers=headers)
+
+
 def _from_offload(error: OffloadError) -> RegistryError:
     if isinstance(error, DigestMismatchError):
         return RegistryError(400, "DIGEST_INVALID", error.message)
@@ -73,7 +115,8 @@ def _from_offload(error: OffloadError) -> RegistryError:
     return RegistryError(500, "UNKNOWN", error.message)
 
 
-def _answer(error: RegistryError) -> web.Response:
+def error_answer(error: RegistryError) -> web.Response:
+    """Return an error in the specification's JSON form."""
     body = orjson.dumps({"errors": [{"code": error.code, "message": str(error)}]})
     return web.Response(
         status=error.status, body=body, content_type="application/json", headers=error.headers
@@ -88,45 +131,27 @@ async def errors_as_json(
     try:
         response = await handler(request)
     except RegistryError as error:
-        response = _answer(error)
+        response = error_answer(error)
     except web.HTTPException as error:
-        response = _answer(RegistryError(error.status, "UNSUPPORTED", error.reason))
+        headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
+        response = error_answer(
+            RegistryError(error.status, "UNSUPPORTED", error.reason, headers=headers)
+        )
     except OffloadError as error:
-        response = _answer(_from_offload(error))
+        response = error_answer(_from_offload(error))
     except TimeoutError:
-        response = _answer(RegistryError(408, "UNKNOWN", "the request took too long"))
+        response = error_answer(RegistryError(408, "UNKNOWN", "the request took too long"))
     except ConnectionError:
         raise
     except Exception as error:  # noqa: BLE001 - the boundary to HTTP
         # Without the path: it holds the capability.
         _log.exception("registry.request.crashed", method=request.method, error=repr(error))
-        response = _answer(RegistryError(500, "UNKNOWN", "the registry failed"))
+        response = error_answer(RegistryError(500, "UNKNOWN", "the registry failed"))
     if response.status >= 400 and response.status != 404:
         request.app[STATISTICS].request_errors += 1
-    response.headers.setdefault("Docker-Distribution-Api-Version", "registry/2.0")
     return response
 
 
-class BlobResponse(web.FileResponse):
-    """Sends a verified file with sendfile(2), Range included; the blob is leased meanwhile."""
-
-    def __init__(self, path: Path, digest: str, store: ProjectStore) -> None:
-        super().__init__(
-            path,
-            headers={
-                "Content-Type": "application/octet-stream",
-                "Docker-Content-Digest": digest,
-            },
-        )
-        self._digest = digest
-        self._store = store
-
-    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
-        """Send the file; called once by the server."""
-        with self._store.lease([self._digest]):
-            async with asyncio.timeout(_SEND_SECONDS):
-                writer = await super().prepare(request)
-        if self.status in {200, 206} and request.method == "GET":
-            self._store.statistics.blob_hits += 1
-            self._store.statistics.bytes_served += self.content_length or 0
-        return writer
+async def name_version(_: web.Request, response: web.StreamResponse) -> None:
+    """Say in each answer which API this is; clients of docker's first registry look for it."""
+    response.headers.setdefault("Docker-Distribution-Api-Version", "registry/2.0")

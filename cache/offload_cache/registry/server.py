@@ -2,53 +2,77 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
 import socket
 from typing import TYPE_CHECKING, Self
 
+import structlog
 from aiohttp import web
 
 from offload_cache.registry.blobs import BlobHandlers
+from offload_cache.registry.connections import Connection
+from offload_cache.registry.discovery import DiscoveryHandlers
 from offload_cache.registry.manifests import ManifestHandlers
 from offload_cache.registry.responses import (
     STATISTICS,
     UNKNOWN_NAME,
     RegistryError,
     errors_as_json,
+    name_version,
 )
+from offload_cache.registry.sessions import UploadLimits
+from offload_cache.registry.uploads import UploadHandlers
 from offload_cache.statistics import CacheStatistics
-from offload_core.errors import NotFoundError
+from offload_core.aio import TaskSet
+from offload_core.errors import InternalError, NotFoundError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterable
 
     from offload_cache.registry.grants import Registry
 
+_log = structlog.get_logger(__name__)
+
 _BASE = "/v2/{capability:[a-f0-9]{48}}/{repository:cache|image}"
-_READ_BUFFER_BYTES = 1 << 20
+_CAPABILITY = re.compile(r"/v2/([a-f0-9]{48})/(?:cache|image)/")
+_READ_BUFFER_BYTES = 256 << 10
 _SHUTDOWN_SECONDS = 5.0
-DEFAULT_MAX_BLOB_BYTES = 32 << 30
+_SWEEPS_PER_IDLE = 8
+DEFAULT_LIMITS = UploadLimits()
 
 
 def make_application(
     registry: Registry,
     statistics: CacheStatistics,
     *,
-    max_blob_bytes: int = DEFAULT_MAX_BLOB_BYTES,
+    limits: UploadLimits = DEFAULT_LIMITS,
+    extra: Iterable[web.RouteDef] = (),
 ) -> web.Application:
-    """Return the registry as an aiohttp application."""
+    """Return the registry as an aiohttp application.
+
+    Args:
+        registry: the capabilities in force.
+        statistics: counters to use.
+        limits: of uploads.
+        extra: routes that decide for themselves who may use them: no capability is asked for.
+            Their errors get the registry's JSON form, too.
+    """
+    extra = tuple(extra)
+    open_handlers = {route.handler for route in extra}
 
     @web.middleware
     async def known_capability(
         request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        capability = request.match_info.get("capability")
-        if capability is None and request.path not in {"/v2", "/v2/"}:
-            raise RegistryError(*UNKNOWN_NAME)
-        if capability is not None:
-            try:
-                registry.state(capability)
-            except NotFoundError:
-                raise RegistryError(*UNKNOWN_NAME) from None
+        if request.match_info.handler in open_handlers or request.path in {"/v2", "/v2/"}:
+            return await handler(request)
+        # Also for what no route takes: only who has the capability learns what is wrong.
+        match = _CAPABILITY.match(request.path)
+        try:
+            registry.state(match[1] if match else "")
+        except NotFoundError:
+            raise RegistryError(*UNKNOWN_NAME) from None
         return await handler(request)
 
     async def version(_: web.Request) -> web.Response:
@@ -56,12 +80,17 @@ def make_application(
 
     application = web.Application(middlewares=[errors_as_json, known_capability])
     application[STATISTICS] = statistics
+    application.on_response_prepare.append(name_version)
     application.router.add_get("/v2/", version)
     application.router.add_get("/v2", version)
-    application.router.add_routes(
-        BlobHandlers(registry, max_blob_bytes=max_blob_bytes).routes(_BASE)
-    )
-    application.router.add_routes(ManifestHandlers(registry).routes(_BASE))
+    for handlers in (
+        UploadHandlers(registry, limits),
+        BlobHandlers(registry),
+        ManifestHandlers(registry),
+        DiscoveryHandlers(registry),
+    ):
+        application.router.add_routes(handlers.routes(_BASE))
+    application.router.add_routes(extra)
     return application
 
 
@@ -73,7 +102,8 @@ class RegistryServer:
         statistics: counters to use.
         host: the address to listen on: loopback, or the node's side of a project's veth.
         port: 0 for any free one.
-        max_blob_bytes: largest blob that is taken in.
+        limits: of uploads.
+        extra: routes that are served beside the registry, see `make_application`.
     """
 
     def __init__(
@@ -83,36 +113,56 @@ class RegistryServer:
         *,
         host: str = "127.0.0.1",
         port: int = 0,
-        max_blob_bytes: int = DEFAULT_MAX_BLOB_BYTES,
+        limits: UploadLimits = DEFAULT_LIMITS,
+        extra: Iterable[web.RouteDef] = (),
     ) -> None:
         self._registry = registry
         self._host = host
         self._port = port
+        self._limits = limits
+        self._tasks = TaskSet(self._crashed)
+        self._listener: asyncio.Server | None = None
         self._runner = web.AppRunner(
-            make_application(
-                registry, statistics or CacheStatistics(), max_blob_bytes=max_blob_bytes
-            ),
-            access_log=None,  # its lines would hold capabilities
+            make_application(registry, statistics or CacheStatistics(), limits=limits, extra=extra),
             handler_cancellation=True,
             shutdown_timeout=_SHUTDOWN_SECONDS,
-            read_bufsize=_READ_BUFFER_BYTES,
         )
+
+    @staticmethod
+    def _crashed(name: str, error: BaseException) -> None:
+        _log.error("registry.task.failed", task=name, error=repr(error))
 
     async def __aenter__(self) -> Self:
         await self._runner.setup()
         try:
+            loop = asyncio.get_running_loop()
+            server = self._runner.server
+            if server is None:
+                raise InternalError("the registry's server was not set up")
             family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
             listener = socket.create_server((self._host, self._port), family=family, backlog=256)
             self._host, self._port = listener.getsockname()[:2]
-            await web.SockSite(self._runner, listener).start()
+            self._listener = await loop.create_server(
+                lambda: Connection(server, loop, read_buffer_bytes=_READ_BUFFER_BYTES),
+                sock=listener,
+            )
         except BaseException:
             await self._runner.cleanup()
             raise
+        self._tasks.start(self._sweep(), name="uploads.sweep")
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
+        if self._listener is not None:
+            self._listener.close()
+        await self._tasks.close()
         await self._runner.cleanup()
         await self._registry.close()
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(self._limits.idle_seconds / _SWEEPS_PER_IDLE)
+            await self._registry.end_expired_uploads()
 
     @property
     def address(self) -> str:

@@ -7,6 +7,7 @@ import secrets
 from typing import TYPE_CHECKING
 
 from offload_client.build.admission import admit, leave
+from offload_client.build.cibranch import build_branches
 from offload_client.build.contextscan import ContextScans
 from offload_client.build.noderun import NodeRun
 from offload_client.build.queuestep import QueueStep
@@ -22,7 +23,7 @@ from offload_core.errors import (
     find_offload_error,
 )
 from offload_core.tls import GATEWAY_NAME
-from offload_proto.v1.builds_service_pb2 import CreateRequest
+from offload_proto.v1.builds_service_pb2 import CacheChoice, CreateRequest
 from offload_proto.v1.node_service_pb2 import Start
 
 if TYPE_CHECKING:
@@ -113,7 +114,8 @@ class BuildRun:
             OffloadError: the gateway refuses.
         """
         options, files, gateway = self._options, self._files, self._settings.gateway
-        branch, revision = branch_and_revision(files.root)
+        git_branch, revision = branch_and_revision(files.root)
+        branch, target_branch = build_branches(git_branch, self._invocation.environment)
         name = familiar_reference(options.tags[0]) if options.tags else files.root.resolve().name
         request = CreateRequest(
             request_id=secrets.token_hex(16),
@@ -122,8 +124,15 @@ class BuildRun:
             name=_sendable(name),
             dockerfile_path=_sendable(options.file or files.dockerfile_name),
             target=options.target,
-            vcs_branch=branch,
+            vcs_branch=_sendable(branch),
             vcs_revision=revision,
+            cache=CacheChoice(
+                scope=options.caches.scope,
+                read_scopes=options.caches.read_scopes,
+                read_off=options.caches.read_off,
+                write_off=options.caches.write_off,
+            ),
+            vcs_target_branch=_sendable(target_branch),
         )
         channel = await self._connections.gateway(gateway, identity)
         with QueueStep(self._display) as step:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from offload_client.build.contextforms import STANDARD_INPUT, ContextFiles, ContextFinder
@@ -77,14 +78,29 @@ def find_context(
     standard_input = StandardInput(invocation.stdin, stop)
     finder = ContextFinder(invocation, options, standard_input, index_path(invocation))
     root = invocation.path(options.path)
-    if options.path == STANDARD_INPUT:
+    files = _find_form(finder, root, options.path)
+    if not options.caches.imports:
+        return files
+    from offload_client.build.localcaches import find_local_caches
+
+    caches = find_local_caches(invocation, options.caches.imports, index_path(invocation))
+    return replace(
+        files,
+        sources={**files.sources, **caches.sources},
+        cache_imports=caches.imports,
+        warnings=caches.warnings,
+    )
+
+
+def _find_form(finder: ContextFinder, root: Path, path: str) -> ContextFiles:
+    if path == STANDARD_INPUT:
         return finder.on_standard_input()
-    if options.path and _is_directory(root, options.path):
+    if path and _is_directory(root, path):
         return finder.in_directory(root)
-    if is_remote(options.path):
+    if is_remote(path):
         return finder.remote()
-    problem = "is not a directory" if options.path and root.exists() else "not found"
-    raise ContextError(f'unable to prepare context: path "{options.path}" {problem}')
+    problem = "is not a directory" if path and root.exists() else "not found"
+    raise ContextError(f'unable to prepare context: path "{path}" {problem}')
 
 
 def index_path(invocation: Invocation) -> Path | None:

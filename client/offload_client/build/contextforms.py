@@ -30,8 +30,9 @@ from offload_core.contextnames import CONTEXT, DOCKERFILE
 from offload_core.errors import ContextError, InvalidValueError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
+    from offload_client.build.cacheoptions import OtherCache
     from offload_client.build.options import BuildOptions
     from offload_client.build.standardinput import StandardInput
     from offload_client.context.source import ContextSource
@@ -60,6 +61,10 @@ class ContextFiles:
     """Of a build context that the node fetches; empty for the source "context"."""
     named: Mapping[str, str] = field(default_factory=dict)
     """Named contexts, as the node takes them."""
+    cache_imports: Sequence[OtherCache] = ()
+    """Caches to read beside the pool's, as the node takes them."""
+    warnings: Sequence[str] = ()
+    """Sentences for the user."""
     release: Callable[[], None] | None = None
     """Frees what is open."""
 

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from offload_client.build.cacheoptions import CacheOptions
 from offload_client.goboolean import parse_boolean
 from offload_client.reference import (
     familiar_reference,
@@ -69,6 +70,7 @@ class BuildOptions:
     outputs: Sequence[OutputOption] = ()
     contexts: Mapping[str, str] = field(default_factory=dict)
     """--build-context: what each named context is, as it was given."""
+    caches: CacheOptions = field(default_factory=CacheOptions)
     metadata_file: str = ""
     iidfile: str = ""
     gateway: str | None = None

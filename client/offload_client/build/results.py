@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from offload_client.build.options import BuildOptions, OutputOption
     from offload_client.invocation import Invocation
     from offload_client.progress.display import Display
-    from offload_proto.v1.node_service_pb2 import OutputReady, Result
+    from offload_proto.v1.node_service_pb2 import CacheLayout, OutputReady, Result
 
 
 class Results:
@@ -52,6 +52,10 @@ class Results:
             ConfigError: a destination cannot be written.
         """
         check_destinations(self._invocation, self._outputs)
+        if self._options.caches.exports:
+            from offload_client.build.localcaches import check_local_exports
+
+            check_local_exports(self._invocation, self._options.caches.exports)
         for name in (self._options.metadata_file, self._options.iidfile):
             if name:
                 check_file(self._invocation.path(name))
@@ -92,11 +96,14 @@ class Results:
             raise ConfigError(f"cannot write to standard output: {error.strerror}") from error
 
     async def deliver(self, result: Result, source: NodeImageSource) -> None:
-        """Load the image into the local engine where that was asked for.
+        """Load the image into the local engine, write caches, where that was asked for.
 
         Raises:
             ImageLoadError: the engine is not there or refuses.
+            ConfigError: the directory of a cache cannot be written.
         """
+        for layout in result.success.cache_layouts:
+            await self._write_cache(layout, source)
         loads = [output for output in self._outputs if output.load]
         if not loads:
             return
@@ -124,6 +131,14 @@ class Results:
                 f"{loaded.layers_received} layers received "
                 f"({format_size(loaded.bytes_received)}), {loaded.layers_reused} were there"
             )
+
+    async def _write_cache(self, layout: CacheLayout, source: NodeImageSource) -> None:
+        from offload_client.build.localcaches import receive_cache
+
+        cache = self._options.caches.exports[layout.export_index]
+        with self._display.local_step("[offload] writing cache to client directory") as step:
+            received = await receive_cache(self._invocation, cache, layout.manifest, source)
+            step.log(f"{format_size(received)} received")
 
     def write_files(self, result: Result, build_id: str, node_id: str) -> None:
         """Write --metadata-file and --iidfile.

@@ -78,6 +78,8 @@ async def _build(
         show_events(display.notice, everything=bool(invocation.environment.get("OFFLOAD_DEBUG")))
         build = BuildRun(invocation, options, outputs, files, display, connections, settings)
         build.results.prepare()
+        for warning in files.warnings:
+            display.notice("warning", warning)
         try:
             identity = await connections.identity(invocation, settings.gateway)
             assigned, result = await build.run(identity)

@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING
 from offload_client.build.vcs import in_repository
 from offload_core.contextnames import DOCKERFILE
 from offload_core.errors import InvalidValueError
-from offload_proto.v1.build_spec_pb2 import BuildSpec, Output
+from offload_proto.v1.build_spec_pb2 import BuildSpec, CacheOption, Output
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
+    from offload_client.build.cacheoptions import OtherCache
     from offload_client.build.contextfiles import ContextFiles
     from offload_client.build.options import BuildOptions, OutputOption
 
+_KEPT_HERE = ("dest", "tag", "reset")
+"""What only the client needs to know of a cache in one of its directories."""
 _TYPES = {
     "local": Output.TYPE_LOCAL,
     "tar": Output.TYPE_TAR,
@@ -81,8 +84,17 @@ def build_spec(
         frontend_attributes=attributes,
         context_url=files.url,
         named_contexts=dict(files.named),
+        cache_imports=[_cache(cache) for cache in files.cache_imports],
+        cache_exports=[_cache(cache, leave_out=_KEPT_HERE) for cache in options.caches.exports],
         outputs=[
             Output(type=_TYPES[output.type], attributes=dict(output.attributes))
             for output in outputs
         ],
     )
+
+
+def _cache(cache: OtherCache, *, leave_out: Collection[str] = ()) -> CacheOption:
+    attributes = dict(cache.attributes)
+    if cache.type == "local":
+        attributes = {key: value for key, value in attributes.items() if key not in leave_out}
+    return CacheOption(type=cache.type, attributes=attributes)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from offload_client.build.cacheoptions import parse_caches
 from offload_client.build.options import (
     BuildOptions,
     OutputOption,
@@ -61,6 +62,30 @@ Examples:
     metavar="NAME=VALUE",
     help="Additional build context: a directory, docker-image://REF, oci-layout://PATH[:TAG], "
     "or the URL of a git repository or file.",
+)
+@click.option(
+    "--cache-from",
+    "cache_from",
+    multiple=True,
+    metavar="SOURCE",
+    help='External cache sources (e.g. "user/app:cache", "type=local,src=path/to/dir"); '
+    '"type=offload,scope=NAME" reads a further scope of the pool\'s cache, "type=none" reads '
+    "nothing from it.",
+)
+@click.option(
+    "--cache-scope",
+    "cache_scope",
+    default="",
+    metavar="NAME",
+    help="Scope of the pool's cache to read and write (default: the branch).",
+)
+@click.option(
+    "--cache-to",
+    "cache_to",
+    multiple=True,
+    metavar="DESTINATION",
+    help='Cache export destinations (e.g. "user/app:cache", "type=local,dest=path/to/dir"); '
+    '"type=none" writes nothing to the pool\'s cache.',
 )
 @click.option(
     "-f",
@@ -176,6 +201,12 @@ def _options(values: dict[str, Any], invocation: Invocation) -> BuildOptions:
         target=check_text("--target", values["target"]),
         build_args=parse_build_args(values["build_args"], invocation.environment),
         contexts=parse_build_contexts(values["contexts"]),
+        caches=parse_caches(
+            [check_text("--cache-from", text) for text in values["cache_from"]],
+            [check_text("--cache-to", text) for text in values["cache_to"]],
+            check_text("--cache-scope", values["cache_scope"]),
+            invocation.environment,
+        ),
         labels=parse_labels(values["labels"]),
         platforms=parse_platforms(values["platforms"]),
         no_cache=values["no_cache"],

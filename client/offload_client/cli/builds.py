@@ -11,13 +11,13 @@ from offload_client.cli.process import run_async
 from offload_client.cli.tables import ago, between, format_table, rfc3339
 from offload_client.gateway import GatewayCalls
 from offload_client.settings import resolve_settings
-from offload_core.units import format_size
+from offload_core.units import format_duration, format_size
 from offload_proto.v1.builds_service_pb2 import BuildState, CacheState, GetRequest, ListRequest
 
 if TYPE_CHECKING:
     from offload_client.connections import Connections
     from offload_client.invocation import Invocation
-    from offload_proto.v1.builds_service_pb2 import Build
+    from offload_proto.v1.builds_service_pb2 import Build, BuildStats
 
 
 @click.command()
@@ -120,7 +120,7 @@ def _pretty(build: Build) -> str:
         "Revision": " ".join(filter(None, (build.vcs_branch, build.vcs_revision))) or "-",
         "Created": rfc3339(build.created_at) or "-",
         "Duration": between(build.started_at, build.completed_at),
-        "Steps": f"{stats.steps_total}, {stats.steps_cached} cached",
+        "Steps": _steps(stats),
         "Context": f"{stats.context_files} files, {format_size(stats.context_bytes)}, "
         f"{format_size(stats.context_sent_bytes)} sent",
         "Returned": format_size(stats.returned_bytes),
@@ -129,6 +129,13 @@ def _pretty(build: Build) -> str:
     }
     width = max(map(len, lines)) + 3
     return "\n".join(f"{name.ljust(width)}{value}" for name, value in lines.items())
+
+
+def _steps(stats: BuildStats) -> str:
+    text = f"{stats.steps_total}, {stats.steps_cached} cached"
+    if stats.saved_milliseconds:
+        text += f", which saved {format_duration(stats.saved_milliseconds / 1000)}"
+    return text
 
 
 def build_json(build: Build) -> dict[str, Any]:
@@ -163,5 +170,6 @@ def build_json(build: Build) -> dict[str, Any]:
             "context_refused_blobs": stats.context_refused_blobs,
             "returned_bytes": stats.returned_bytes,
             "warnings": stats.warnings,
+            "saved_milliseconds": stats.saved_milliseconds,
         },
     }

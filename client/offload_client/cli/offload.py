@@ -22,6 +22,7 @@ COMMANDS = {
     "builds": "List builds, or show one.",
     "logs": "Print everything that a build printed.",
     "cancel": "End a queued or running build.",
+    "cache": "Look at the layer cache, prune it, promote a branch.",
 }
 
 

@@ -24,6 +24,7 @@ INDEX_FILE = "index.json"
 DEFAULT_TAG = "latest"
 MAX_DOCUMENT_BYTES = 8 << 20
 """Of an index or a manifest."""
+_DOCUMENTS = ("manifest.v1+json", "index.v1+json", "manifest.v2+json", "manifest.list.v2+json")
 _NAME = "io.containerd.image.name"
 _TAG = "org.opencontainers.image.ref.name"
 _DIGEST = re.compile(r"([a-z0-9]+(?:[.+_-][a-z0-9]+)*):([0-9a-fA-F]{32,})")
@@ -55,7 +56,7 @@ def find_image(layout: Path, reference: LayoutReference) -> str:
     """
     digest = reference.digest
     if not digest:
-        images = _list(_document(layout / INDEX_FILE), "manifests")
+        images = _list(read_document(layout / INDEX_FILE), "manifests")
         named = [image for key in (_NAME, _TAG) for image in images
                  if _annotations(image).get(key) == reference.tag]  # fmt: skip
         if not named and len(images) != 1:
@@ -95,14 +96,19 @@ class LayoutSource:
             ContextError: a manifest or blob cannot be read.
         """
         del selection
-        paths = [blob.relative_to(self._layout).as_posix() for blob in self._blobs()]
+        paths = [blob.relative_to(self._layout).as_posix() for blob in self.blobs()]
         return self._directory.scan(Selection(include=paths), warn=warn)
 
     def open(self) -> ContentReader:
         """Return a reader for one thread."""
         return self._directory.open()
 
-    def _blobs(self) -> list[Path]:
+    def blobs(self) -> list[Path]:
+        """Return the files of the image's blobs that are there.
+
+        Raises:
+            ContextError: a manifest cannot be read.
+        """
         found: dict[str, Path] = {}
         waiting = [(self._digest, True)]
         while waiting:
@@ -112,8 +118,10 @@ class LayoutSource:
                 continue
             found[digest] = path
             if is_document:
-                document = _document(path)
-                waiting += [(_digest(item), True) for item in _list(document, "manifests")]
+                document = read_document(path)
+                waiting += [
+                    (_digest(item), _is_document(item)) for item in _list(document, "manifests")
+                ]
                 waiting += [(_digest(item), False) for item in _list(document, "layers")]
                 if isinstance(config := document.get("config"), dict):
                     waiting.append((_digest(config), False))
@@ -131,7 +139,17 @@ def _digest(descriptor: dict[str, Any]) -> str:
     return str(descriptor.get("digest", ""))
 
 
-def _document(path: Path) -> dict[str, Any]:
+def _is_document(descriptor: dict[str, Any]) -> bool:
+    """Tell manifests from layers, which the index of a cache may name among them."""
+    return str(descriptor.get("mediaType") or _DOCUMENTS[0]).endswith(_DOCUMENTS)
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """Return the JSON object of a manifest, an index or the layout's index file.
+
+    Raises:
+        ContextError: it cannot be read, or is none.
+    """
     try:
         with path.open("rb") as file:
             data = file.read(MAX_DOCUMENT_BYTES + 1)

@@ -210,6 +210,8 @@ class BuildSpec(_message.Message):
     DEFINITION_IS_NAME_FIELD_NUMBER: _builtins.int
     CONTEXT_URL_FIELD_NUMBER: _builtins.int
     NAMED_CONTEXTS_FIELD_NUMBER: _builtins.int
+    CACHE_IMPORTS_FIELD_NUMBER: _builtins.int
+    CACHE_EXPORTS_FIELD_NUMBER: _builtins.int
     dockerfile_path: _builtins.str
     """Path of the Dockerfile below the "dockerfile" local source."""
     target: _builtins.str
@@ -261,6 +263,14 @@ class BuildSpec(_message.Message):
         client, or a URL.
         """
 
+    @_builtins.property
+    def cache_imports(self) -> _containers.RepeatedCompositeFieldContainer[Global___CacheOption]:
+        """--cache-from: caches beside the pool's, which BuildKit reads itself."""
+
+    @_builtins.property
+    def cache_exports(self) -> _containers.RepeatedCompositeFieldContainer[Global___CacheOption]:
+        """--cache-to: caches beside the pool's, which BuildKit writes itself."""
+
     def __init__(
         self,
         *,
@@ -278,14 +288,66 @@ class BuildSpec(_message.Message):
         definition_is_name: _builtins.bool = ...,
         context_url: _builtins.str = ...,
         named_contexts: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        cache_imports: _abc.Iterable[Global___CacheOption] | None = ...,
+        cache_exports: _abc.Iterable[Global___CacheOption] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_args", b"build_args", "context_url", b"context_url", "definition", b"definition", "definition_is_name", b"definition_is_name", "dockerfile_path", b"dockerfile_path", "frontend_attributes", b"frontend_attributes", "labels", b"labels", "named_contexts", b"named_contexts", "no_cache", b"no_cache", "outputs", b"outputs", "platforms", b"platforms", "pull", b"pull", "tags", b"tags", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_args", b"build_args", "cache_exports", b"cache_exports", "cache_imports", b"cache_imports", "context_url", b"context_url", "definition", b"definition", "definition_is_name", b"definition_is_name", "dockerfile_path", b"dockerfile_path", "frontend_attributes", b"frontend_attributes", "labels", b"labels", "named_contexts", b"named_contexts", "no_cache", b"no_cache", "outputs", b"outputs", "platforms", b"platforms", "pull", b"pull", "tags", b"tags", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BuildSpec: _TypeAlias = BuildSpec  # noqa: Y015
+
+@_typing.final
+class CacheOption(_message.Message):
+    """CacheOption is one cache that is not the pool's."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class AttributesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    TYPE_FIELD_NUMBER: _builtins.int
+    ATTRIBUTES_FIELD_NUMBER: _builtins.int
+    type: _builtins.str
+    """BuildKit's name of the kind: "registry", "local", "inline", "gha", "s3", "azblob"."""
+    @_builtins.property
+    def attributes(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Attributes with BuildKit's names. "src" of an import of type "local" names the local source
+        "oci:SRC" of the client; an export of type "local" has no "dest", its result is a CacheLayout.
+        """
+
+    def __init__(
+        self,
+        *,
+        type: _builtins.str = ...,
+        attributes: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attributes", b"attributes", "type", b"type"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CacheOption: _TypeAlias = CacheOption  # noqa: Y015
 
 @_typing.final
 class ImageDescriptor(_message.Message):

@@ -112,6 +112,8 @@ class CreateRequest(_message.Message):
     TARGET_FIELD_NUMBER: _builtins.int
     VCS_BRANCH_FIELD_NUMBER: _builtins.int
     VCS_REVISION_FIELD_NUMBER: _builtins.int
+    VCS_TARGET_BRANCH_FIELD_NUMBER: _builtins.int
+    CACHE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Chosen by the client; a repeated request with the same id is the same build."""
     project_id: _builtins.str
@@ -126,9 +128,15 @@ class CreateRequest(_message.Message):
     """Version control branch of the context; empty when unknown."""
     vcs_revision: _builtins.str
     """Version control revision of the context; empty when unknown."""
+    vcs_target_branch: _builtins.str
+    """Branch that the pull request is to be merged into; empty when this builds none."""
     @_builtins.property
     def platforms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Platforms wanted; empty for any."""
+
+    @_builtins.property
+    def cache(self) -> Global___CacheChoice:
+        """Wishes about the pool's layer cache; what identity does not allow is refused by name."""
 
     def __init__(
         self,
@@ -141,14 +149,52 @@ class CreateRequest(_message.Message):
         target: _builtins.str = ...,
         vcs_branch: _builtins.str = ...,
         vcs_revision: _builtins.str = ...,
+        vcs_target_branch: _builtins.str = ...,
+        cache: Global___CacheChoice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dockerfile_path", b"dockerfile_path", "name", b"name", "platforms", b"platforms", "project_id", b"project_id", "request_id", b"request_id", "target", b"target", "vcs_branch", b"vcs_branch", "vcs_revision", b"vcs_revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "dockerfile_path", b"dockerfile_path", "name", b"name", "platforms", b"platforms", "project_id", b"project_id", "request_id", b"request_id", "target", b"target", "vcs_branch", b"vcs_branch", "vcs_revision", b"vcs_revision", "vcs_target_branch", b"vcs_target_branch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CreateRequest: _TypeAlias = CreateRequest  # noqa: Y015
+
+@_typing.final
+class CacheChoice(_message.Message):
+    """CacheChoice is what a user says of the pool's layer cache; by default nothing."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCOPE_FIELD_NUMBER: _builtins.int
+    READ_SCOPES_FIELD_NUMBER: _builtins.int
+    READ_OFF_FIELD_NUMBER: _builtins.int
+    WRITE_OFF_FIELD_NUMBER: _builtins.int
+    scope: _builtins.str
+    """Scope to read and write instead of that of the branch; empty for the branch's."""
+    read_off: _builtins.bool
+    """Nothing is read."""
+    write_off: _builtins.bool
+    """Nothing is written."""
+    @_builtins.property
+    def read_scopes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Scopes to read before all others."""
+
+    def __init__(
+        self,
+        *,
+        scope: _builtins.str = ...,
+        read_scopes: _abc.Iterable[_builtins.str] | None = ...,
+        read_off: _builtins.bool = ...,
+        write_off: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["read_off", b"read_off", "read_scopes", b"read_scopes", "scope", b"scope", "write_off", b"write_off"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CacheChoice: _TypeAlias = CacheChoice  # noqa: Y015
 
 @_typing.final
 class CreateResponse(_message.Message):
@@ -293,6 +339,10 @@ class Ticket(_message.Message):
     READ_SCOPES_FIELD_NUMBER: _builtins.int
     WRITE_SCOPE_FIELD_NUMBER: _builtins.int
     EXPIRES_AT_FIELD_NUMBER: _builtins.int
+    TRUST_DOMAIN_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    VCS_BRANCH_FIELD_NUMBER: _builtins.int
+    VCS_REVISION_FIELD_NUMBER: _builtins.int
     build_id: _builtins.str
     """The build; a node accepts each one once."""
     project_id: _builtins.str
@@ -303,6 +353,15 @@ class Ticket(_message.Message):
     """Name of the member that asked; must equal the name in the client certificate."""
     write_scope: _builtins.str
     """Cache scope that is written; empty for none."""
+    trust_domain: _builtins.str
+    """Builds of different domains of a project never share a BuildKit: its local cache answers all
+    its clients. Empty for ordinary members.
+    """
+    role: _builtins.str
+    """Role of the member, for the record: "admin", "member", "ci" or "untrusted"."""
+    vcs_branch: _builtins.str
+    """Branch and revision as the client says, for the record."""
+    vcs_revision: _builtins.str
     @_builtins.property
     def read_scopes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Cache scopes that may be read, in order."""
@@ -321,10 +380,14 @@ class Ticket(_message.Message):
         read_scopes: _abc.Iterable[_builtins.str] | None = ...,
         write_scope: _builtins.str = ...,
         expires_at: _timestamp_pb2.Timestamp | None = ...,
+        trust_domain: _builtins.str = ...,
+        role: _builtins.str = ...,
+        vcs_branch: _builtins.str = ...,
+        vcs_revision: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_id", b"build_id", "expires_at", b"expires_at", "member", b"member", "node_id", b"node_id", "project_id", b"project_id", "read_scopes", b"read_scopes", "write_scope", b"write_scope"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_id", b"build_id", "expires_at", b"expires_at", "member", b"member", "node_id", b"node_id", "project_id", b"project_id", "read_scopes", b"read_scopes", "role", b"role", "trust_domain", b"trust_domain", "vcs_branch", b"vcs_branch", "vcs_revision", b"vcs_revision", "write_scope", b"write_scope"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -346,6 +409,7 @@ class BuildStats(_message.Message):
     CONTEXT_WIRE_BYTES_FIELD_NUMBER: _builtins.int
     CONTEXT_SHARED_BYTES_FIELD_NUMBER: _builtins.int
     CONTEXT_REFUSED_BLOBS_FIELD_NUMBER: _builtins.int
+    SAVED_MILLISECONDS_FIELD_NUMBER: _builtins.int
     steps_total: _builtins.int
     """Steps that ran or were cached."""
     steps_cached: _builtins.int
@@ -366,6 +430,10 @@ class BuildStats(_message.Message):
     """Bytes of it that came from the shared store, where another node had put them."""
     context_refused_blobs: _builtins.int
     """Pieces of content that were refused because they do not hash to their digest."""
+    saved_milliseconds: _builtins.int
+    """Time that the cached steps took when they last ran anywhere in the pool; those that never ran
+    are left out. Filled in by the gateway.
+    """
     def __init__(
         self,
         *,
@@ -379,10 +447,11 @@ class BuildStats(_message.Message):
         context_wire_bytes: _builtins.int = ...,
         context_shared_bytes: _builtins.int = ...,
         context_refused_blobs: _builtins.int = ...,
+        saved_milliseconds: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_bytes", b"context_bytes", "context_files", b"context_files", "context_refused_blobs", b"context_refused_blobs", "context_sent_bytes", b"context_sent_bytes", "context_shared_bytes", b"context_shared_bytes", "context_wire_bytes", b"context_wire_bytes", "returned_bytes", b"returned_bytes", "steps_cached", b"steps_cached", "steps_total", b"steps_total", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_bytes", b"context_bytes", "context_files", b"context_files", "context_refused_blobs", b"context_refused_blobs", "context_sent_bytes", b"context_sent_bytes", "context_shared_bytes", b"context_shared_bytes", "context_wire_bytes", b"context_wire_bytes", "returned_bytes", b"returned_bytes", "saved_milliseconds", b"saved_milliseconds", "steps_cached", b"steps_cached", "steps_total", b"steps_total", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

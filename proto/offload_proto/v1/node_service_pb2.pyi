@@ -891,6 +891,7 @@ class Success(_message.Message):
 
     IMAGE_FIELD_NUMBER: _builtins.int
     EXPORTER_RESPONSE_FIELD_NUMBER: _builtins.int
+    CACHE_LAYOUTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def image(self) -> _build_spec_pb2.ImageDescriptor:
         """The image in the node's registry; unset when none was asked for."""
@@ -899,19 +900,52 @@ class Success(_message.Message):
     def exporter_response(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """BuildKit's exporter response, the content of --metadata-file."""
 
+    @_builtins.property
+    def cache_layouts(self) -> _containers.RepeatedCompositeFieldContainer[Global___CacheLayout]:
+        """Caches that belong into directories of the client; their blobs are read with Download."""
+
     def __init__(
         self,
         *,
         image: _build_spec_pb2.ImageDescriptor | None = ...,
         exporter_response: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        cache_layouts: _abc.Iterable[Global___CacheLayout] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exporter_response", b"exporter_response", "image", b"image"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_layouts", b"cache_layouts", "exporter_response", b"exporter_response", "image", b"image"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Success: _TypeAlias = Success  # noqa: Y015
+
+@_typing.final
+class CacheLayout(_message.Message):
+    """CacheLayout is a cache export of type "local" in the node's registry."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXPORT_INDEX_FIELD_NUMBER: _builtins.int
+    MANIFEST_FIELD_NUMBER: _builtins.int
+    export_index: _builtins.int
+    """Index into BuildSpec.cache_exports."""
+    @_builtins.property
+    def manifest(self) -> _build_spec_pb2.ImageDescriptor:
+        """Its manifest."""
+
+    def __init__(
+        self,
+        *,
+        export_index: _builtins.int = ...,
+        manifest: _build_spec_pb2.ImageDescriptor | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["export_index", b"export_index", "manifest", b"manifest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CacheLayout: _TypeAlias = CacheLayout  # noqa: Y015
 
 @_typing.final
 class Failure(_message.Message):

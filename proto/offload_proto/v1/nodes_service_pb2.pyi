@@ -9,6 +9,7 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from offload_proto.v1 import builds_service_pb2 as _builds_service_pb2
+from offload_proto.v1 import cache_service_pb2 as _cache_service_pb2
 from offload_proto.v1 import events_pb2 as _events_pb2
 import builtins as _builtins
 import sys
@@ -32,6 +33,7 @@ class AttachRequest(_message.Message):
     OFFER_REPLY_FIELD_NUMBER: _builtins.int
     BUILD_UPDATE_FIELD_NUMBER: _builtins.int
     BUILD_LOG_FIELD_NUMBER: _builtins.int
+    CACHE_TASK_REPLY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello:
         """First message."""
@@ -52,6 +54,10 @@ class AttachRequest(_message.Message):
     def build_log(self) -> Global___BuildLog:
         """Output of a build for the history."""
 
+    @_builtins.property
+    def cache_task_reply(self) -> Global___CacheTaskReply:
+        """Answer to a CacheTask."""
+
     def __init__(
         self,
         *,
@@ -60,12 +66,13 @@ class AttachRequest(_message.Message):
         offer_reply: Global___OfferReply | None = ...,
         build_update: Global___BuildUpdate | None = ...,
         build_log: Global___BuildLog | None = ...,
+        cache_task_reply: Global___CacheTaskReply | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["build_log", b"build_log", "build_update", b"build_update", "heartbeat", b"heartbeat", "hello", b"hello", "message", b"message", "offer_reply", b"offer_reply"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["build_log", b"build_log", "build_update", b"build_update", "cache_task_reply", b"cache_task_reply", "heartbeat", b"heartbeat", "hello", b"hello", "message", b"message", "offer_reply", b"offer_reply"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_log", b"build_log", "build_update", b"build_update", "heartbeat", b"heartbeat", "hello", b"hello", "message", b"message", "offer_reply", b"offer_reply"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_log", b"build_log", "build_update", b"build_update", "cache_task_reply", b"cache_task_reply", "heartbeat", b"heartbeat", "hello", b"hello", "message", b"message", "offer_reply", b"offer_reply"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "heartbeat", "offer_reply", "build_update", "build_log"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "heartbeat", "offer_reply", "build_update", "build_log", "cache_task_reply"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -199,6 +206,7 @@ class BuildUpdate(_message.Message):
     STATS_FIELD_NUMBER: _builtins.int
     IMAGE_DIGEST_FIELD_NUMBER: _builtins.int
     CACHE_STATE_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
     build_id: _builtins.str
     """The build."""
     state: _builds_service_pb2.BuildState.ValueType
@@ -213,6 +221,10 @@ class BuildUpdate(_message.Message):
     def stats(self) -> _builds_service_pb2.BuildStats:
         """Numbers so far."""
 
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepTime]:
+        """Steps, in news of the end only; at most 1000."""
+
     def __init__(
         self,
         *,
@@ -222,14 +234,45 @@ class BuildUpdate(_message.Message):
         stats: _builds_service_pb2.BuildStats | None = ...,
         image_digest: _builtins.str = ...,
         cache_state: _builds_service_pb2.CacheState.ValueType = ...,
+        steps: _abc.Iterable[Global___StepTime] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["stats", b"stats"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_id", b"build_id", "cache_state", b"cache_state", "error", b"error", "image_digest", b"image_digest", "state", b"state", "stats", b"stats"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_id", b"build_id", "cache_state", b"cache_state", "error", b"error", "image_digest", b"image_digest", "state", b"state", "stats", b"stats", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BuildUpdate: _TypeAlias = BuildUpdate  # noqa: Y015
+
+@_typing.final
+class StepTime(_message.Message):
+    """StepTime is how long a step of a build took, so that the gateway can say what a hit saves."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    MILLISECONDS_FIELD_NUMBER: _builtins.int
+    CACHED_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    """The same for the same step of the same build definition, on every node."""
+    milliseconds: _builtins.int
+    """From start to end."""
+    cached: _builtins.bool
+    """It came from a cache; then the time says nothing."""
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        milliseconds: _builtins.int = ...,
+        cached: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "key", b"key", "milliseconds", b"milliseconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepTime: _TypeAlias = StepTime  # noqa: Y015
 
 @_typing.final
 class BuildLog(_message.Message):
@@ -268,6 +311,8 @@ class AttachResponse(_message.Message):
     WELCOME_FIELD_NUMBER: _builtins.int
     OFFER_FIELD_NUMBER: _builtins.int
     CANCEL_BUILD_FIELD_NUMBER: _builtins.int
+    CACHE_TASK_FIELD_NUMBER: _builtins.int
+    PROJECT_LIMITS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome:
         """First message."""
@@ -280,18 +325,28 @@ class AttachResponse(_message.Message):
     def cancel_build(self) -> Global___CancelBuild:
         """End a build, or give back a reserved slot."""
 
+    @_builtins.property
+    def cache_task(self) -> Global___CacheTask:
+        """A question about the layer cache, or work on it; answered with CacheTaskReply."""
+
+    @_builtins.property
+    def project_limits(self) -> Global___ProjectLimits:
+        """What projects may keep; sent after Welcome and at every change, complete each time."""
+
     def __init__(
         self,
         *,
         welcome: Global___Welcome | None = ...,
         offer: Global___Offer | None = ...,
         cancel_build: Global___CancelBuild | None = ...,
+        cache_task: Global___CacheTask | None = ...,
+        project_limits: Global___ProjectLimits | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel_build", b"cancel_build", "message", b"message", "offer", b"offer", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache_task", b"cache_task", "cancel_build", b"cancel_build", "message", b"message", "offer", b"offer", "project_limits", b"project_limits", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel_build", b"cancel_build", "message", b"message", "offer", b"offer", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_task", b"cache_task", "cancel_build", b"cancel_build", "message", b"message", "offer", b"offer", "project_limits", b"project_limits", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "offer", "cancel_build"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "offer", "cancel_build", "cache_task", "project_limits"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -305,21 +360,27 @@ class Welcome(_message.Message):
 
     TICKET_PUBLIC_KEY_PEM_FIELD_NUMBER: _builtins.int
     HEARTBEAT_INTERVAL_FIELD_NUMBER: _builtins.int
+    RECENT_PROJECT_IDS_FIELD_NUMBER: _builtins.int
     ticket_public_key_pem: _builtins.bytes
     """PEM public key (Ed25519) that signs tickets."""
     @_builtins.property
     def heartbeat_interval(self) -> _duration_pb2.Duration:
         """How often heartbeats are expected; a node is lost after three are missing."""
 
+    @_builtins.property
+    def recent_project_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Projects that have built in the last day, the busiest first; the node gets ready for some."""
+
     def __init__(
         self,
         *,
         ticket_public_key_pem: _builtins.bytes = ...,
         heartbeat_interval: _duration_pb2.Duration | None = ...,
+        recent_project_ids: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat_interval", b"heartbeat_interval"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat_interval", b"heartbeat_interval", "ticket_public_key_pem", b"ticket_public_key_pem"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat_interval", b"heartbeat_interval", "recent_project_ids", b"recent_project_ids", "ticket_public_key_pem", b"ticket_public_key_pem"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -382,3 +443,291 @@ class CancelBuild(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CancelBuild: _TypeAlias = CancelBuild  # noqa: Y015
+
+@_typing.final
+class ProjectLimits(_message.Message):
+    """ProjectLimits are the bounds of the projects that have bounds of their own."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROJECTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def projects(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProjectLimit]:
+        """One per project; those that are not named have the node's own bounds."""
+
+    def __init__(
+        self,
+        *,
+        projects: _abc.Iterable[Global___ProjectLimit] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["projects", b"projects"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProjectLimits: _TypeAlias = ProjectLimits  # noqa: Y015
+
+@_typing.final
+class ProjectLimit(_message.Message):
+    """ProjectLimit bounds the layer cache of one project. 0 leaves a bound to the node's configuration."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROJECT_ID_FIELD_NUMBER: _builtins.int
+    SHARED_KEEP_BYTES_FIELD_NUMBER: _builtins.int
+    SHARED_IDLE_FIELD_NUMBER: _builtins.int
+    NODE_KEEP_BYTES_FIELD_NUMBER: _builtins.int
+    project_id: _builtins.str
+    """The project."""
+    shared_keep_bytes: _builtins.int
+    """Bytes in the shared store."""
+    node_keep_bytes: _builtins.int
+    """Bytes on the disk of each node."""
+    @_builtins.property
+    def shared_idle(self) -> _duration_pb2.Duration:
+        """How long an entry may go unused in the shared store."""
+
+    def __init__(
+        self,
+        *,
+        project_id: _builtins.str = ...,
+        shared_keep_bytes: _builtins.int = ...,
+        shared_idle: _duration_pb2.Duration | None = ...,
+        node_keep_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["shared_idle", b"shared_idle"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node_keep_bytes", b"node_keep_bytes", "project_id", b"project_id", "shared_idle", b"shared_idle", "shared_keep_bytes", b"shared_keep_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProjectLimit: _TypeAlias = ProjectLimit  # noqa: Y015
+
+@_typing.final
+class CacheTask(_message.Message):
+    """CacheTask is work on the layer cache of one project."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    PROJECT_ID_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
+    PRUNE_FIELD_NUMBER: _builtins.int
+    PROMOTE_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    task_id: _builtins.str
+    """Chosen by the gateway; repeated in the reply."""
+    project_id: _builtins.str
+    """The project."""
+    @_builtins.property
+    def usage(self) -> Global___UsageTask:
+        """Sizes of this node and of the shared store."""
+
+    @_builtins.property
+    def prune(self) -> Global___PruneTask:
+        """Remove entries."""
+
+    @_builtins.property
+    def promote(self) -> Global___PromoteTask:
+        """Copy the entries of one scope to another."""
+
+    @_builtins.property
+    def why(self) -> Global___WhyTask:
+        """Why did steps of a build miss?"""
+
+    def __init__(
+        self,
+        *,
+        task_id: _builtins.str = ...,
+        project_id: _builtins.str = ...,
+        usage: Global___UsageTask | None = ...,
+        prune: Global___PruneTask | None = ...,
+        promote: Global___PromoteTask | None = ...,
+        why: Global___WhyTask | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["promote", b"promote", "prune", b"prune", "task", b"task", "usage", b"usage", "why", b"why"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["project_id", b"project_id", "promote", b"promote", "prune", b"prune", "task", b"task", "task_id", b"task_id", "usage", b"usage", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_task: _TypeAlias = _typing.Literal["usage", "prune", "promote", "why"]  # noqa: Y015
+    _WhichOneofArgType_task: _TypeAlias = _typing.Literal["task", b"task"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_task) -> _WhichOneofReturnType_task | None: ...
+
+Global___CacheTask: _TypeAlias = CacheTask  # noqa: Y015
+
+@_typing.final
+class UsageTask(_message.Message):
+    """UsageTask asks for sizes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_ONLY_FIELD_NUMBER: _builtins.int
+    node_only: _builtins.bool
+    """Leave the shared store out; another node is asked for it."""
+    def __init__(
+        self,
+        *,
+        node_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node_only", b"node_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UsageTask: _TypeAlias = UsageTask  # noqa: Y015
+
+@_typing.final
+class PruneTask(_message.Message):
+    """PruneTask asks for removal."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILTER_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    NODE_ONLY_FIELD_NUMBER: _builtins.int
+    dry_run: _builtins.bool
+    """Only say what would go."""
+    node_only: _builtins.bool
+    """Leave the shared store alone; another node does that."""
+    @_builtins.property
+    def filter(self) -> _cache_service_pb2.PruneFilter:
+        """What goes."""
+
+    def __init__(
+        self,
+        *,
+        filter: _cache_service_pb2.PruneFilter | None = ...,
+        dry_run: _builtins.bool = ...,
+        node_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run", "filter", b"filter", "node_only", b"node_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PruneTask: _TypeAlias = PruneTask  # noqa: Y015
+
+@_typing.final
+class PromoteTask(_message.Message):
+    """PromoteTask asks for copies."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FROM_SCOPE_FIELD_NUMBER: _builtins.int
+    TO_SCOPE_FIELD_NUMBER: _builtins.int
+    MEMBER_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    from_scope: _builtins.str
+    """Scope with the entries."""
+    to_scope: _builtins.str
+    """Scope that gets them."""
+    member: _builtins.str
+    """Who asks, for the record."""
+    role: _builtins.str
+    """Role of who asks, for the record."""
+    def __init__(
+        self,
+        *,
+        from_scope: _builtins.str = ...,
+        to_scope: _builtins.str = ...,
+        member: _builtins.str = ...,
+        role: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["from_scope", b"from_scope", "member", b"member", "role", b"role", "to_scope", b"to_scope"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PromoteTask: _TypeAlias = PromoteTask  # noqa: Y015
+
+@_typing.final
+class WhyTask(_message.Message):
+    """WhyTask asks for an explanation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUILD_ID_FIELD_NUMBER: _builtins.int
+    EARLIER_BUILD_IDS_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    build_id: _builtins.str
+    """The build."""
+    step: _builtins.str
+    """Text or number of the step; empty for all steps that ran."""
+    @_builtins.property
+    def earlier_build_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Earlier builds that it may be compared with, best first."""
+
+    def __init__(
+        self,
+        *,
+        build_id: _builtins.str = ...,
+        earlier_build_ids: _abc.Iterable[_builtins.str] | None = ...,
+        step: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_id", b"build_id", "earlier_build_ids", b"earlier_build_ids", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WhyTask: _TypeAlias = WhyTask  # noqa: Y015
+
+@_typing.final
+class CacheTaskReply(_message.Message):
+    """CacheTaskReply answers a CacheTask."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    ERROR_REASON_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
+    PRUNE_FIELD_NUMBER: _builtins.int
+    PROMOTE_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    task_id: _builtins.str
+    """From the task."""
+    error: _builtins.str
+    """One sentence when it did not work; nothing else is set then."""
+    error_reason: _builtins.str
+    """Wire name of the error's class."""
+    @_builtins.property
+    def usage(self) -> _cache_service_pb2.CacheUsage:
+        """Answer to UsageTask."""
+
+    @_builtins.property
+    def prune(self) -> _cache_service_pb2.PruneResult:
+        """Answer to PruneTask."""
+
+    @_builtins.property
+    def promote(self) -> _cache_service_pb2.PromoteResult:
+        """Answer to PromoteTask."""
+
+    @_builtins.property
+    def why(self) -> _cache_service_pb2.WhyResult:
+        """Answer to WhyTask."""
+
+    def __init__(
+        self,
+        *,
+        task_id: _builtins.str = ...,
+        error: _builtins.str = ...,
+        error_reason: _builtins.str = ...,
+        usage: _cache_service_pb2.CacheUsage | None = ...,
+        prune: _cache_service_pb2.PruneResult | None = ...,
+        promote: _cache_service_pb2.PromoteResult | None = ...,
+        why: _cache_service_pb2.WhyResult | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["promote", b"promote", "prune", b"prune", "result", b"result", "usage", b"usage", "why", b"why"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "error_reason", b"error_reason", "promote", b"promote", "prune", b"prune", "result", b"result", "task_id", b"task_id", "usage", b"usage", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["usage", "prune", "promote", "why"]  # noqa: Y015
+    _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
+
+Global___CacheTaskReply: _TypeAlias = CacheTaskReply  # noqa: Y015

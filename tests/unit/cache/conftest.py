@@ -6,7 +6,9 @@ import pytest
 
 from offload_cache.health import StoreHealth
 from offload_cache.nodestore import NodeStore
+from offload_cache.registry import Registry, RegistryServer, UploadLimits
 from tests.fixtures.directorystore import DirectoryObjectStore
+from tests.fixtures.registryclient import MAX_BLOB, RegistryBench, RegistryClient
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -31,3 +33,19 @@ def make_node(tmp_path: Path) -> Callable[..., NodeStore]:
 async def node(make_node: Callable[..., NodeStore]) -> AsyncIterator[NodeStore]:
     async with make_node() as opened:
         yield opened
+
+
+@pytest.fixture
+async def bench(node: NodeStore) -> AsyncIterator[RegistryBench]:
+    registry = Registry()
+    async with RegistryServer(
+        registry, node.statistics, limits=UploadLimits(blob_bytes=MAX_BLOB)
+    ) as server:
+        bench = RegistryBench(node, registry, server)
+        async with bench.http:
+            yield bench
+
+
+@pytest.fixture
+async def client(bench: RegistryBench) -> RegistryClient:
+    return await bench.client()

@@ -4,16 +4,26 @@ import json
 from datetime import UTC, datetime
 
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload_cache.entries import CacheEntry
-from offload_cache.keys import blob_key, entry_key, scope_prefix
-from offload_cache.manifests import MAX_MANIFEST_BYTES, parse_cache_manifest, select_layers
+from offload_cache.contributions import CacheLayer, Contribution, Writer
+from offload_cache.keys import (
+    blob_key,
+    check_contribution_id,
+    contribution_key,
+    contributions_prefix,
+    new_contribution_id,
+    packed_key,
+    used_key,
+    used_prefix,
+)
+from offload_cache.manifests import MAX_MANIFEST_BYTES, parse_cache_manifest
 from offload_cache.s3store import S3Config
 from offload_core.digest import sha256_digest
 from offload_core.errors import ConfigError, UsageError
-from tests.fixtures.cachecontent import cache_manifest, manifest
+from tests.fixtures.cachecontent import manifest
 
 DIGEST = sha256_digest(b"")
 
@@ -21,19 +31,34 @@ DIGEST = sha256_digest(b"")
 @given(st.text(min_size=1, max_size=20), st.text(min_size=1, max_size=20))
 def test_no_scope_or_key_leaves_its_place(scope: str, key: str) -> None:
     try:
-        name = entry_key("p", scope, key)
+        name = used_key("p", scope, key)
     except (UsageError, UnicodeEncodeError):
         return
     head, _, tail = name.rpartition("/")
-    assert head + "/" == scope_prefix("p", scope)
-    assert head.split("/")[:3] == ["projects", "p", "scopes"]
+    assert head + "/" == used_prefix("p", scope)
+    assert head.split("/")[:3] == ["projects", "p", "used"]
     assert len(head.split("/")) == 4
-    assert tail.endswith(".json")
-    assert tail not in {".json", "..json"}
+    assert tail not in {"", ".", ".."}
+    assert packed_key("p", scope).split("/")[:3] == ["projects", "p", "packed"]
+    assert len(packed_key("p", scope).split("/")) == 4
 
 
 def test_branch_names_with_slashes_are_one_element() -> None:
-    assert entry_key("p", "feature/x", "k") == "projects/p/scopes/feature%2Fx/k.json"
+    assert contributions_prefix("p", "feature/x") == "projects/p/contributions/feature%2Fx/"
+
+
+def test_newer_contributions_come_first_in_key_order() -> None:
+    times = [datetime(2026, 1, day, tzinfo=UTC) for day in (1, 2, 3)]
+    names = [new_contribution_id(time, "build") for time in times]
+    assert sorted(names) == names[::-1]
+
+
+@pytest.mark.parametrize("build", ["", "../b", "B", "a/b", "x" * 65])
+def test_bad_names_of_contributions_are_refused(build: str) -> None:
+    with pytest.raises(UsageError):
+        new_contribution_id(datetime(2026, 1, 1, tzinfo=UTC), build)
+    with pytest.raises(UsageError):
+        contribution_key("p", "main", f"000000000000-{build}")
 
 
 @pytest.mark.parametrize("project", ["", "..", "a/b", ".hidden", "x" * 101, "a\0b"])
@@ -42,50 +67,40 @@ def test_bad_project_ids_are_refused(project: str) -> None:
         blob_key(project, DIGEST)
 
 
-def entry(**changes: object) -> CacheEntry:
-    values: dict[str, object] = {
-        "scope": "main", "key": "k", "manifest_digest": DIGEST, "media_type": "m",
-        "size_bytes": 3, "config_digest": DIGEST, "blobs": ((DIGEST, 0),),
-        "created_at": datetime(2026, 1, 2, tzinfo=UTC), "build_id": "b", "member": "ada",
-    }  # fmt: skip
-    return CacheEntry(**{**values, **changes})  # type: ignore[arg-type]
+CONTRIBUTION = Contribution(
+    contribution_id=check_contribution_id("00000000002a-b"),
+    scope="main",
+    key="k",
+    created_at=datetime(2026, 1, 2, tzinfo=UTC),
+    writer=Writer("b", "ada", "member", "node", "main", "abc"),
+    layers=(CacheLayer(DIGEST, 0, "m", {"a": "b"}),),
+    records=b'{"records":[]}',
+)
 
 
-def test_entries_survive_their_document() -> None:
-    assert CacheEntry.from_json(entry().to_json()) == entry()
+def test_contributions_survive_their_document() -> None:
+    assert Contribution.from_bytes(CONTRIBUTION.to_bytes()) == CONTRIBUTION
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"version": 2},
-        {"blobs": [{"digest": "x", "size": 1}]},
-        {"blobs": [{"digest": DIGEST, "size": -1}]},
-        {"config": "sha256:../../x"},
+        {"version": 1},
+        {"id": "../x"},
+        {"layers": [{"digest": "x", "size": 1, "mediaType": "m", "annotations": {}}]},
+        {"layers": [{"digest": DIGEST, "size": -1, "mediaType": "m", "annotations": {}}]},
+        {"layers": [{"digest": DIGEST, "size": 1, "mediaType": "m", "annotations": {"a": 1}}]},
         {"created_at": "2026-01-02T00:00:00"},
-        {"manifest": None},
+        {"writer": None},
     ],
 )
-def test_damaged_entries_are_refused(change: dict[str, object]) -> None:
-    document = json.dumps({**json.loads(entry().to_json()), **change}).encode()
+def test_damaged_contributions_are_refused(change: dict[str, object]) -> None:
+    raw = json.loads(zstandard.ZstdDecompressor().decompress(CONTRIBUTION.to_bytes()))
+    for document in (json.dumps({**raw, **change}), "[" + json.dumps(raw)):
+        with pytest.raises(UsageError):
+            Contribution.from_bytes(zstandard.ZstdCompressor().compress(document.encode()))
     with pytest.raises(UsageError):
-        CacheEntry.from_json(document)
-    with pytest.raises(UsageError):
-        CacheEntry.from_json(b"[" + document)
-
-
-def test_unlisted_layers_leave_the_rest_of_the_manifest_as_it_is() -> None:
-    body = cache_manifest(b"config", [b"one", b"two", b"three"])
-    parsed = parse_cache_manifest(body)
-    everything = {layer.digest for layer in parsed.layers}
-    assert select_layers(parsed, body, everything) is body
-    rendered = select_layers(parsed, body, everything - {sha256_digest(b"two")})
-    before, after = json.loads(body), json.loads(rendered)
-    assert [layer["digest"] for layer in after["layers"]] == [
-        sha256_digest(b"one"),
-        sha256_digest(b"three"),
-    ]
-    assert {**before, "layers": 0} == {**after, "layers": 0}
+        Contribution.from_bytes(json.dumps(raw).encode())
 
 
 @pytest.mark.parametrize(

@@ -2,165 +2,254 @@ from __future__ import annotations
 
 import asyncio
 import json
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import pytest
 
-from offload_cache.keys import entry_key
-from offload_cache.presence import BlobState
+from offload_cache.contributions import Contribution, Writer
+from offload_cache.keys import (
+    contribution_key,
+    contributions_prefix,
+    new_contribution_id,
+    packed_key,
+    used_prefix,
+)
+from offload_cache.packed import pack_documents, unpack_documents
 from offload_core.digest import sha256_digest
-from offload_core.errors import UsageError
-from tests.fixtures.cachecontent import cache_manifest, manifest
+from offload_core.errors import NotFoundError, UsageError
+from tests.fixtures.cachecontent import cache_manifest, manifest, step_config
+from tests.fixtures.scopes import digests, export, offered
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from offload_cache.nodestore import NodeStore, ProjectCache
 
+WRITER = Writer("b", "ada", "member")
 
-async def export(
-    node: NodeStore, scope: str, key: str, name: str, layers: tuple[bytes, ...] = (b"l1", b"l2")
+
+async def names(cache: ProjectCache, scope: str) -> list[str]:
+    await cache.scopes.load([scope])
+    return [member.contribution_id for member in cache.scopes.members(scope)]
+
+
+async def test_a_contribution_is_here_at_once_and_says_who_wrote_it(
+    make_node: Callable[..., NodeStore],
 ) -> None:
-    """Publish a manifest whose configuration is `name` and wait until all nodes can read it."""
-    cache = await node.project("p")
-    for blob in (name.encode(), *layers):
-        await cache.store.put_blob(blob)
-    body = cache_manifest(name.encode(), layers)
-    published = await cache.scopes.publish(scope, key, body, build_id="b", member="ada")
-    if node.uploads is not None:
-        assert published.publication is not None
-        assert await node.uploads.wait_published(published.publication, 10)
+    async with make_node(shared=False) as node:
+        published = await export(node, "main", "k", "one", "two")
+        assert published.added
+        cache = await node.project("p")
+        assert await names(cache, "main") == [published.contribution.contribution_id]
+        read = await cache.scopes.read("main", published.contribution.contribution_id)
+        assert read is not None
+        assert (read.writer.member, read.writer.role) == ("ada", "member")
+        assert (read.scope, read.key) == ("main", "k")
+        assert {layer.digest for layer in read.layers} == digests("one", "two")
+        assert await cache.scopes.scopes() == ["main"]
+    async with make_node(shared=False) as node:
+        assert await offered(await node.project("p"), ("main",), "k") == digests("one", "two")
 
 
-async def offered(cache: ProjectCache, scopes: tuple[str, ...], key: str) -> str | None:
-    offer = await cache.offers.offer(scopes, key)
-    if offer is None:
-        return None
-    return cache.store.disk.read(offer.entry.config_digest).decode()
+async def test_what_adds_nothing_is_not_published_again(
+    make_node: Callable[..., NodeStore],
+) -> None:
+    async with make_node(shared=False) as node:
+        first = await export(node, "main", "k", "one", "two")
+        again = await export(node, "main", "k", "one", "two", created="2026-02-02")
+        assert not again.added
+        assert again.contribution.contribution_id == first.contribution.contribution_id
+        part = await export(node, "main", "k", "one")
+        assert not part.added
+        assert (await export(node, "main", "other", "one")).added
+        assert (await export(node, "branch", "k", "one")).added
+        assert (await export(node, "main", "k", "one", "two", "three")).added
+        # What was known is not whole any more: a second builder's layers are of use.
+        cache = await node.project("p")
+        for digest in digests("three"):
+            cache.store.disk.blob_path(digest).unlink()
+        assert (await export(node, "main", "k", "one", "two", "three", tag="again")).added
 
 
-async def test_the_own_key_wins_then_the_order_of_scopes_then_the_newest(
+async def test_only_cache_manifests_that_buildkit_would_read_are_published(
     make_node: Callable[..., NodeStore],
 ) -> None:
     async with make_node(shared=False) as node:
         cache = await node.project("p")
-        assert await offered(cache, ("branch", "main"), "k") is None
-        await export(node, "main", "other", "main-other")
-        await export(node, "main", "another", "main-another")
-        assert await offered(cache, ("branch", "main"), "k") == "main-another"
-        await export(node, "main", "k", "main-k")
-        assert await offered(cache, ("branch", "main"), "k") == "main-k"
-        await export(node, "branch", "other", "branch-other")
-        assert await offered(cache, ("branch", "main"), "k") == "main-k"
-        assert await offered(cache, ("branch", "main"), "new") == "branch-other"
-        await export(node, "branch", "k", "branch-k")
-        assert await offered(cache, ("branch", "main"), "k") == "branch-k"
-        assert await offered(cache, (), "k") is None
-        assert await offered(cache, ("team",), "k") is None
-
-
-@pytest.mark.parametrize("key", ["k", "another key"])
-async def test_an_empty_node_finds_what_another_published(
-    make_node: Callable[..., NodeStore], key: str
-) -> None:
-    async with make_node("one") as one, make_node("two") as two:
-        await export(one, "feature/x", "k", "config")
-        cache = await two.project("p")
-        offer = await cache.offers.offer(("feature/x",), key)
-        assert offer is not None
-        assert (offer.listed, offer.withheld) == (2, 0)
-        assert not cache.store.disk.has(sha256_digest(b"l1"))
-
-
-async def test_the_newest_of_local_and_shared_entries_holds(
-    make_node: Callable[..., NodeStore],
-) -> None:
-    async with make_node("one") as one, make_node("two") as two:
-        await export(one, "main", "k", "first")
-        await export(two, "main", "k", "second")
-        assert await offered(await one.project("p"), ("main",), "k") == "second"
-        assert await offered(await two.project("p"), ("main",), "k") == "second"
-
-
-async def test_blobs_that_a_read_proved_missing_are_withheld(
-    make_node: Callable[..., NodeStore], tmp_path: Path
-) -> None:
-    async with make_node("one") as one, make_node("two") as two:
-        await export(one, "main", "k", "config")
-        cache = await two.project("p")
-        whole = await cache.offers.offer(("main",), "k")
-        assert whole is not None
-        await cache.store.presence.note(sha256_digest(b"l1"), BlobState.LOST)
-        part = await cache.offers.offer(("main",), "k")
-        assert part is not None
-        assert (part.listed, part.withheld) == (1, 1)
-        assert part.digest == sha256_digest(part.body) != whole.digest
-        layers = json.loads(part.body)["layers"]
-        assert [layer["digest"] for layer in layers] == [sha256_digest(b"l2")]
-        assert json.loads(part.body)["config"] == json.loads(whole.body)["config"]
-        await cache.store.presence.note(sha256_digest(b"l2"), BlobState.LOST)
-        assert await cache.offers.offer(("main",), "k") is None
-
-
-async def test_without_the_shared_store_only_blobs_on_disk_are_listed(
-    make_node: Callable[..., NodeStore], tmp_path: Path
-) -> None:
-    async with make_node("one") as one, make_node("two") as two:
-        await export(one, "main", "k", "config")
-        cache = await two.project("p")
-        assert await cache.offers.offer(("main",), "k") is not None
-        await cache.store.open_blob(sha256_digest(b"l1"))
-        (tmp_path / "shared").rename(tmp_path / "away")
-        (tmp_path / "shared").symlink_to(tmp_path / "shared")
-        for number in range(3):
-            await cache.store.stat_blob(sha256_digest(bytes([number])))
-        offer = await cache.offers.offer(("main",), "k")
-        assert offer is not None
-        assert (offer.listed, offer.withheld) == (1, 1)
-
-
-async def test_an_entry_that_lies_about_its_name_or_is_damaged_is_ignored(
-    make_node: Callable[..., NodeStore],
-) -> None:
-    async with make_node("one") as one, make_node("two") as two:
-        await export(one, "evil", "k", "config")
-        assert two.objects is not None
-        document = await two.objects.read_bytes(entry_key("p", "evil", "k"), max_bytes=10_000)
-        await two.objects.write_bytes(entry_key("p", "main", "k"), document)
-        await two.objects.write_bytes(entry_key("p", "main", "j"), b"{")
-        cache = await two.project("p")
-        for key in ("k", "j", "new"):
-            assert await cache.offers.offer(("main",), key) is None
-
-
-async def test_only_cache_manifests_are_published(make_node: Callable[..., NodeStore]) -> None:
-    async with make_node(shared=False) as node:
-        cache = await node.project("p")
-        for body in (b"{}", manifest(b"image", [])):
+        loop = json.dumps({"records": [{"digest": "x", "inputs": [[{"link": 0}]]}]}).encode()
+        for config in (loop, step_config()):
+            await cache.store.put_blob(config)
+        good = cache_manifest(step_config(), [])
+        for body in (b"{}", manifest(b"image", []), cache_manifest(loop, [])):
             with pytest.raises(UsageError):
-                await cache.scopes.publish("main", "k", body, build_id="b", member="m")
-        body = cache_manifest(b"c", [])
+                await cache.scopes.publish("main", "k", body, writer=WRITER)
         with pytest.raises(UsageError):
-            await cache.scopes.publish("", "k", body, build_id="b", member="m")
+            await cache.scopes.publish("", "k", good, writer=WRITER)
+        with pytest.raises(UsageError):
+            await cache.scopes.publish("main", "k", good, writer=Writer("../b", "ada", "member"))
+        with pytest.raises(NotFoundError):
+            await cache.scopes.publish("main", "k", cache_manifest(b"{}", []), writer=WRITER)
+        await cache.store.put_blob(b"layer")
+        lying = json.loads(cache_manifest(step_config(), [b"layer"]))
+        lying["layers"][0]["size"] = 99
+        with pytest.raises(UsageError, match="wrong about the size"):
+            await cache.scopes.publish("main", "k", json.dumps(lying).encode(), writer=WRITER)
 
 
-async def test_entries_are_known_after_a_restart(make_node: Callable[..., NodeStore]) -> None:
-    async with make_node(shared=False) as node:
-        await export(node, "main", "k", "config")
-    async with make_node(shared=False) as node:
-        assert await offered(await node.project("p"), ("main",), "k") == "config"
-
-
-async def test_parallel_publishers_of_other_keys_do_not_overwrite_each_other(
+async def test_an_empty_node_finds_what_others_published(
     make_node: Callable[..., NodeStore],
 ) -> None:
     async with make_node("one") as one, make_node("two") as two:
         await asyncio.gather(
             *(export(one, "main", f"k{i}", f"one{i}") for i in range(4)),
-            *(export(two, "main", f"k{i}", f"two{i}") for i in range(4, 8)),
+            *(export(two, "main", f"k{i}", f"two{i}") for i in range(4)),
         )
         async with make_node("three") as three:
             cache = await three.project("p")
-            found = [await offered(cache, ("main",), f"k{i}") for i in range(8)]
-            assert found == [f"one{i}" if i < 4 else f"two{i}" for i in range(8)]
+            offer = await cache.offers.offer(("main",), "k1")
+            assert offer is not None
+            assert (offer.listed, offer.withheld, offer.own_key) == (8, 0, True)
+            assert len(offer.contributions) == 8
+            assert not any(map(cache.store.disk.has, digests("one1", "two1")))
+
+
+async def test_removed_contributions_vanish_but_not_those_that_wait_for_their_upload(
+    make_node: Callable[..., NodeStore],
+) -> None:
+    async with make_node("one") as one, make_node("two") as two:
+        first = (await export(one, "main", "k", "one")).contribution
+        second = (await export(one, "main", "k", "two")).contribution
+        cache = await two.project("p")
+        assert await offered(cache, ("main",), "k") == digests("one", "two")
+        assert two.objects is not None
+        await two.objects.delete(contribution_key("p", "main", first.contribution_id))
+        assert await cache.scopes.refresh("main")
+        assert await names(cache, "main") == [second.contribution_id]
+        assert await cache.scopes.refresh("main") is False
+        own = await one.project("p")
+        await own.scopes.refresh("main")
+        assert await names(own, "main") == [second.contribution_id]
+
+
+async def test_what_waits_for_the_shared_store_is_offered_meanwhile(
+    make_node: Callable[..., NodeStore], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    async with make_node("one") as one:
+        cache = await one.project("p")
+        assert one.uploads is not None
+        # The directory of contributions is taken: documents cannot be written, listings are empty.
+        assert one.objects is not None
+        await one.objects.write_bytes("projects/p/contributions", b"")
+        published = await export(one, "main", "k", "one", wait=False)
+        for _ in range(3):
+            await cache.scopes.refresh("main")
+            assert await names(cache, "main") == [published.contribution.contribution_id]
+            await asyncio.sleep(0.05)
+
+
+async def test_documents_that_lie_or_are_damaged_are_ignored(
+    make_node: Callable[..., NodeStore],
+) -> None:
+    async with make_node("one") as one, make_node("two") as two:
+        evil = (await export(one, "evil", "k", "one")).contribution
+        good = (await export(one, "main", "k", "two")).contribution
+        assert two.objects is not None
+        document = await two.objects.read_bytes(
+            contribution_key("p", "evil", evil.contribution_id), max_bytes=10_000
+        )
+        prefix = contributions_prefix("p", "main")
+        await two.objects.write_bytes(prefix + evil.contribution_id, document)
+        await two.objects.write_bytes(prefix + new_contribution_id(datetime.now(UTC), "x"), b"{")
+        await two.objects.write_bytes(prefix + "readme", b"hello")
+        cache = await two.project("p")
+        assert await offered(cache, ("main",), "k") == digests("two")
+        assert await names(cache, "main") == [good.contribution_id]
+
+
+async def test_many_contributions_are_read_from_the_packed_object(
+    make_node: Callable[..., NodeStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offload_cache.scopes._PACK_JITTER_SECONDS", 0.0)
+    async with make_node("one") as one:
+        made = [(await export(one, "main", "k", f"s{i}")).contribution for i in range(9)]
+        cache = await one.project("p")
+        await cache.scopes.refresh("main")
+        assert one.objects is not None
+        async with asyncio.timeout(5):
+            while await one.objects.stat(packed_key("p", "main")) is None:
+                await asyncio.sleep(0.02)
+        # Only the listing says what there is; the content of two comes from the packed object.
+        for contribution in made[:2]:
+            key = contribution_key("p", "main", contribution.contribution_id)
+            await one.objects.write_bytes(key, b"unreadable, but listed")
+    async with make_node("two") as two:
+        cache = await two.project("p")
+        assert await offered(cache, ("main",), "k") == digests(*(f"s{i}" for i in range(9)))
+    async with make_node("three") as three:
+        assert three.objects is not None
+        await three.objects.write_bytes(packed_key("p", "main"), b"damaged")
+        cache = await three.project("p")
+        assert await offered(cache, ("main",), "k") == digests(*(f"s{i}" for i in range(2, 9)))
+
+
+def test_packed_objects_hold_what_fits_and_refuse_damage() -> None:
+    documents = [("a", b"1" * 10), ("b", b"2" * (15 << 20)), ("c", b"3" * (2 << 20))]
+    packed = pack_documents(documents)
+    assert unpack_documents(packed) == dict(documents[:2])
+    assert unpack_documents(pack_documents([])) == {}
+    for damaged in (b"", packed[:5], packed[:40], packed[:-1], b"x" + packed):
+        with pytest.raises(UsageError):
+            unpack_documents(damaged)
+
+
+async def test_uses_are_marked_once_a_day_and_read_by_others(
+    make_node: Callable[..., NodeStore],
+) -> None:
+    async with make_node("one") as one, make_node("two") as two:
+        await export(one, "main", "a/b", "one")
+        cache = await one.project("p")
+        assert one.objects is not None
+        for _ in range(2):
+            cache.scopes.note_use(["main", "other"], "a/b")
+            cache.scopes.note_use(["main"], "unknown")
+        async with asyncio.timeout(5):
+            while not cache.scopes.last_use("main", "a/b"):
+                await asyncio.sleep(0.01)
+        marks = await one.objects.list_objects("projects/p/used/", limit=10)
+        assert [mark.key for mark in marks] == [used_prefix("p", "main") + "a%2Fb"]
+        await one.objects.delete(marks[0].key)
+        cache.scopes.note_use(["main"], "a/b")
+        await asyncio.sleep(0.05)
+        assert await one.objects.list_objects("projects/p/used/", limit=10) == []
+        await one.objects.write_bytes(marks[0].key, b"")
+        other = await two.project("p")
+        await other.scopes.refresh("main")
+        assert other.scopes.last_use("main", "a/b") > 0
+
+
+async def test_a_scope_keeps_its_newest_two_hundred(make_node: Callable[..., NodeStore]) -> None:
+    async with make_node("one") as one, make_node("two") as two:
+        cache = await one.project("p")
+        assert one.objects is not None
+        stored = []
+        for number in range(205):
+            created_at = datetime.fromtimestamp(1_700_000_000 + number, UTC)
+            name = new_contribution_id(created_at, f"b{number}")
+            contribution = Contribution(
+                name, "main", "k", created_at, WRITER, (), step_config(f"s{number}")
+            )
+            await one.objects.write_bytes(
+                contribution_key("p", "main", name), contribution.to_bytes()
+            )
+            stored.append(name)
+        newest = stored[::-1][:200]
+        await cache.scopes.refresh("main")
+        assert await names(cache, "main") == newest
+        await cache.scopes.remove("main", newest[:2])
+        assert await names(cache, "main") == newest[2:]
+        assert two.objects is not None
+
+
+def test_layers_have_the_digests_that_tests_expect() -> None:
+    assert digests("one") == {sha256_digest(b"layer one")}

@@ -3,7 +3,11 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from offload_cache.keys import blob_key
+import pytest
+
+from offload_cache import uploads
+from offload_cache.collection.documents import CondemnedDocument
+from offload_cache.keys import blob_key, named_key
 from offload_cache.nodestore import NodeStore
 from offload_cache.uploadtable import UploadItem
 from offload_core.digest import sha256_digest
@@ -45,8 +49,9 @@ async def test_a_document_follows_all_blobs_that_it_names(tmp_path: Path) -> Non
         assert node.uploads is not None
         number = await publish(node, "a", *(bytes([i]) for i in range(10)))
         assert await node.uploads.wait_published(number, 10)
-        assert len(objects.written) == 11
-        assert objects.written[-1] == "documents/a"
+        written = [key for key in objects.written if "/leases/" not in key]
+        assert len(written) == 11
+        assert written[-1] == "documents/a"
         assert await node.uploads.pending_count() == 0
 
 
@@ -131,3 +136,65 @@ async def test_shared_blobs_of_two_publications_are_uploaded_once(tmp_path: Path
         for number in numbers:
             assert await node.uploads.wait_published(number, 10)
         assert objects.written.count(blob_key("p", sha256_digest(b"same"))) == 1
+
+
+async def test_a_lapsed_lease_makes_a_publication_begin_with_its_first_blob(
+    tmp_path: Path,
+) -> None:
+    class Lapsing(MemoryObjectStore):
+        """Loses the blob while the document is on its way, as a collection might."""
+
+        lapsed = False
+
+        async def write_bytes(self, key: str, data: bytes) -> None:
+            await super().write_bytes(key, data)
+            if key == "documents/a" and not self.lapsed:
+                self.lapsed = True
+                assert node.uploads is not None
+                (publishing,) = node.uploads._publishing.values()
+                publishing._lease._until = float("-inf")
+                node.uploads._sightings.forget("p", sha256_digest(b"blob"))
+                await self.delete(blob_key("p", sha256_digest(b"blob")))
+
+    objects = Lapsing()
+    async with NodeStore(tmp_path, objects=objects) as node:
+        assert node.uploads is not None
+        number = await publish(node, "a", b"blob")
+        assert await node.uploads.wait_published(number, 10)
+        assert objects.lapsed
+        assert await objects.stat(blob_key("p", sha256_digest(b"blob"))) is not None
+
+
+async def test_a_publication_waits_for_a_collection_that_deletes_its_blobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploads, "CONDEMNED_WAIT_SECONDS", 0.1)
+    digest = sha256_digest(b"blob")
+    key = named_key("p", "condemned", "one")
+    objects = MemoryObjectStore()
+    document = CondemnedDocument("one", 1800, frozenset([digest]))
+    await objects.write_bytes(key, document.to_bytes())
+    async with NodeStore(tmp_path, objects=objects) as node:
+        assert node.uploads is not None
+        number = await publish(node, "a", b"blob")
+        assert not await node.uploads.wait_published(number, 0.5)
+        assert await objects.stat(blob_key("p", digest)) is None
+        await objects.delete(key)
+        assert await node.uploads.wait_published(number, 10)
+        await asyncio.sleep(0.05)
+        assert await objects.list_objects("projects/p/leases/", limit=9) == []
+
+
+async def test_a_blob_of_the_shared_store_only_must_be_there(tmp_path: Path) -> None:
+    objects = MemoryObjectStore()
+    there, gone = sha256_digest(b"there"), sha256_digest(b"gone")
+    await objects.write_bytes(blob_key("p", there), b"there")
+    async with NodeStore(tmp_path, objects=objects) as node:
+        assert node.uploads is not None
+        store = (await node.project("p")).store
+        for digest, published in ((there, True), (gone, False)):
+            document = UploadItem.for_document(1, f"documents/{digest}", b"{}")
+            number = await store.publish(digest, [[digest], [document]])
+            assert number is not None
+            assert await node.uploads.wait_published(number, 10) is published
+            assert (await objects.stat(f"documents/{digest}") is not None) is published

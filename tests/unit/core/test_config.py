@@ -113,6 +113,8 @@ def test_file_that_cannot_be_read_is_named(tmp_path):
         ({"slots": 0}, "slots must be 1 or more"),
         ({"log_level": "loud"}, 'log_level "loud" is unknown'),
         ({"blobs_keep": 0}, "blobs_keep must be greater than 0"),
+        ({"cache_grace": 3599.0}, "cache_grace must be an hour or more"),
+        ({"cache_shared_pool_keep": -1}, "cache_shared_pool_keep must not be negative"),
         ({"drain_timeout": -1.0}, "drain_timeout must not be negative"),
         ({"listen": "host:port"}, "is not an address"),
         ({"advertise": ["a:1", "b:99999"]}, '"b:99999" is not an address'),

@@ -288,3 +288,24 @@ async def test_flush_that_is_cancelled_neither_loses_nor_doubles(store):
     await asyncio.wait([task])
     await book.flush()
     assert await sequences(LogBook(store, 1 << 20)) == list(range(1, 51))
+
+
+async def test_database_of_version_1_gets_the_new_columns_and_keeps_its_builds(tmp_path):
+    url = default_url(tmp_path)
+    async with Store(url) as store:
+        await History(store).insert(build("aaaaaaaaaaaa", vcs_branch="topic"))
+    with sqlite3.connect(tmp_path / "gateway.sqlite") as database:
+        for column in ("vcs_target_branch", "cache_choice"):
+            database.execute(f"ALTER TABLE builds DROP COLUMN {column}")
+        database.execute("UPDATE meta SET value = '1' WHERE key = 'schema_version'")
+    database.close()
+    async with Store(url) as store:
+        history = History(store)
+        old = await history.find("aaaaaaaaaaaa")
+        assert old is not None
+        assert (old.vcs_branch, old.vcs_target_branch, old.cache_choice) == ("topic", "", b"")
+        new = build("bbbbbbbbbbbb", vcs_target_branch="main", cache_choice=b"\x10\x01")
+        await history.insert(new)
+        assert await history.find("bbbbbbbbbbbb") == new
+    async with Store(url):
+        pass

@@ -1,4 +1,4 @@
-"""Rules of tokens and of the cache scopes in tickets."""
+"""Rules of tokens and tickets."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from offload_builder.gateway.tickets import SIGNED_PREFIX, cache_scopes, sign
+from offload_builder.gateway.tickets import SIGNED_PREFIX, sign
 from offload_builder.gateway.tokens import TokenText, new_record, verify
 from offload_core.errors import AccessDeniedError, AuthenticationError, UsageError
 from offload_core.logs import redact
@@ -118,36 +118,3 @@ def test_ticket_is_signed_over_the_bytes_that_are_sent():
     signed = sign(key, builds_pb.Ticket(build_id="b", node_id="n"))
     key.public_key().verify(signed.signature, SIGNED_PREFIX + signed.payload)
     assert builds_pb.Ticket.FromString(signed.payload).build_id == "b"
-
-
-def scopes(branch, role=identity_pb.ROLE_MEMBER, protected=()):
-    return cache_scopes(
-        "shop",
-        branch=branch,
-        member="ann",
-        role=role,
-        default_branches=("main",),
-        protected_branches=protected,
-    )
-
-
-def test_branch_reads_itself_then_the_default_branch_then_the_team():
-    found = scopes("feature/x")
-    assert found.read == ("shop/feature%2Fx", "shop/main", "shop/~team")
-    assert found.write == "shop/feature%2Fx"
-
-
-def test_build_without_a_branch_shares_the_scope_of_the_team():
-    assert scopes("").write == "shop/~team"
-
-
-def test_protected_branch_is_written_by_pipelines_only():
-    assert scopes("main", protected=("main", "release-*")).write == ""
-    assert scopes("release-1", protected=("main", "release-*")).write == ""
-    assert scopes("main", identity_pb.ROLE_CI, ("main",)).write == "shop/main"
-
-
-def test_untrusted_member_never_writes_a_shared_scope():
-    found = scopes("main", identity_pb.ROLE_UNTRUSTED)
-    assert found.write == "shop/~untrusted-ann"
-    assert "shop/main" in found.read

@@ -261,3 +261,21 @@ def test_builds_of_one_dockerfile_are_alike_where_only_the_directory_has_a_name(
     assert one != found(b"FROM b", definition="x", definition_is_name=True)
     assert one != found(b"FROM a", definition="x", definition_is_name=True, target="t")
     assert found(b"FROM a", definition="x") == ""
+
+
+def timed(name: str, milliseconds: int, *, cached: bool = False, error: str = "") -> Vertex:
+    found = Vertex(digest=f"{name}-{milliseconds}", name=name, cached=cached, error=error)
+    found.started_at.FromMilliseconds(1000)
+    found.completed_at.FromMilliseconds(1000 + milliseconds)
+    return found
+
+
+def test_steps_are_told_by_name_with_their_time():
+    ran, hit = StepTally(), StepTally()
+    ran.add(batch(timed("[1/2] a", 700), timed("[2/2] b", 30), timed("exporting", 9)))
+    hit.add(batch(timed("[1/2] a", 0, cached=True), timed("[2/2] b", 40, error="exit code 1")))
+    first, second = ran.times("definition")
+    assert (first.milliseconds, second.milliseconds, first.cached) == (700, 30, False)
+    (again,) = hit.times("definition")
+    assert (again.key, again.cached) == (first.key, True)
+    assert hit.times("another")[0].key != first.key

@@ -1,0 +1,206 @@
+"""The projects of a node, with their trust domains, from their first build until they are idle."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
+
+import structlog
+
+from offload_builder.node.contextshare import SharingThreads
+from offload_builder.node.project import ProjectRuntime
+from offload_builder.node.projectcontent import ProjectContent
+from offload_builder.node.trustdomain import TrustDomain, delete, leftovers, set_aside
+
+if TYPE_CHECKING:
+    from contextlib import AbstractAsyncContextManager
+    from pathlib import Path
+    from types import TracebackType
+
+    from offload_builder.node.config import NodeConfig
+    from offload_builder.node.registries import Bases
+    from offload_cache.nodestore import NodeStore
+    from offload_cache.tiered import ProjectStore
+
+log = structlog.get_logger(__name__)
+
+REAP_SECONDS = 5.0
+SETTLE_SECONDS = 20.0
+"""For cache mounts that wait to be stored when the node stops."""
+
+
+class _Opened(NamedTuple):
+    runtime: ProjectRuntime
+    stack: AsyncExitStack
+    """Closes it, and what only it uses."""
+
+
+class ServeBases(Protocol):
+    """Gives one BuildKit its way to registries and base images while the context is open."""
+
+    def __call__(self, store: ProjectStore, *, trusted: bool) -> AbstractAsyncContextManager[Bases]:
+        """Return the context.
+
+        Args:
+            store: of the BuildKit's project.
+            trusted: its builds may have what the pool's logins can read.
+        """
+        ...
+
+
+class ProjectPool:
+    """The projects of a node, opened at their first build.
+
+    Args:
+        config: of the node.
+        node_store: the node's cache.
+        serve_bases: gives a BuildKit its way to registries and base images.
+    """
+
+    def __init__(self, config: NodeConfig, node_store: NodeStore, serve_bases: ServeBases) -> None:
+        self._config = config
+        self._serve_bases = serve_bases
+        self._node_store = node_store
+        self._threads = SharingThreads()
+        self._packing = asyncio.Semaphore(1)
+        self._stack = AsyncExitStack()
+        self._opening = asyncio.Lock()
+        self._opened: dict[TrustDomain, _Opened] = {}
+        self._contents: dict[str, ProjectContent] = {}
+        self._latest: dict[str, str] = {}
+
+    async def __aenter__(self) -> Self:
+        self._stack.callback(self._threads.close)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            await asyncio.gather(
+                *(
+                    content.shared.settle()
+                    for content in self._contents.values()
+                    if content.shared is not None
+                ),
+                *(
+                    runtime.mounts.settle(SETTLE_SECONDS)
+                    for runtime in self.running()
+                    if runtime.mounts is not None
+                ),
+            )
+        finally:
+            for opened in self._opened.values():
+                self._stack.push_async_callback(opened.stack.aclose)
+            await self._stack.aclose()
+
+    def _busy(self) -> bool:
+        return any(opened.runtime.busy for opened in self._opened.values())
+
+    async def runtime(self, project_id: str, domain_name: str = "") -> ProjectRuntime:
+        """Return a trust domain of a project, opened now or before.
+
+        Raises:
+            UsageError: the name is no project name, or the domain is not known.
+            OffloadError: its data cannot be opened.
+        """
+        domain = TrustDomain(project_id, domain_name)
+        async with self._opening:
+            opened = self._opened.get(domain)
+            if opened is None:
+                opened = self._opened[domain] = await self._open(domain)
+            self._latest[project_id] = domain_name
+            opened.runtime.touch()
+            return opened.runtime
+
+    async def likely_runtime(self, project_id: str) -> ProjectRuntime:
+        """Return the domain that a build of a project will probably use: that of the last one.
+
+        Raises:
+            UsageError: the name is no project name.
+            OffloadError: its data cannot be opened.
+        """
+        return await self.runtime(project_id, self._latest.get(project_id, ""))
+
+    async def _open(self, domain: TrustDomain) -> _Opened:
+        cache = await self._node_store.project(domain.project_id)
+        async with AsyncExitStack() as stack:
+            if domain.is_untrusted:
+                content = await stack.enter_async_context(self._content(domain))
+            else:
+                content = await self._shared_content(domain.project_id)
+            bases = await stack.enter_async_context(
+                self._serve_bases(cache.store, trusted=not domain.is_untrusted)
+            )
+            runtime = await stack.enter_async_context(
+                ProjectRuntime(
+                    domain, cache, content, self._node_store, self._config, bases, self._packing
+                )
+            )
+            return _Opened(runtime, stack.pop_all())
+
+    def _content(self, domain: TrustDomain) -> ProjectContent:
+        objects = self._node_store.objects
+        return ProjectContent(domain, self._config, objects, self._threads, self._busy)
+
+    async def _shared_content(self, project_id: str) -> ProjectContent:
+        content = self._contents.get(project_id)
+        if content is None:
+            content = self._content(TrustDomain(project_id))
+            await self._stack.enter_async_context(content)
+            self._contents[project_id] = content
+        return content
+
+    def running(self) -> list[ProjectRuntime]:
+        """Return the domains of projects that are open."""
+        return [opened.runtime for opened in self._opened.values()]
+
+    async def reap(self) -> None:
+        """Stop idle BuildKits and remove what untrusted members have left, until cancelled."""
+        try:
+            await self._remove_leftovers()
+        except Exception as error:
+            log.error("project.leftovers.failed", exc_info=error)
+        while True:
+            await asyncio.sleep(REAP_SECONDS)
+            for runtime in self.running():
+                try:
+                    await runtime.rest()
+                    await self._remove_if_idle(runtime)
+                except Exception as error:
+                    log.error("project.rest.failed", project_id=runtime.project_id, exc_info=error)
+
+    async def _remove_if_idle(self, runtime: ProjectRuntime) -> None:
+        domain, limit = runtime.domain, self._config.untrusted_idle
+        if not domain.is_untrusted or runtime.idle_seconds <= limit:
+            return
+        async with self._opening:
+            opened = self._opened.get(domain)
+            # A build may have asked for it while the lock was awaited.
+            if opened is None or opened.runtime.idle_seconds <= limit:
+                return
+            del self._opened[domain]
+            await opened.stack.aclose()
+            aside = await set_aside(domain.folder(self._config))
+        if aside is not None:
+            await delete(aside)
+            log.info("domain.removed", project_id=domain.project_id, trust_domain=domain.name)
+
+    async def _remove_leftovers(self) -> None:
+        folders, removed = leftovers(self._config)
+        for folder in folders:
+            async with self._opening:
+                if folder in self._folders() or not folder.exists():
+                    continue
+                aside = await set_aside(folder)
+            if aside is not None:
+                removed.append(aside)
+        for folder in removed:
+            await delete(folder)
+
+    def _folders(self) -> set[Path]:
+        return {domain.folder(self._config) for domain in self._opened}

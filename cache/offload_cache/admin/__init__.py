@@ -1,0 +1,1 @@
+"""What administrators and members do with the layer cache of a project: measure, prune, promote."""

@@ -1,0 +1,148 @@
+"""Trust domains of a project on a node: apart from each other, bounded, removed when idle."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+
+from offload_builder.node.config import NodeConfig
+from offload_builder.node.projectpool import ProjectPool
+from offload_builder.node.registries import Bases
+from offload_builder.node.trustdomain import TrustDomain
+from offload_cache.nodestore import NodeStore
+from offload_core.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from offload_cache.tiered import ProjectStore
+
+EVE, MALLORY = "untrusted-eve", "untrusted-mallory"
+
+
+def configuration(folder: Path, **options) -> NodeConfig:
+    return NodeConfig(gateway="127.0.0.1:1", data=folder, **options)
+
+
+@asynccontextmanager
+async def no_bases(_store: ProjectStore, *, trusted: bool) -> AsyncIterator[Bases]:
+    del trusted
+    yield Bases({}, None)
+
+
+@asynccontextmanager
+async def projects(config: NodeConfig) -> AsyncIterator[ProjectPool]:
+    async with (
+        NodeStore(config.data / "cache") as store,
+        ProjectPool(config, store, no_bases) as pool,
+    ):
+        yield pool
+
+
+def names(data: Path) -> set[str]:
+    return {folder.name for folder in (data / "projects").iterdir()}
+
+
+async def test_each_domain_has_a_buildkit_of_its_own(tmp_path):
+    async with projects(configuration(tmp_path)) as pool:
+        opened = [await pool.runtime("web", name) for name in ("", "protected", EVE, MALLORY)]
+        assert len({runtime._daemon.settings.root for runtime in opened}) == 4
+        assert len({runtime._daemon.socket_path for runtime in opened}) == 4
+        assert len({runtime._times_path for runtime in opened}) == 4
+        assert await pool.runtime("web", EVE) is opened[2]
+        # Layers are found by digest and verified: one store for all.
+        assert len({id(runtime.cache) for runtime in opened}) == 1
+
+
+async def test_untrusted_member_has_nothing_by_knowing_its_digest(tmp_path):
+    async with projects(configuration(tmp_path)) as pool:
+        members = await pool.runtime("web")
+        protected = await pool.runtime("web", "protected")
+        eve, mallory = await pool.runtime("web", EVE), await pool.runtime("web", MALLORY)
+        assert protected.context_store is members.context_store
+        stores = {id(members.context_store), id(eve.context_store), id(mallory.context_store)}
+        assert len(stores) == 3
+        assert eve.arrivals is not members.arrivals
+        assert eve.shared_context is None
+
+
+async def test_untrusted_domains_have_smaller_bounds(tmp_path):
+    config = configuration(tmp_path, untrusted_keep=1000, buildkit_idle=400.0)
+    domain = TrustDomain("web", EVE)
+    assert (domain.buildkit_keep(config), domain.context_keep(config)) == (1000, 1000)
+    assert domain.buildkit_idle(config) == 100.0
+    for name in ("", "protected"):
+        other = TrustDomain("web", name)
+        assert other.buildkit_keep(config) == config.buildkit_keep
+        assert other.buildkit_idle(config) == 400.0
+    small = configuration(tmp_path, buildkit_keep=10, context_keep=20)
+    assert (domain.buildkit_keep(small), domain.context_keep(small)) == (10, 20)
+
+
+async def test_idle_untrusted_domain_is_removed_with_all_its_data(tmp_path, monkeypatch):
+    monkeypatch.setattr("offload_builder.node.projectpool.REAP_SECONDS", 0.02)
+    config = configuration(tmp_path, untrusted_idle=0.1)
+    async with projects(config) as pool:
+        reaping = asyncio.ensure_future(pool.reap())
+        try:
+            await pool.runtime("web")
+            eve = await pool.runtime("web", EVE)
+            eve._users += 1
+            folder = TrustDomain("web", EVE).folder(config)
+            await asyncio.sleep(0.3)
+            assert folder.exists()
+            eve._users -= 1
+            eve.touch()
+            deadline = time.monotonic() + 10
+            while names(tmp_path) != {"web"}:
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.02)
+            again = await pool.runtime("web", EVE)
+            assert again is not eve
+            assert await again.context_store.run(again.context_store.missing_sync, [b"x" * 32])
+        finally:
+            reaping.cancel()
+            await asyncio.wait((reaping,))
+
+
+async def test_data_of_untrusted_members_does_not_outlive_a_restart(tmp_path):
+    config = configuration(tmp_path)
+    async with projects(config) as pool:
+        for name in ("", "protected", EVE, MALLORY):
+            await pool.runtime("web", name)
+    (tmp_path / "projects/~removed-1").mkdir()
+    async with projects(config) as pool:
+        await pool.runtime("web", MALLORY)
+        reaping = asyncio.ensure_future(pool.reap())
+        deadline = time.monotonic() + 10
+        left = {"web", "web~protected", f"web~{MALLORY}"}
+        while names(tmp_path) != left:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.02)
+        reaping.cancel()
+        await asyncio.wait((reaping,))
+
+
+async def test_build_is_expected_in_the_domain_of_the_last_one(tmp_path):
+    async with projects(configuration(tmp_path)) as pool:
+        assert (await pool.likely_runtime("web")).domain.name == ""
+        await pool.runtime("web", "protected")
+        assert (await pool.likely_runtime("web")).domain.name == "protected"
+        assert (await pool.likely_runtime("shop")).domain.name == ""
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["x", "Protected", "untrusted-", "untrusted-../x", "untrusted-a/b", "untrusted-" + "x" * 65,
+     "untrusted-\u0430", "untrusted-a\n", "..", "protected/../.."],
+)  # fmt: skip
+async def test_domain_that_no_gateway_names_is_refused(tmp_path, name):
+    async with projects(configuration(tmp_path)) as pool:
+        with pytest.raises(UsageError):
+            await pool.runtime("web", name)
+        assert not (tmp_path / "projects").exists()
