@@ -12,13 +12,12 @@ from offload_cache.keys import blob_key, check_project_id
 from offload_cache.presence import BlobState
 from offload_cache.statistics import CacheStatistics
 from offload_cache.uploadtable import UploadItem
-from offload_core.aio import TaskSet
+from offload_core.aio import TaskSet, for_each
 from offload_core.errors import (
     CacheUnavailableError,
     DigestMismatchError,
     NotFoundError,
     QuotaExceededError,
-    find_offload_error,
 )
 
 if TYPE_CHECKING:
@@ -172,26 +171,19 @@ class ProjectStore:
         objects: ObjectStore, key: str, ingest: Ingest, size_bytes: int
     ) -> None:
         """Fetch a large object in parallel ranges: one S3 connection rarely fills the line."""
-        offsets = iter(range(0, size_bytes, _RANGE_BYTES))
 
-        async def fetch_some() -> None:
-            for offset in offsets:
-                position = offset
+        async def fetch(offset: int) -> None:
+            position = offset
 
-                def write(piece: bytes) -> None:
-                    nonlocal position
-                    ingest.write_at(position, piece)
-                    position += len(piece)
+            def write(piece: bytes) -> None:
+                nonlocal position
+                ingest.write_at(position, piece)
+                position += len(piece)
 
-                length = min(_RANGE_BYTES, size_bytes - offset)
-                await objects.read(key, write, offset=offset, length=length)
+            length = min(_RANGE_BYTES, size_bytes - offset)
+            await objects.read(key, write, offset=offset, length=length)
 
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(_PARALLEL_RANGES):
-                    group.create_task(fetch_some())
-        except ExceptionGroup as group_error:
-            raise find_offload_error(group_error) or group_error from None
+        await for_each(range(0, size_bytes, _RANGE_BYTES), fetch, parallel=_PARALLEL_RANGES)
 
     async def stat_blob(
         self, digest: str, *, max_age_seconds: float = _DEFAULT_MAX_AGE_SECONDS

@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from offload_core.errors import find_offload_error
+
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable
 
 T = TypeVar("T")
 
@@ -51,6 +53,27 @@ class TaskSet:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=timeout)
+
+
+async def for_each(
+    items: Iterable[T], work: Callable[[T], Awaitable[None]], *, parallel: int
+) -> None:
+    """Do some work on each item, on at most `parallel` of them at a time.
+
+    The first error ends all of it; it is raised as it is when it is one of ours.
+    """
+    pending = iter(items)
+
+    async def some() -> None:
+        for item in pending:
+            await work(item)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(parallel):
+                group.create_task(some())
+    except ExceptionGroup as failed:
+        raise find_offload_error(failed) or failed from None
 
 
 async def finish(awaitable: Awaitable[T], timeout: float) -> T | None:

@@ -12,7 +12,7 @@ from offload_cache.admin.layercache import LayerCacheAdmin
 from offload_cache.admin.selection import EntryFilter, measure_scopes
 from offload_cache.admin.summaries import SharedContents
 from offload_cache.keys import check_project_id
-from offload_core.errors import CacheUnavailableError, OffloadError
+from offload_core.errors import CacheUnavailableError, NotFoundError, OffloadError
 from offload_proto.v1.cache_service_pb2 import (
     CacheUsage,
     NodeUsage,
@@ -135,13 +135,19 @@ class CacheTasks:
     async def why(self, task: CacheTask) -> CacheTaskReply:
         """Explain which steps of a build ran, from what this node or another one has kept."""
         project_id = check_project_id(task.project_id)
-        desks = {id(item.why): item.why for item in self._projects.running()
-                 if item.project_id == project_id}  # fmt: skip
+        runtimes = [item for item in self._projects.running() if item.project_id == project_id]
+        # Members and protected builds share a desk, untrusted members have their own.
+        desks = {id(item.why): item.why for item in runtimes}
+        if all(item.domain.is_untrusted for item in runtimes):
+            main = (await self._projects.runtime(project_id)).why
+            desks[id(main)] = main
         for desk in desks.values():
-            if await desk.knows(task.why.build_id):
-                return CacheTaskReply(why=await desk.answer(task.why))
-        runtime = await self._projects.runtime(project_id)
-        return CacheTaskReply(why=await runtime.why.answer(task.why))
+            if (found := await desk.answer(task.why)) is not None:
+                return CacheTaskReply(why=found)
+        raise NotFoundError(
+            f"nothing is kept of the steps of build {task.why.build_id}; "
+            "the newest builds of each project can be explained"
+        )
 
     # -- prune and promote
 

@@ -167,10 +167,6 @@ class ContextStore:
                 )
         self.put_many_sync(blobs)
 
-    def put_sync(self, digest: bytes, data: memoryview | bytes) -> None:
-        """Store a blob that the caller has verified; see `put_many_sync`."""
-        self.put_many_sync([(digest, data)])
-
     def put_many_sync(self, blobs: Sequence[tuple[bytes, memoryview | bytes]]) -> None:
         """Store blobs that the caller has verified.
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from offload_proto.v1.events_pb2 import ProgressBatch, Vertex
 
 MAX_REPORTED = 1000
-_STEP = re.compile(r"\[(?:[^\]]+ )?\d+/\d+\] ")
+STEP = re.compile(r"\[(?:[^\]]+ )?\d+/\d+\] ")
 """BuildKit numbers instructions: "[2/5]", "[build 2/5]", "[linux/arm64 build 2/5]"."""
 
 
@@ -44,7 +44,7 @@ class StepTally:
     def add(self, batch: ProgressBatch) -> None:
         """Take news."""
         for vertex in batch.vertices:
-            if vertex.HasField("completed_at") and _STEP.match(vertex.name):
+            if vertex.HasField("completed_at") and STEP.match(vertex.name):
                 known = self._now.get(vertex.digest)
                 cached = vertex.cached or (known is not None and known.cached)
                 taken = max(_milliseconds(vertex), 0 if known is None else known.milliseconds)

@@ -19,7 +19,8 @@ from offload_cache.collection.removal import retire_contribution
 from offload_cache.collection.report import read_report
 from offload_cache.contributions import MAX_CONTRIBUTION_BYTES, Contribution
 from offload_cache.keys import contribution_key
-from offload_core.errors import NotFoundError, UsageError, find_offload_error
+from offload_core.aio import for_each
+from offload_core.errors import NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -225,20 +226,10 @@ class LayerCacheAdmin:
             _log.info("cache.entries.removed", project_id=self._store.project_id, entries=len(gone))
 
     async def _retire(self, objects: ObjectStore, gone: Iterable[EntrySummary]) -> None:
-        left = iter(list(gone))
+        async def retire(entry: EntrySummary) -> None:
+            await retire_contribution(objects, self._store.project_id, entry.scope, entry.entry_id)
 
-        async def work() -> None:
-            for entry in left:
-                await retire_contribution(
-                    objects, self._store.project_id, entry.scope, entry.entry_id
-                )
-
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(_PARALLEL):
-                    group.create_task(work())
-        except ExceptionGroup as failed:
-            raise find_offload_error(failed) or failed from None
+        await for_each(list(gone), retire, parallel=_PARALLEL)
 
     async def _hear_of_removals(self, scope: str) -> None:
         for name in [scope] if scope else await self._scopes.scopes():

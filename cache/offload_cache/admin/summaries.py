@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from offload_cache.collection.listing import StoreClock, list_all
-from offload_cache.collection.measure import measure_snapshot
 from offload_cache.collection.plan import used_at
 from offload_cache.collection.roots import RootReader
 from offload_cache.collection.snapshot import read_snapshot
@@ -122,9 +121,12 @@ class SharedReader:
         contents = _contents(
             roots.live, {name: info.modified_at for name, info in snapshot.used.items()}
         )
-        found = measure_snapshot(snapshot, roots, now=now)
-        contents.total_bytes, contents.objects = found.size_bytes, found.objects
-        contents.garbage_bytes = found.garbage_bytes
+        contents.total_bytes, contents.objects = snapshot.size_bytes, snapshot.count
+        needed = {digest for root in roots.live for digest, _ in root.blobs}
+        needed |= roots.leased_digests(now)
+        contents.garbage_bytes = sum(
+            info.size_bytes for digest, info in snapshot.blobs.items() if digest not in needed
+        )
         return contents
 
 

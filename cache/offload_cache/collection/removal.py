@@ -3,111 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
-from offload_cache.collection.plan import longest_unused, used_at
-from offload_cache.collection.roots import RootReader
-from offload_cache.collection.snapshot import read_snapshot
 from offload_cache.contributions import MAX_CONTRIBUTION_BYTES
 from offload_cache.images import MAX_IMAGE_BYTES
 from offload_cache.keys import contribution_key, image_key, removed_image_key
 from offload_core.errors import NotFoundError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable
 
-    from offload_cache.collection.roots import Root
     from offload_cache.objectstore import ObjectStore
 
 
 _MOVE_SECONDS = 300.0
-
-
-def anything(_root: Root) -> bool:
-    """Allow the removal of any contribution."""
-    return True
-
-
-@dataclass(frozen=True, slots=True)
-class RemovalFilter:
-    """Which contributions go.
-
-    Attributes:
-        scopes: only of these scopes; None for all.
-        unused_seconds: only those that were of no use for so long; None for all.
-        keep_bytes: only so many that the rest of them fits; None or 0 for all. The longest unused
-            first.
-        allowed: asked for each, for what the caller may remove.
-    """
-
-    scopes: frozenset[str] | None = None
-    unused_seconds: float | None = None
-    keep_bytes: int | None = None
-    allowed: Callable[[Root], bool] = anything
-
-
-@dataclass(slots=True)
-class Removal:
-    """What went, or would go.
-
-    Attributes:
-        removed: contributions.
-        freed_bytes: of blobs that nothing else names; they go when the grace is over.
-    """
-
-    removed: list[Root] = field(default_factory=list)
-    freed_bytes: int = 0
-
-
-def plan_removal(
-    roots: Sequence[Root],
-    used: Mapping[tuple[str, str], datetime],
-    select: RemovalFilter,
-    *,
-    now: datetime,
-) -> Removal:
-    """Decide what a filter means for all roots of a project."""
-    chosen = [
-        root
-        for root in roots
-        if root.is_contribution
-        and (select.scopes is None or root.scope in select.scopes)
-        and select.allowed(root)
-    ]
-    if select.unused_seconds is not None:
-        oldest = now - timedelta(seconds=select.unused_seconds)
-        chosen = [root for root in chosen if used_at(root, used) < oldest]
-    chosen.sort(key=lambda root: (used_at(root, used), root.name))
-    if select.keep_bytes:
-        count, _ = longest_unused([("", root) for root in chosen], select.keep_bytes, freed_share=0)
-        chosen = chosen[:count]
-    going = {(root.scope, root.name) for root in chosen}
-    names = Counter(
-        digest for root in roots if (root.scope, root.name) not in going for digest, _ in root.blobs
-    )
-    freed = {digest: size for root in chosen for digest, size in root.blobs if not names[digest]}
-    return Removal(chosen, sum(freed.values()))
-
-
-async def remove_contributions(
-    objects: ObjectStore, project_id: str, select: RemovalFilter, *, dry_run: bool = False
-) -> Removal:
-    """Remove contributions of a project, or only say which would go.
-
-    Raises:
-        CacheUnavailableError: the store does not answer; what went before stays removed.
-    """
-    snapshot = await read_snapshot(objects, project_id)
-    roots = await RootReader(objects).read(snapshot)
-    used = {name: info.modified_at for name, info in snapshot.used.items()}
-    removal = plan_removal(roots.live, used, select, now=datetime.now(UTC))
-    if not dry_run:
-        for root in removal.removed:
-            await retire_contribution(objects, project_id, root.scope, root.name)
-    return removal
 
 
 async def retire_contribution(

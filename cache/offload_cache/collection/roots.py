@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import orjson
 import structlog
@@ -22,15 +21,15 @@ from offload_cache.collection.timing import LEASE_SECONDS
 from offload_cache.contributions import MAX_CONTRIBUTION_BYTES, Contribution, Writer
 from offload_cache.images import MAX_IMAGE_BYTES, ImageDocument
 from offload_cache.keys import contribution_key, removed_image_key
-from offload_core.errors import NotFoundError, UsageError, find_offload_error
+from offload_core.aio import for_each
+from offload_core.errors import NotFoundError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from datetime import datetime
 
     from offload_cache.objectstore import ObjectInfo, ObjectStore
 
-T = TypeVar("T")
 _log = structlog.get_logger(__name__)
 
 _PARALLEL_READS = 4
@@ -194,7 +193,7 @@ class RootReader:
             until = info.modified_at + timedelta(seconds=document.seconds)
             roots.leases.append(HeldLease(info.key, document, until))
 
-        await _each(found, read)
+        await for_each(found, read, parallel=_PARALLEL_READS)
 
     async def _read_documents(self, snapshot: ProjectSnapshot, roots: ProjectRoots) -> None:
         live = roots.live
@@ -227,11 +226,11 @@ class RootReader:
             digest, info = item
             await self._take(project_id, ("", digest), info, "", roots.removed, roots)
 
-        await _each(list(snapshot.contributions.items()), contribution)
-        await _each(list(snapshot.images.items()), image)
-        await _each(list(snapshot.mounts.items()), mount)
-        await _each(list(snapshot.removed.items()), removed)
-        await _each(list(snapshot.removed_images.items()), removed_image)
+        await for_each(snapshot.contributions.items(), contribution, parallel=_PARALLEL_READS)
+        await for_each(snapshot.images.items(), image, parallel=_PARALLEL_READS)
+        await for_each(snapshot.mounts.items(), mount, parallel=_PARALLEL_READS)
+        await for_each(snapshot.removed.items(), removed, parallel=_PARALLEL_READS)
+        await for_each(snapshot.removed_images.items(), removed_image, parallel=_PARALLEL_READS)
 
     async def _take(
         self,
@@ -320,18 +319,3 @@ def _version(data: bytes) -> Any:
         return orjson.loads(zstandard.ZstdDecompressor().decompress(data))["version"]
     except (orjson.JSONDecodeError, zstandard.ZstdError, KeyError, TypeError):
         return None
-
-
-async def _each(items: Sequence[T], work: Callable[[T], Awaitable[None]]) -> None:
-    pending = iter(items)
-
-    async def some() -> None:
-        for item in pending:
-            await work(item)
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(_PARALLEL_READS, len(items))):
-                group.create_task(some())
-    except ExceptionGroup as failed:
-        raise find_offload_error(failed) or failed from None

@@ -52,22 +52,15 @@ class WhyDesk:
         self._shared = shared
         self._objects = objects
 
-    async def knows(self, build_id: str) -> bool:
-        """Return whether this node, or the shared store, has the trace of a build."""
-        return await self._traces.find(build_id) is not None
-
-    async def answer(self, task: WhyTask) -> WhyResult:
-        """Return the explanation.
+    async def answer(self, task: WhyTask) -> WhyResult | None:
+        """Return the explanation, None when nothing is kept of the build.
 
         Raises:
-            NotFoundError: nothing is known of the build, or it has no such step.
+            NotFoundError: the build has no such step.
         """
         now = await self._traces.find(task.build_id)
         if now is None:
-            raise NotFoundError(
-                f"nothing is kept of the steps of build {task.build_id}; "
-                "the newest builds of each project can be explained"
-            )
+            return None
         before = await self._nearest(now, task.earlier_build_ids[:MAX_EARLIER])
         comparison = await self._compare(now, before)
         steps = explain(comparison, task.step)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
+from offload_builder.node.steps import STEP
 from offload_builder.node.why.trace import TracedStep
 
 if TYPE_CHECKING:
     from offload_proto.v1.events_pb2 import ProgressBatch, Vertex
 
-_STEP = re.compile(r"\[(?:[^\]]+ )?\d+/\d+\] ")
 _MAX_VERTICES = 20_000
 
 
@@ -51,7 +50,7 @@ class StepRecorder:
                 seconds=_seconds(vertex) if digest in self._ran else 0.0,
             )
             for digest, vertex in sorted(self._vertices.items(), key=_begun)
-            if _STEP.match(vertex.name)
+            if STEP.match(vertex.name)
         )
 
     def _instructions(self, vertex: Vertex) -> list[str]:
@@ -66,7 +65,7 @@ class StepRecorder:
             below = self._vertices.get(digest)
             if below is None:
                 continue
-            if _STEP.match(below.name):
+            if STEP.match(below.name):
                 found[digest] = None
             else:
                 waiting += below.inputs
