@@ -366,30 +366,23 @@ class BuildJob:
     async def _note_image(self, success: Success) -> None:
         for exported in self._registry.exports(self._capability):
             if exported.repository == IMAGE and exported.reference == "result":
-                media_type = await self.image.admit(exported.digest)
+                success.image.CopyFrom(await self._admit(exported.digest))
                 self.image_digest = exported.digest
-                success.image.CopyFrom(
-                    ImageDescriptor(
-                        digest=exported.digest,
-                        media_type=media_type,
-                        size_bytes=self.image.size(exported.digest),
-                    )
-                )
 
     async def _note_layouts(self, success: Success) -> None:
         """Let the client read the caches that belong into its directories."""
         for exported in self._registry.exports(self._capability):
             index = local_export_index(exported.reference)
-            if exported.repository != IMAGE or index is None:
-                continue
-            media_type = await self.image.admit(exported.digest)
-            size = self.image.size(exported.digest)
-            success.cache_layouts.add(
-                export_index=index,
-                manifest=ImageDescriptor(
-                    digest=exported.digest, media_type=media_type, size_bytes=size
-                ),
-            )
+            if exported.repository == IMAGE and index is not None:
+                manifest = await self._admit(exported.digest)
+                success.cache_layouts.add(export_index=index, manifest=manifest)
+
+    async def _admit(self, digest: str) -> ImageDescriptor:
+        """Let the client read what a manifest names."""
+        media_type = await self.image.admit(digest)
+        return ImageDescriptor(
+            digest=digest, media_type=media_type, size_bytes=self.image.size(digest)
+        )
 
     def step_times(self) -> list[StepTime]:
         """Return how long the steps took; empty before the end."""

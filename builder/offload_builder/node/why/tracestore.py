@@ -88,24 +88,35 @@ class TraceStore:
             return None
 
     async def _secret(self) -> bytes:
-        if self._key is None:
-            path = self._folder / _KEY_NAME
-            kept = await asyncio.to_thread(_read_file, path)
-            self._key = await self._shared_secret(kept or secrets.token_bytes(_KEY_BYTES))
-            if self._key != kept:
-                with contextlib.suppress(OSError):
-                    await asyncio.to_thread(_write_file, path, self._key)
-        return self._key
-
-    async def _shared_secret(self, own: bytes) -> bytes:
-        if self._objects is None:
+        if self._key is not None:
+            return self._key
+        path = self._folder / _KEY_NAME
+        own = await asyncio.to_thread(_read_file, path)
+        if own is None:
+            own = secrets.token_bytes(_KEY_BYTES)
+            await self._keep_key(path, own)
+        shared = own if self._objects is None else await self._shared_secret(self._objects, own)
+        if shared is None:
+            # The next build asks again: digests with another key would look like other values.
             return own
+        if shared != own:
+            await self._keep_key(path, shared)
+        self._key = shared
+        return shared
+
+    @staticmethod
+    async def _keep_key(path: Path, key: bytes) -> None:
+        with contextlib.suppress(OSError):
+            await asyncio.to_thread(_write_file, path, key)
+
+    async def _shared_secret(self, objects: ObjectStore, own: bytes) -> bytes | None:
+        """Return the key of all nodes, ours if there was none; None when nobody knows."""
         name = named_key(self._project_id, _KIND, _KEY_NAME)
         with contextlib.suppress(CacheUnavailableError, NotFoundError):
-            if await self._objects.create_bytes(name, own):
+            if await objects.create_bytes(name, own):
                 return own
-            return await self._objects.read_bytes(name, max_bytes=_KEY_BYTES, timeout=_SECONDS)
-        return own
+            return await objects.read_bytes(name, max_bytes=_KEY_BYTES, timeout=_SECONDS)
+        return None
 
     def _write(self, build_id: str, data: bytes) -> None:
         _write_file(self._folder / f"{build_id}.trace", data)
