@@ -26,6 +26,7 @@ BUILDS = 8
 CASES = (
     Case("warm-with-cache", "all cached, warm node", f"{PEER}, both ways", goal=1.0),
     Case("warm-without-cache", "all cached, warm node", "the same with the cache off", goal=1.05),
+    Case("warm-imported", "with what another node has added", "the same with the cache off"),
     Case("cold-export", "image in the pool's registry", f"{PEER}, image in a registry", goal=0.7),
     Case("parallel-8", "eight builds, one scope", f"{PEER}, one name", goal=1.0),
 )
@@ -47,6 +48,8 @@ def one_node(session: Session) -> None:
             bench.cold()
         if session.wants("parallel-8"):
             bench.parallel(name)
+        if session.wants("warm-imported"):
+            bench.imported(name)
 
 
 class _OneNode:
@@ -62,20 +65,22 @@ class _OneNode:
         self._stage.pool.wait_quiet()
         return seconds
 
+    def _built(self, *arguments: str) -> float:
+        stage = self._stage
+        stage.member.wait_helper()
+        return self._rested(stage.member.build(stage.context, *arguments).require_cached())
+
     def warm(self) -> None:
         stage, context = self._stage, self._stage.context
         self._session.note("building once, with both caches written")
-        stage.member.build(context).require_executed()
-        self._rested(0)
+        self._rested(stage.member.build(context).require_executed())
         stage.buildx.build("same", context, *self._cache)
 
         def ours(_: int) -> float:
-            stage.member.wait_helper()
-            return self._rested(stage.member.build(context).require_cached())
+            return self._built()
 
         def off(_: int) -> float:
-            stage.member.wait_helper()
-            return self._rested(stage.member.build(context, *OFF).require_cached())
+            return self._built(*OFF)
 
         def buildx(_: int) -> float:
             done = stage.buildx.build("same", context, *self._cache)
@@ -86,6 +91,25 @@ class _OneNode:
         )
         self._session.report("warm-with-cache", found["ours"], found["buildx"])
         self._session.report("warm-without-cache", found["ours"], found["off"])
+
+    def imported(self, node: str) -> None:
+        """As `warm`, on a node whose BuildKit has not made all of the cache itself."""
+        stage = self._stage
+        stage.pool.stop_node(node, stage.member)
+        (stage.context / "last").write_text(secrets.token_hex(16))
+        with stage.empty_node():
+            self._rested(stage.member.build(stage.context).seconds)
+        stage.pool.start_node(node, stage.member)
+        for arguments in ((), OFF):
+            # Layers that were only promised so far are fetched or made.
+            self._rested(stage.member.build(stage.context, *arguments).seconds)
+        found = self._session.interleave(
+            "warm-imported",
+            {"ours": lambda _: self._built(), "off": lambda _: self._built(*OFF)},
+            runs=16,
+            warmups=24,
+        )
+        self._session.report("warm-imported", found["ours"], found["off"])
 
     def cold(self) -> None:
         stage, context = self._stage, self._stage.context
@@ -132,6 +156,7 @@ class _OneNode:
             for context in contexts:
                 # Nothing was lost.
                 stage.member.build(context).require_cached()
+        stage.pool.start_node(node, stage.member)
         shutil.rmtree(folder)
         self._session.report("parallel-8", found["ours"], found["buildx"])
 

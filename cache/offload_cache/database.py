@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Self, TypeVar
 
 import structlog
 
+from offload_core.errors import InternalError
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
@@ -57,6 +59,21 @@ DELETE FROM publications WHERE name LIKE 'projects/%/scopes/%';
 """
 
 
+# An index that is whole, on a disk that is full or ill, or in use: it holds uploads that wait.
+# Source: SQLite, "Result and Error Codes".
+_NOT_DAMAGED = {
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_NOMEM,
+    sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_READONLY,
+}
+_PRIMARY_CODE = 0xFF
+
+
 class CacheDatabase:
     """One SQLite file and its thread; an async context manager."""
 
@@ -81,6 +98,11 @@ class CacheDatabase:
         try:
             return self._connect()
         except sqlite3.DatabaseError as error:
+            if getattr(error, "sqlite_errorcode", 0) & _PRIMARY_CODE in _NOT_DAMAGED:
+                raise InternalError(
+                    f"the cache's index {self._path} cannot be opened now: {error}; free the disk "
+                    "if it is full, and end other programs that use the file"
+                ) from error
             # The index can be rebuilt from use; a damaged one must not stop the node.
             damaged = self._path.with_suffix(".damaged")
             self._path.replace(damaged)

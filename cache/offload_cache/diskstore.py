@@ -5,7 +5,8 @@ that are still being written, `boot` for the kernel's boot id of the last start.
 under its name by a rename after its size and digest were checked, so no reader meets a partial one.
 
 Files are not synced one by one: that would cost more than the copy. Instead, after a reboot the
-blobs written in the last minutes before it count as suspect and are hashed again before use.
+blobs written in the last minutes before it count as suspect and are hashed again before use. Each
+is marked in its mode until then, because the process may start many times after one reboot.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import stat
 import threading
 import time
 import uuid
@@ -37,7 +39,8 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _SUSPECT_WINDOW_SECONDS = 600.0  # ext4 and xfs write dirty pages back within 30-60 s
 _TOUCH_INTERVAL_SECONDS = 60.0
 _HASH_PIECE_BYTES = 1 << 20
-_TRIM_TARGET = 0.9
+_SUSPECT_MODE = stat.S_ISVTX  # on a file it means nothing to the kernel
+TRIM_TARGET = 0.9
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -94,14 +97,18 @@ class DiskStore:
         written: dict[str, float] = {}
         used_bytes = 0
         for path in self._files():
-            stat = path.stat()
-            used_bytes += stat.st_size
-            written["sha256:" + path.name] = stat.st_mtime
+            found = path.stat()
+            digest = "sha256:" + path.name
+            used_bytes += found.st_size
+            written[digest] = found.st_mtime
+            if found.st_mode & _SUSPECT_MODE:
+                self._suspects.add(digest)
         if rebooted and written:
             newest = max(written.values())
-            self._suspects = {
-                digest for digest, at in written.items() if at > newest - _SUSPECT_WINDOW_SECONDS
-            }
+            for digest, at in written.items():
+                if at > newest - _SUSPECT_WINDOW_SECONDS and digest not in self._suspects:
+                    self._suspects.add(digest)
+                    _mark_suspect(self.blob_path(digest), suspect=True)
         self._used_bytes = used_bytes
         marker.write_text(boot_id)
 
@@ -130,16 +137,20 @@ class DiskStore:
         """Whether `find` would hash the blob again, which is slow for a large one."""
         return digest in self._suspects
 
+    def suspects(self) -> list[str]:
+        """Return the blobs that `find` would hash again, and `has` does not count."""
+        return list(self._suspects)
+
     def find(self, digest: str) -> Path | None:
         """Return the path of a whole, verified blob and note its use; None when it is not here."""
         path = self.blob_path(digest)
         if digest in self._suspects and not self._clear_suspect(digest, path):
             return None
         try:
-            stat = path.stat()
+            found = path.stat()
             now = time.time()
-            if now - stat.st_atime > _TOUCH_INTERVAL_SECONDS:
-                os.utime(path, ns=(int(now * 1e9), stat.st_mtime_ns))
+            if now - found.st_atime > _TOUCH_INTERVAL_SECONDS:
+                os.utime(path, ns=(int(now * 1e9), found.st_mtime_ns))
         except FileNotFoundError:
             return None
         return path
@@ -162,7 +173,9 @@ class DiskStore:
         try:
             with path.open("rb") as file:
                 whole = hashlib.file_digest(file, "sha256").hexdigest() == digest[7:]
-        except FileNotFoundError:
+            if whole:
+                _mark_suspect(path, suspect=False)
+        except OSError:  # gone, or the disk cannot read it back
             whole = False
         if not whole:
             self.delete(digest)
@@ -255,21 +268,21 @@ class DiskStore:
         path = self.blob_path(digest)
         with self._lock:
             try:
-                stat = path.stat()
-                if digest in self._leases or stat.st_atime > used_until:
+                found = path.stat()
+                if digest in self._leases or found.st_atime > used_until:
                     return 0
                 path.unlink()
             except FileNotFoundError:
                 return 0
-            self._used_bytes -= stat.st_size
-            return stat.st_size
+            self._used_bytes -= found.st_size
+            return found.st_size
 
     def blobs(self) -> Iterator[BlobInfo]:
         """List all blobs, in no order; those that vanish meanwhile are left out."""
         for path in self._files():
             with contextlib.suppress(FileNotFoundError):
-                stat = path.stat()
-                yield BlobInfo("sha256:" + path.name, stat.st_size, stat.st_atime)
+                found = path.stat()
+                yield BlobInfo("sha256:" + path.name, found.st_size, found.st_atime)
 
     @contextlib.contextmanager
     def lease(self, digests: Iterable[str]) -> Iterator[None]:
@@ -295,7 +308,7 @@ class DiskStore:
         removed_blobs = removed_bytes = 0
         if self.max_bytes is None or not self.over_limit:
             return TrimResult(0, 0, self._used_bytes)
-        target = int(self.max_bytes * _TRIM_TARGET)
+        target = int(self.max_bytes * TRIM_TARGET)
         kept = frozenset(keep)
         for blob in sorted(self.blobs(), key=lambda blob: blob.used_at):
             if self._used_bytes <= target:
@@ -313,6 +326,11 @@ class DiskStore:
             limit_bytes=self.max_bytes,
         )
         return TrimResult(removed_blobs, removed_bytes, self._used_bytes)
+
+
+def _mark_suspect(path: Path, *, suspect: bool) -> None:
+    mode = stat.S_IMODE(path.stat().st_mode)
+    path.chmod(mode | _SUSPECT_MODE if suspect else mode & ~_SUSPECT_MODE)
 
 
 class Ingest:

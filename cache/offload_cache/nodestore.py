@@ -200,7 +200,8 @@ class NodeStore:
 
     async def _project_uploads(self, project_id: str) -> ProjectUploads:
         cache = await self.project(project_id)
-        return ProjectUploads(cache.store.disk.find, cache.store.presence)
+        store = cache.store
+        return ProjectUploads(store.disk.find, store.settle, store.presence)
 
     @property
     def shared_state(self) -> str:

@@ -36,6 +36,8 @@ _STALE_WAIT_SECONDS = 0.25
 _NEWS_WAIT_SECONDS = 0.02
 _RENEW_SECONDS = 5.0
 _MISSING_SECONDS = 60.0
+_AGED_SECONDS = 2 * 3600.0
+"""After so long what is known of layers must be looked through again, or it fades unnoticed."""
 _MAX_VIEWS = 64
 
 
@@ -131,7 +133,12 @@ class OfferDesk:
         _log.error("cache.offer.task_failed", task=name, error=repr(error))
 
     async def offer(
-        self, read_scopes: Sequence[str], key: str, *, after_fault: bool = False
+        self,
+        read_scopes: Sequence[str],
+        key: str,
+        *,
+        after_fault: bool = False,
+        patient: bool = True,
     ) -> Offer | None:
         """Return the manifest to import now, None when the scopes have nothing that can be had.
 
@@ -143,14 +150,16 @@ class OfferDesk:
             read_scopes: scopes to import from, the most preferred first.
             key: of the build; contributions of equal builds go first when not all fit.
             after_fault: a build has just failed on what was offered; unite anew without it first.
+            patient: wait for news also where the build and its scopes are known; else ask for them.
         """
         view = self._view(tuple(read_scopes), key)
         await self._scopes.load(view.scopes)
-        await self._wait_for_shared(view)
-        if after_fault:
+        await self._wait_for_shared(view, patient=patient)
+        aged = view.ready is not None and time.monotonic() - view.made_at > _AGED_SECONDS
+        if after_fault or aged:
             view.wanted += 1
         empty = view.ready is None or not view.ready.rendered.layers
-        if after_fault or (empty and not view.current):
+        if after_fault or aged or (empty and not view.current):
             await self._renewed(view, _RENEW_SECONDS)
         elif not view.current:
             self._start(self._renew(view), "unify")
@@ -165,6 +174,15 @@ class OfferDesk:
             view.wanted += 1
             self._start(self._renew(view), "unify")
         return offer
+
+    def awaits_news(self, read_scopes: Sequence[str]) -> bool:
+        """Return whether the shared store may have something new of these scopes."""
+        objects = self._store.objects
+        return (
+            objects is not None
+            and objects.reachable
+            and any(self._scopes.listing_age(scope) > _NEWS_SECONDS for scope in read_scopes)
+        )
 
     def expect(self) -> None:
         """Hear that a build is on its way here: ask for news of the scopes that builds use."""
@@ -219,7 +237,7 @@ class OfferDesk:
 
     # -- the shared store
 
-    async def _wait_for_shared(self, view: _View) -> None:
+    async def _wait_for_shared(self, view: _View, *, patient: bool) -> None:
         objects = self._store.objects
         members = [member for scope in view.scopes for member in self._scopes.members(scope)]
         ages = {scope: self._scopes.listing_age(scope) for scope in view.scopes}
@@ -232,7 +250,7 @@ class OfferDesk:
             # A build of which nothing is known has more to lose by old news than by a short wait.
             wait_seconds = _STALE_WAIT_SECONDS
         else:
-            wait_seconds = _NEWS_WAIT_SECONDS
+            wait_seconds = _NEWS_WAIT_SECONDS if patient else 0.0
         refreshing = [self._refresh(scope) for scope in stale]
         started = time.monotonic()
         done, _ = await asyncio.wait(refreshing, timeout=wait_seconds)

@@ -35,6 +35,7 @@ _LIFETIME_SECONDS = {
 }
 
 _MAX_FACTS = 200_000  # about 40 MB; beyond it faded facts are dropped at once
+_CLEAN_SECONDS = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +61,14 @@ class Presence:
         self._project_id = project_id
         self._clock = clock
         self._known: dict[str, Known] = {}
+        self._cleaned_at = clock()
 
     async def load(self) -> None:
         """Read what earlier runs knew and forget what has faded."""
-        project_id = self._project_id
-        oldest = self._clock() - max(_LIFETIME_SECONDS.values())
+        project_id, now = self._project_id, self._clock()
 
         def work(connection: sqlite3.Connection) -> list[tuple[str, str, int, float]]:
-            connection.execute(
-                "DELETE FROM presence WHERE project = ? AND checked_at < ?", (project_id, oldest)
-            )
+            self._delete_faded(connection, now)
             return connection.execute(
                 "SELECT digest, state, size_bytes, checked_at FROM presence WHERE project = ?",
                 (project_id,),
@@ -101,21 +100,28 @@ class Presence:
     async def trust(self, blobs: Iterable[tuple[str, int]], *, since: float) -> None:
         """Count blobs of an entry written at `since` as present, unless a later read disproved it.
 
+        Facts that are past half of their life are noted anew, so that those who trust blobs more
+        often than that never see one fade.
+
         Args:
             blobs: digests with their sizes in bytes.
             since: seconds since the epoch.
         """
         new = []
+        half = self._clock() - _LIFETIME_SECONDS[BlobState.PRESENT] / 2
         for digest, size_bytes in blobs:
             known = self.get(digest)
-            if known is None or known.checked_at < since:
+            present = known is not None and known.state is BlobState.PRESENT
+            if known is None or known.checked_at < (max(since, half) if present else since):
                 new.append((digest, size_bytes))
         if new:
             await self._note_all(new, BlobState.PRESENT)
 
     async def _note_all(self, blobs: list[tuple[str, int]], state: BlobState) -> None:
         now = self._clock()
-        if len(self._known) > _MAX_FACTS:
+        cleaning = len(self._known) > _MAX_FACTS or now - self._cleaned_at > _CLEAN_SECONDS
+        if cleaning:
+            self._cleaned_at = now
             self._known = {
                 digest: known
                 for digest, known in self._known.items()
@@ -128,8 +134,16 @@ class Presence:
         rows = [
             (self._project_id, digest, state.value, size_bytes, now) for digest, size_bytes in blobs
         ]
-        await self._database.run(
-            lambda connection: connection.executemany(
-                "INSERT OR REPLACE INTO presence VALUES (?, ?, ?, ?, ?)", rows
-            )
+
+        def work(connection: sqlite3.Connection) -> None:
+            if cleaning:
+                self._delete_faded(connection, now)
+            connection.executemany("INSERT OR REPLACE INTO presence VALUES (?, ?, ?, ?, ?)", rows)
+
+        await self._database.run(work)
+
+    def _delete_faded(self, connection: sqlite3.Connection, now: float) -> None:
+        connection.execute(
+            "DELETE FROM presence WHERE project = ? AND checked_at < ?",
+            (self._project_id, now - max(_LIFETIME_SECONDS.values())),
         )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
+import threading
 from typing import TYPE_CHECKING, Any, Self, cast
 from urllib.parse import urlsplit
+from weakref import WeakSet
 
 import urllib3
 from minio import Minio
@@ -22,7 +25,13 @@ if TYPE_CHECKING:
 
     from offload_cache.s3config import S3Config
 
-_KEYS_ENDED = {"ExpiredToken", "ExpiredTokenException", "InvalidTokenId", "TokenRefreshRequired"}
+_KEYS_ENDED = {
+    "ExpiredToken",
+    "ExpiredTokenException",
+    "InvalidTokenId",
+    "TokenRefreshRequired",
+    "InvalidAccessKeyId",  # MinIO knows temporary keys no more after their end
+}
 _SOCKET_OPTIONS = [
     (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
     # A firewall that forgets an idle connection drops what is sent on it without a word. These
@@ -52,16 +61,54 @@ class Retry(urllib3.Retry):
         return super().increment(method, url, response, error, _pool, _stacktrace)
 
 
+class Connections(urllib3.PoolManager):
+    """Pooled connections that can be ended while threads wait for answers on them."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._lock = threading.Lock()
+        self._made: WeakSet[Any] = WeakSet()
+        self._is_cut = False
+
+    def _new_pool(self, *args: Any, **kwargs: Any) -> Any:
+        pool: Any = super()._new_pool(*args, **kwargs)
+        make = pool._new_conn
+
+        def new_connection() -> Any:
+            with self._lock:
+                if self._is_cut:
+                    raise urllib3.exceptions.ClosedPoolError(pool, "the store was closed")
+                connection = make()
+                self._made.add(connection)
+            return connection
+
+        pool._new_conn = new_connection
+        return pool
+
+    def cut(self) -> None:
+        """End all requests: a process cannot end while its threads wait for a silent store."""
+        with self._lock:
+            self._is_cut = True
+            made = list(self._made)
+        for connection in made:
+            used = connection.sock
+            if used is not None:
+                with contextlib.suppress(OSError):
+                    # Past TLS, whose own shutdown is not for two threads.
+                    socket.socket.shutdown(used, socket.SHUT_RDWR)
+        self.clear()
+
+
 def make_pool(
     config: S3Config, size: int, *, connect_seconds: float, read_seconds: float, attempts: int = 3
-) -> urllib3.PoolManager:
+) -> Connections:
     """Return connections to the store; stores say "come back in 120 s", which no build can wait."""
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     context = config.tls_context()
     if context is not None and not config.verify_tls:
         # One line at the start says it; urllib3 would say it with every request.
         urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
-    return urllib3.PoolManager(
+    return Connections(
         maxsize=size,
         timeout=urllib3.Timeout(connect=connect_seconds, read=read_seconds),
         retries=Retry(

@@ -186,6 +186,8 @@ class S3Store:
                     if gate.sink_error is not None:
                         return total
             except (urllib3.exceptions.ProtocolError, ConnectionError):
+                if total == length:
+                    return total  # it broke after the last byte; "0 more" would mean all more
                 if is_last or not total:
                     raise
             else:
@@ -417,7 +419,7 @@ class S3Store:
         """See ObjectStore."""
         await self._calls.close()
         for pool in self._pools:
-            pool.clear()
+            pool.cut()
 
 
 class _DeniedOrAbsent:

@@ -20,7 +20,7 @@ import structlog
 from offload_cache.contributions import CacheLayer, Contribution, Writer
 from offload_cache.keys import contribution_key, new_contribution_id
 from offload_cache.manifests import parse_cache_manifest
-from offload_cache.scopetable import Member, ScopeTable
+from offload_cache.scopetable import MAX_PER_SCOPE, Member, ScopeTable
 from offload_cache.sharedscopes import SharedScopes
 from offload_cache.unify import read_part
 from offload_cache.unify.records import MAX_CONFIG_BYTES
@@ -150,6 +150,7 @@ class ScopeIndex:
         if parsed.config is None:
             raise UsageError("the cache manifest names no configuration")
         records = await self._store.read_blob(parsed.config.digest, max_bytes=MAX_CONFIG_BYTES)
+        await self._store.settle(layer.digest for layer in parsed.layers)
         created_at = datetime.now(UTC)
         contribution = Contribution(
             contribution_id=new_contribution_id(created_at, writer.build_id),
@@ -390,7 +391,9 @@ class ScopeIndex:
         seen = [name for name in names if name in known and not known[name].listed]
         if seen:
             await self._table.set_listed(scope, seen)
-        missing = [name for name in names if name not in known]
+        # What waits here counts, too: older ones would be read only to be dropped again.
+        room = set(sorted(listed | waiting)[:MAX_PER_SCOPE])
+        missing = [name for name in names if name not in known and name in room]
         if missing:
             read = await shared.read(scope, missing)
             await self._table.add(read, listed=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,9 +41,14 @@ class ScopeTable:
     def __init__(self, database: CacheDatabase, project_id: str) -> None:
         self._database = database
         self._project_id = project_id
+        self._read: OrderedDict[str, None] = OrderedDict()
 
     async def members(self, scope: str) -> list[Member]:
         """Return the newest contributions of a scope, newest first."""
+        self._read[scope] = None
+        self._read.move_to_end(scope)
+        if len(self._read) > _MAX_PER_PROJECT:
+            self._read.popitem(last=False)
         rows = await self._database.run(
             lambda connection: connection.execute(
                 "SELECT id, key, created_at, listed FROM contributions"
@@ -63,13 +69,18 @@ class ScopeTable:
         return [row[0] for row in rows]
 
     async def add(self, documents: Sequence[tuple[Contribution, bytes]], *, listed: bool) -> None:
-        """Keep contributions with their documents; the oldest go when there are too many."""
+        """Keep contributions with their documents.
+
+        When there are too many, the oldest of the scope go, or the scopes that were not read for
+        longest.
+        """
         project_id = self._project_id
         rows = [
             (project_id, c.scope, c.contribution_id, c.key, c.created_at.timestamp(), listed, body)
             for c, body in documents
         ]
         scopes = {contribution.scope for contribution, _ in documents}
+        read = {scope: number for number, scope in enumerate(self._read, 1)}
 
         def work(connection: sqlite3.Connection) -> None:
             connection.executemany(
@@ -86,12 +97,23 @@ class ScopeTable:
                     " ORDER BY id LIMIT 1 OFFSET ?3)",
                     (project_id, scope, MAX_PER_SCOPE - 1),
                 )
-            connection.execute(
-                "DELETE FROM contributions WHERE project = ?1 AND created_at <"
-                " (SELECT created_at FROM contributions WHERE project = ?1"
-                " ORDER BY created_at DESC LIMIT 1 OFFSET ?2)",
-                (project_id, _MAX_PER_PROJECT - 1),
-            )
+            found = connection.execute(
+                "SELECT scope, COUNT(*), MAX(created_at) FROM contributions WHERE project = ?"
+                " GROUP BY scope",
+                (project_id,),
+            ).fetchall()
+            total = sum(count for _, count, _ in found)
+            # Scopes that builds follow would only be read again.
+            found.sort(key=lambda row: (read.get(row[0], 0), row[2]))
+            for scope, count, _ in found:
+                if total <= _MAX_PER_PROJECT:
+                    break
+                if scope not in scopes:
+                    connection.execute(
+                        "DELETE FROM contributions WHERE project = ? AND scope = ?",
+                        (project_id, scope),
+                    )
+                    total -= count
 
         await self._database.run(work)
 

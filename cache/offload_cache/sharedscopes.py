@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import OrderedDict
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 import structlog
@@ -23,7 +25,7 @@ from offload_cache.scopetable import MAX_PER_SCOPE
 from offload_core.errors import CacheUnavailableError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from concurrent.futures import ThreadPoolExecutor
 
     from offload_cache.objectstore import ObjectStore
@@ -35,6 +37,9 @@ _FETCH_SECONDS = 20.0
 _PARALLEL = 8
 _WORTH_PACKING = 8
 _MAX_USES = 1_000
+_IGNORED_SECONDS = 3600.0
+_MAX_REMEMBERED = 1_000
+"""Scopes whose packed object is known, and documents that are ignored."""
 
 
 class SharedScopes:
@@ -44,7 +49,8 @@ class SharedScopes:
         self._project_id = project_id
         self._objects = objects
         self._executor = executor
-        self._packed: dict[str, frozenset[str]] = {}
+        self._packed: OrderedDict[str, frozenset[str]] = OrderedDict()
+        self._ignored: OrderedDict[tuple[str, str], float] = OrderedDict()
 
     @property
     def reachable(self) -> bool:
@@ -52,7 +58,10 @@ class SharedScopes:
         return self._objects.reachable
 
     async def names(self, scope: str) -> list[str]:
-        """Return the newest contributions of a scope, newest first."""
+        """Return the newest contributions of a scope, newest first.
+
+        What turned out to be of no use is left out for a while: it would be read at each listing.
+        """
         prefix = contributions_prefix(self._project_id, scope)
         found = await self._objects.list_objects(
             prefix, limit=MAX_PER_SCOPE, timeout=_ANSWER_SECONDS
@@ -60,7 +69,9 @@ class SharedScopes:
         names = []
         for info in found:
             try:
-                names.append(check_contribution_id(info.key.removeprefix(prefix)))
+                name = check_contribution_id(info.key.removeprefix(prefix))
+                if not self._is_ignored(scope, name):
+                    names.append(name)
             except UsageError:
                 _log.warning("cache.contribution.ignored", object_key=info.key, cause="its name")
         return names
@@ -91,12 +102,18 @@ class SharedScopes:
         read = await asyncio.get_running_loop().run_in_executor(
             self._executor, self._check, scope, wanted
         )
+        for name in documents.keys() & set(names) - {found.contribution_id for found, _ in read}:
+            self._ignored[scope, name] = time.monotonic() + _IGNORED_SECONDS
+        _cut(self._ignored)
         for result in results:
             if isinstance(result, BaseException) and not isinstance(result, CacheUnavailableError):
                 raise result
         if not read and (failed := next((r for r in results if r is not None), None)) is not None:
             raise failed
         return read
+
+    def _is_ignored(self, scope: str, name: str) -> bool:
+        return self._ignored.get((scope, name), 0.0) > time.monotonic()
 
     @staticmethod
     def _check(
@@ -126,7 +143,7 @@ class SharedScopes:
             documents = unpack_documents(data)
         except (NotFoundError, UsageError):
             documents = {}
-        self._packed[scope] = frozenset(documents)
+        self._note_packed(scope, documents)
         return documents
 
     async def is_packing_due(self, scope: str, names: Sequence[str]) -> bool:
@@ -145,10 +162,15 @@ class SharedScopes:
         loop = asyncio.get_running_loop()
         data = await loop.run_in_executor(self._executor, pack_documents, documents)
         await self._objects.write_bytes(packed_key(self._project_id, scope), data)
-        self._packed[scope] = frozenset(name for name, _ in documents)
+        self._note_packed(scope, (name for name, _ in documents))
         _log.info(
             "cache.contributions.packed", scope=scope, count=len(documents), size_bytes=len(data)
         )
+
+    def _note_packed(self, scope: str, names: Iterable[str]) -> None:
+        self._packed[scope] = frozenset(names)
+        self._packed.move_to_end(scope)
+        _cut(self._packed)
 
     async def uses(self, scope: str) -> list[tuple[str, float]]:
         """Return when keys of a scope were last of use, in seconds since the epoch."""
@@ -162,3 +184,8 @@ class SharedScopes:
         """Write that a key was of use now; return the time in seconds since the epoch."""
         await self._objects.write_bytes(used_key(self._project_id, scope, key), b"")
         return datetime.now(UTC).timestamp()
+
+
+def _cut(table: OrderedDict[Any, Any]) -> None:
+    while len(table) > _MAX_REMEMBERED:
+        table.popitem(last=False)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Self
 import structlog
 
 from offload_cache.blobwriter import BlobWriter
+from offload_cache.diskstore import TRIM_TARGET
 from offload_cache.keys import blob_key, check_project_id
 from offload_cache.presence import BlobState
 from offload_cache.statistics import CacheStatistics
@@ -71,6 +72,9 @@ class ProjectStore:
     async def __aenter__(self) -> Self:
         await asyncio.get_running_loop().run_in_executor(self._executor, self.disk.open)
         await self.presence.load()
+        if suspects := self.disk.suspects():
+            # Until then none of them is offered to a build.
+            self._tasks.start(self.settle(suspects), name="check blobs after a reboot")
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -109,10 +113,15 @@ class ProjectStore:
             raise
 
     async def _local(self, digest: str) -> Path | None:
-        if self.disk.is_suspect(digest):
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._executor, self.disk.find, digest)
+        await self.settle([digest])
         return self.disk.find(digest)
+
+    async def settle(self, digests: Iterable[str]) -> None:
+        """Hash blobs that a power loss may have damaged, so that nothing on the loop has to."""
+        loop = asyncio.get_running_loop()
+        for digest in digests:
+            if self.disk.is_suspect(digest):
+                await loop.run_in_executor(self._executor, self.disk.find, digest)
 
     async def _fetch(self, digest: str) -> Path:
         objects = self.objects
@@ -263,7 +272,8 @@ class ProjectStore:
         """Queue blobs and documents for the shared store, stage after stage.
 
         Blobs that are not on disk must be in the shared store already; when one is not, the
-        publication is given up.
+        publication is given up. So are old ones when blobs that wait, and thus cannot be
+        trimmed, take all of the disk's bound.
 
         Returns:
             The number to wait for with `UploadQueue.wait_published`, None without a shared store.
@@ -276,9 +286,16 @@ class ProjectStore:
                 if isinstance(member, UploadItem):
                     items.append(member)
                 else:
+                    await self.settle([member])
                     size_bytes = self.disk.size(member)
                     items.append(UploadItem.for_blob(self.project_id, stage, member, size_bytes))
-        return await self.uploads.publish(name, self.project_id, items)
+        bound = self.disk.max_bytes
+        return await self.uploads.publish(
+            name,
+            self.project_id,
+            items,
+            max_bytes=None if bound is None else int(bound * TRIM_TARGET),
+        )
 
     # -- keeping the disk within its bound
 

@@ -15,13 +15,13 @@ from offload_core.digest import sha256_digest
 from offload_core.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from concurrent.futures import ThreadPoolExecutor
 
     from offload_cache.scopes import ScopeIndex
     from offload_cache.scopetable import Member
     from offload_cache.tiered import ProjectStore
-    from offload_cache.unify import Rendered, Unified
+    from offload_cache.unify import Part, Rendered, Unified
 
 _log = structlog.get_logger(__name__)
 
@@ -87,8 +87,8 @@ class Unifier:
         choice: Choice[Name] = Choice(self._limits)
         for start in range(0, len(order), _BATCH):
             batch = [(scope, member.contribution_id) for scope, member in order[start:][:_BATCH]]
-            documents = await self._documents(batch)
-            await self._choose(choice, batch, documents)
+            parts, documents = await self._read(batch)
+            await self._choose(choice, batch, parts, documents)
             if choice.full:
                 break
         await self._trust(choice, {(scope, m.contribution_id): m for scope, m in order})
@@ -138,23 +138,30 @@ class Unifier:
         others.sort(key=lambda item: item[:3])
         return own + [(scope, member) for _, _, scope, member in others]
 
-    async def _documents(self, batch: Sequence[Name]) -> dict[Name, bytes]:
+    async def _read(self, batch: Sequence[Name]) -> tuple[dict[Name, Part], dict[Name, bytes]]:
+        """Return what was parsed before, and the documents of all others."""
+        known = {name: part for name in batch if (part := self._parts.get(name)) is not None}
         found: dict[Name, bytes] = {}
         for scope in dict.fromkeys(scope for scope, _ in batch):
-            names = [n for s, n in batch if s == scope and self._parts.get((s, n)) is None]
+            names = [n for s, n in batch if s == scope and (s, n) not in known]
             if names:
                 documents = await self._scopes.documents(scope, names)
                 found.update({(scope, name): body for name, body in documents.items()})
-        return found
+        return known, found
 
     async def _choose(
-        self, choice: Choice[Name], batch: Sequence[Name], documents: dict[Name, bytes]
+        self,
+        choice: Choice[Name],
+        batch: Sequence[Name],
+        parts: Mapping[Name, Part],
+        documents: Mapping[Name, bytes],
     ) -> None:
         def work() -> None:
             for name in batch:
                 if choice.full:
                     return
-                part = self._parts.get(name)
+                # Not from the cache: parts of another import may have taken its place there.
+                part = parts.get(name)
                 if part is None:
                     if name not in documents:
                         continue  # removed meanwhile

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import sqlite3
 import time
 from collections import defaultdict, deque
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from offload_core.aio import TaskSet
 from offload_core.errors import CacheUnavailableError, NotFoundError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Sequence
     from pathlib import Path
 
     from offload_cache.database import CacheDatabase
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 _log = structlog.get_logger(__name__)
 
 _MAX_PUBLICATIONS = 5_000
+_PATIENCE_SECONDS = 900.0
+"""A burst of builds may keep more than the disk's bound for so long."""
 _MAX_ATTEMPTS = 8
 _FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 60.0
@@ -58,9 +61,16 @@ _REMEMBERED_DROPS = 1_000
 
 @dataclass(frozen=True, slots=True)
 class ProjectUploads:
-    """Where the queue finds a project's blobs and notes what it learns."""
+    """Where the queue finds a project's blobs and notes what it learns.
+
+    Attributes:
+        find: returns the file of a blob.
+        settle: makes `find` quick for these blobs.
+        presence: what is known of the shared store.
+    """
 
     find: Callable[[str], Path | None]
+    settle: Callable[[Iterable[str]], Awaitable[None]]
     presence: Presence
 
 
@@ -111,14 +121,33 @@ class UploadQueue:
     def _crashed(name: str, error: BaseException) -> None:
         _log.error("cache.upload.crashed", task=name, error=repr(error))
 
-    async def publish(self, name: str, project_id: str, items: Sequence[UploadItem]) -> int:
+    async def publish(
+        self,
+        name: str,
+        project_id: str,
+        items: Sequence[UploadItem],
+        *,
+        max_bytes: int | None = None,
+    ) -> int:
         """Accept a publication and return its number; the uploads follow in the background.
 
         Of several waiting publications with one name only the oldest, which may be half done, and
-        the newest are kept.
+        the newest are kept. When the waiting blobs of the project have more than `max_bytes`,
+        those that have waited long are given up: a store that is away must not fill the disk.
         """
         number, dropped = await self._table.add(name, project_id, items, _MAX_PUBLICATIONS)
-        for other in dropped:
+        excess: list[int] = []
+        if max_bytes is not None:
+            excess = await self._table.drop_excess(project_id, max_bytes, _PATIENCE_SECONDS)
+        if excess:
+            _log.warning(
+                "cache.upload.given_up",
+                project_id=project_id,
+                publications=len(excess),
+                limit_bytes=max_bytes,
+                cause="too much waits for the shared store",
+            )
+        for other in [*dropped, *excess]:
             self._settle(other, published=False)
         self._wake.set()
         return number
@@ -145,6 +174,10 @@ class UploadQueue:
             self._waiters[publication].remove(waiter)
             if not self._waiters[publication]:
                 del self._waiters[publication]
+
+    async def is_pending(self, publication: int) -> bool:
+        """Whether a publication still waits, neither complete nor given up."""
+        return await self._table.is_pending(publication)
 
     async def withdraw(self, publication: int) -> None:
         """Give a publication up; what of it is under way has ended when this returns.
@@ -184,7 +217,11 @@ class UploadQueue:
             if pause > 0:
                 wait_seconds = pause
             elif len(self._running) < self._workers:
-                due, next_due_seconds = await self._table.due(self._running, self._workers)
+                try:
+                    due, next_due_seconds = await self._table.due(self._running, self._workers)
+                except sqlite3.Error as error:
+                    self._pause(f"the index failed: {error}")
+                    continue
                 for item in due[: self._workers - len(self._running)]:
                     self._running.add(item.object_key)
                     self._tasks.start(self._handle(item), name=f"upload {item.object_key}")
@@ -197,6 +234,16 @@ class UploadQueue:
 
     async def _handle(self, item: QueuedUpload) -> None:
         try:
+            await self._attempt(item)
+        except sqlite3.Error as error:
+            # The index cannot be written, as on a full disk: the item is due again at once.
+            self._pause(f"the index failed: {error}")
+        finally:
+            self._running.discard(item.object_key)
+            self._wake.set()
+
+    async def _attempt(self, item: QueuedUpload) -> None:
+        try:
             finished = await self._upload(item)
         except CacheUnavailableError as error:
             self._pause(error.message)
@@ -205,6 +252,8 @@ class UploadQueue:
         except NotFoundError:
             _log.warning("cache.upload.dropped", object_key=item.object_key, cause="blob is gone")
             await self._drop(item.publication)
+        except sqlite3.Error:
+            raise
         except Exception as error:  # noqa: BLE001 - one bad item must not stop the queue
             _log.warning("cache.upload.failed", object_key=item.object_key, error=repr(error))
             if item.attempts + 1 >= _MAX_ATTEMPTS:
@@ -212,12 +261,9 @@ class UploadQueue:
             else:
                 await self._table.postpone(item.id, _backoff(item.attempts))
         else:
-            self._pause_seconds = _FIRST_PAUSE_SECONDS
             if finished:
                 await self._done(item)
-        finally:
-            self._running.discard(item.object_key)
-            self._wake.set()
+            self._pause_seconds = _FIRST_PAUSE_SECONDS
 
     async def _done(self, item: QueuedUpload) -> None:
         finished, replaced = await self._table.done(item)
@@ -258,6 +304,7 @@ class UploadQueue:
 
     async def _upload_blob(self, publishing: Publishing, item: QueuedUpload, digest: str) -> None:
         project = await self._resolve(item.project)
+        await project.settle([digest])
         known = project.presence.get(digest)
         if known is not None and known.state is BlobState.LOST:
             # A lost object may still be listed with the right size: write it again unasked.
@@ -297,16 +344,19 @@ class UploadQueue:
             await asyncio.sleep(_KEEP_LEASES_SECONDS)
             if time.monotonic() < self._pause_until:
                 continue
-            for publication, publishing in list(self._publishing.items()):
-                if not await self._table.is_pending(publication):
-                    self._settle(publication, published=publication not in self._dropped)
-                if not publishing.holds:
-                    continue
-                try:
-                    if not await publishing.protect():
-                        await self._table.restart(publication)
-                except (CacheUnavailableError, CondemnedError):
-                    break
+            try:
+                await self._renew_leases()
+            except (CacheUnavailableError, CondemnedError):
+                continue
+            except sqlite3.Error as error:
+                self._pause(f"the index cannot be used: {error}")
+
+    async def _renew_leases(self) -> None:
+        for publication, publishing in list(self._publishing.items()):
+            if not await self._table.is_pending(publication):
+                self._settle(publication, published=publication not in self._dropped)
+            if publishing.holds and not await publishing.protect():
+                await self._table.restart(publication)
 
     async def _end(self, publishing: Publishing) -> None:
         with contextlib.suppress(CacheUnavailableError):

@@ -104,6 +104,41 @@ class UploadTable:
 
         return await self._database.run(work)
 
+    async def drop_excess(
+        self, project_id: str, max_bytes: int, patience_seconds: float
+    ) -> list[int]:
+        """Remove the oldest publications whose blobs are too many, and return them.
+
+        Those younger than `patience_seconds` and the newest stay, whatever they have. A blob that
+        several name counts once, for the newest of them.
+        """
+
+        def work(connection: sqlite3.Connection) -> list[int]:
+            total = connection.execute(
+                "SELECT SUM(bytes) FROM (SELECT MAX(size_bytes) AS bytes FROM upload_items"
+                " WHERE project = ? AND digest IS NOT NULL AND size_bytes > 0 GROUP BY digest)",
+                (project_id,),
+            ).fetchone()[0]
+            if (total or 0) <= max_bytes:
+                return []
+            # Each publication with the bytes that it and all newer ones keep on the disk.
+            rows = connection.execute(
+                "SELECT publication, SUM(SUM(bytes)) OVER (ORDER BY publication DESC)"
+                " FROM (SELECT MAX(publication) AS publication, MAX(size_bytes) AS bytes"
+                " FROM upload_items WHERE project = ? AND digest IS NOT NULL AND size_bytes > 0"
+                " GROUP BY digest) GROUP BY publication ORDER BY publication DESC",
+                (project_id,),
+            ).fetchall()
+            full_at = next((number for number, kept in rows[1:] if kept > max_bytes), -1)
+            gone = connection.execute(
+                "SELECT id FROM publications WHERE project = ? AND id <= ? AND created_at < ?",
+                (project_id, full_at, time.time() - patience_seconds),
+            ).fetchall()
+            connection.executemany("DELETE FROM publications WHERE id = ?", gone)
+            return [row[0] for row in gone]
+
+        return await self._database.run(work)
+
     async def is_pending(self, publication: int) -> bool:
         """Whether a publication still waits for an upload."""
         return await self._database.run(
@@ -227,8 +262,9 @@ class UploadTable:
         def work(connection: sqlite3.Connection) -> tuple[list[int], list[int]]:
             connection.execute("UPDATE upload_items SET done = 1 WHERE id = ?", (item.id,))
             finished = connection.execute(
-                "SELECT id, name FROM publications WHERE NOT EXISTS"
-                " (SELECT 1 FROM upload_items WHERE publication = publications.id AND NOT done)"
+                "SELECT id, name FROM publications WHERE id = ?1 AND NOT EXISTS"
+                " (SELECT 1 FROM upload_items WHERE publication = ?1 AND NOT done)",
+                (item.publication,),
             ).fetchall()
             replaced: list[int] = []
             for number, name in finished:

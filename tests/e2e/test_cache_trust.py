@@ -19,6 +19,7 @@ import pytest_asyncio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from offload_builder.gateway.tickets import sign
+from offload_cache.registry.grants import CAPABILITY_CHARACTERS
 from offload_proto.v1 import builds_service_pb2 as builds_pb
 from tests.fixtures.contexts import make_context
 from tests.fixtures.node import RawClient
@@ -34,6 +35,8 @@ LAST = "FROM scratch\nCOPY --from=0 /out /\n"
 PROXIED = 'RUN mkdir /out && echo "%s through [$http_proxy]" > /out/result\n' + LAST
 EVIL_PROXY = ("--build-arg", "http_proxy=http://evil:1")
 HOLD = "RUN sleep 60\n"
+
+NOBODYS = "0" * CAPABILITY_CHARACTERS
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -114,7 +117,7 @@ async def test_step_that_reaches_the_registry_can_do_nothing_there(
         for method in ("GET", "PUT", "POST", "DELETE")
         for path in (
             "/v2/_catalog", "/v2/cache/manifests/export", "/v2/default/cache/manifests/export",
-            f"/v2/{'0' * 48}/cache/manifests/export", f"/v2/{'0' * 48}/cache/blobs/uploads/",
+            f"/v2/{NOBODYS}/cache/manifests/export", f"/v2/{NOBODYS}/cache/blobs/uploads/",
             "/v2/../cache/manifests/import",
         )
     )  # fmt: skip
@@ -230,7 +233,11 @@ async def test_forged_records_go_nowhere_but_into_the_own_scope(
         headers = {"Content-Type": "application/vnd.oci.image.manifest.v1+json"}
         for tag in ("export", "import", "main", "default"):
             await pool.http("PUT", f"{base}/manifests/{tag}", manifest, **headers)
-        for path in (f"/v2/{capability}/main", "/v2/default/main/cache", f"/v2/{'a' * 48}/cache"):
+        for path in (
+            f"/v2/{capability}/main",
+            "/v2/default/main/cache",
+            f"/v2/{NOBODYS}/cache",
+        ):
             status, _, _ = await pool.http("PUT", f"{path}/manifests/export", manifest, **headers)
             assert status == 404
     assert all("untrusted-eve" in key for key in await pool.keys() - before)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from offload_proto.v1 import node_service_pb2 as node_pb
+from offload_proto.v1.cache_service_pb2 import StepReason
+from offload_proto.v1.nodes_service_pb2 import WhyTask
 from tests.fixtures.minio import MinioServer
 from tests.fixtures.node import NodePool, RawClient, wait_free
 from tests.fixtures.registry import PASSWORD, USER, DockerRegistry
@@ -102,6 +104,27 @@ def s3(minio: MinioServer) -> dict[str, Any]:
         "s3_access_key": minio.access_key,
         "s3_secret_key": minio.secret_key,
     }
+
+
+async def test_base_that_was_there_explains_no_step(pool, upstream, tmp_path):
+    push_base(upstream, "team/base", "1", "hello")
+    agent = await pool.start_node("one", registry_config=registry_file(tmp_path, upstream))
+    base = f"FROM {upstream.address}/team/base:1\n"
+    ids = []
+    for steps in ("RUN echo one\n", "RUN echo one\n", "RUN echo two\n"):
+        person, result = await build(pool, base + steps)
+        assert result.HasField("success"), result
+        last = result.stats
+        ids.append(person.assigned.build_id)
+    assert (last.steps_total, last.steps_cached) == (1, 0)
+    desk = (await agent._projects.runtime("default")).why
+    # BuildKit never says of a FROM that it was cached.
+    found = await desk.answer(WhyTask(build_id=ids[1], earlier_build_ids=ids[:1]))
+    assert [step.name for step in found.steps] == []
+    found = await desk.answer(WhyTask(build_id=ids[2], earlier_build_ids=ids[1::-1]))
+    assert [(step.kind, *step.details) for step in found.steps] == [
+        (StepReason.KIND_TEXT_CHANGED, "RUN echo one -> RUN echo two")
+    ]
 
 
 async def test_second_node_takes_layers_from_the_pool(pool, upstream, tmp_path, capfd):

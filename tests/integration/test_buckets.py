@@ -283,15 +283,17 @@ async def test_temporary_keys_are_renewed_before_their_end(minio: MinioServer) -
     assert keys.retrieve().access_key not in {first.access_key, second.access_key}
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["ended", "forgotten"])
 async def test_keys_that_the_store_calls_ended_are_renewed_at_once(
-    minio: MinioServer, tmp_path: Path
+    minio: MinioServer, tmp_path: Path, known: bool
 ) -> None:
     asked = config(minio, credentials="assume-role")
     async with opened(asked) as store:
         await store.write_bytes("k", b"x")
         provider = store._reading._provider
         good = provider.retrieve()
-        bad = Credentials(good.access_key, good.secret_key, "not-a-token", good.expiration)
+        key = good.access_key if known else good.access_key[::-1]
+        bad = Credentials(key, good.secret_key, "not-a-token", good.expiration)
         provider._current = bad
         assert await store.read_bytes("k", max_bytes=1) == b"x"
         assert provider.retrieve() != bad

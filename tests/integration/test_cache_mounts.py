@@ -13,6 +13,7 @@ import pytest
 
 from offload_builder.buildkit import SolveFailure
 from tests.fixtures.buildkit import BASE
+from tests.fixtures.directorystore import DirectoryObjectStore
 from tests.fixtures.mountnode import MountNode, documents, stored_blobs
 
 MOUNT = "--mount=type=cache,target=/cache"
@@ -188,6 +189,58 @@ async def test_mount_is_stored_once_in_an_interval_and_only_when_it_changed(shar
         await one.build(f"RUN {MOUNT} cat /cache/other\n")
         await one.settle()
         assert document.read_bytes() == second
+
+
+async def test_node_that_stops_waits_for_what_is_being_stored(shared):
+    async with MountNode(shared) as one:
+        await one.packing.acquire()
+        await one.build(FILL)
+        # By now the keeper has taken it up in the background, and waits for its turn.
+        await asyncio.sleep(2.5)
+        settling = asyncio.create_task(one.settle())
+        await asyncio.sleep(0.2)
+        one.packing.release()
+        await settling
+        assert len(documents(shared)) == 1
+
+
+class SilentStore(DirectoryObjectStore):
+    """Gives documents and no blobs."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.asked = asyncio.Event()
+
+    async def read(self, key: str, *arguments: object, **options: object) -> int:
+        if "/blobs/" not in key:
+            return await super().read(key, *arguments, **options)
+        self.asked.set()
+        await asyncio.sleep(3600)
+        raise AssertionError
+
+
+async def test_step_of_a_build_that_was_given_up_waits_no_longer(shared):
+    async with MountNode(shared) as one:
+        await one.build(f"RUN {MOUNT} sleep 9; echo x > /cache/x\n")
+        await one.settle()
+    store = SilentStore(shared)
+    async with MountNode(shared, objects=store) as two:
+        building = asyncio.create_task(two.build(SEE))
+        async with asyncio.timeout(20):
+            await store.asked.wait()
+        building.cancel()
+        await asyncio.wait((building,))
+        begun = time.monotonic()
+        async with asyncio.timeout(20):
+            while any(mount.users for mount in two.mounts._mounts.values()):
+                await asyncio.sleep(0.05)
+        assert time.monotonic() - begun < 1.5
+
+
+async def test_what_a_node_that_died_has_left_is_not_seen(shared):
+    async with MountNode(shared, settled=True) as one:
+        await one.build(f"RUN {MOUNT} mkdir -p /cache/.offload-restore-1/dir\n", write="")
+        await one.build(EMPTY, write="")
 
 
 async def test_mounts_with_the_files_of_a_stage_are_left_alone(shared):

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any, Self
 import pytest
 
 from offload_builder.node.config import NodeConfig
-from offload_builder.node.contextshare import SharingLimits
 from offload_builder.node.projectpool import ProjectPool
 from offload_builder.node.registries import Bases
+from offload_cache.collection.collector import Collector
+from offload_cache.collection.plan import Limits
 from offload_cache.keys import pack_prefix
 from offload_cache.nodestore import NodeStore
 from offload_cache.s3store import S3Config, S3Store
 from tests.fixtures.minio import MinioServer
-from tests.fixtures.packs import GENEROUS, Blobs, contents, fetch_all, sharing
+from tests.fixtures.packs import Blobs, contents, fetch_all, sharing
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -93,6 +94,15 @@ class Pool:
                 await store.delete(key)
             else:
                 await store.write_bytes(key, data)
+        finally:
+            await store.close()
+
+    async def collect(self, *, keep_bytes: int = 1 << 30, idle_seconds: float = 1e6) -> None:
+        """Do what one node of the pool does from time to time."""
+        limits = Limits(0, 1e6, keep_bytes, idle_seconds)
+        store = self.store()
+        try:
+            assert await Collector(store, "one", lambda _: limits).run() is not None
         finally:
             await store.close()
 
@@ -470,13 +480,12 @@ async def test_a_fetch_that_is_left_early_leaves_nothing_behind(pool: Pool) -> N
 
 async def test_the_oldest_packs_are_deleted_beyond_the_bound(pool: Pool) -> None:
     blobs = Blobs()
-    limits = SharingLimits(keep_bytes=5 << 20, keep_seconds=GENEROUS.keep_seconds)
     rounds = [[blobs.put(os.urandom(1 << 20)) for _ in range(3)] for _ in range(3)]
     for number, digests in enumerate(rounds):
-        async with pool.node(f"node {number}", blobs, limits=limits) as node:
+        async with pool.node(f"node {number}", blobs) as node:
             node.added(digests)
             assert await node.wait_shared(SHARED_SECONDS)
-            await node.sweep()
+        await pool.collect(keep_bytes=5 << 20)
     assert len(await pool.keys("packs")) == len(await pool.keys("index")) == 1
     async with pool.node("reader") as reader:
         assert await reader.find([*rounds[0], *rounds[1], *rounds[2]]) == set(rounds[2])
@@ -487,18 +496,18 @@ async def test_the_oldest_packs_are_deleted_beyond_the_bound(pool: Pool) -> None
 
 async def test_packs_that_are_read_stay_and_unused_ones_go(pool: Pool) -> None:
     blobs = Blobs()
-    limits = SharingLimits(keep_bytes=1 << 30, keep_seconds=8.0)
     read, unread = blobs.make(5, 1000), blobs.make(5, 1000, seed=1)
     await share(pool, blobs, read)
     await share(pool, blobs, unread)
-    async with pool.node("two", limits=limits) as two:
+    async with pool.node("two", idle_seconds=8.0) as two:
         assert await two.find(read + unread) == {*read, *unread}
         deadline = time.monotonic() + 9
         while time.monotonic() < deadline:
             assert len(await fetch_all(two, read)) == 5
             await asyncio.sleep(1)
-        await two.sweep()
-        assert await two.find(read + unread) == set(read)
+    await pool.collect(idle_seconds=8.0)
+    async with pool.node("three") as three:
+        assert await three.find(read + unread) == set(read)
     assert len(await pool.keys("used")) == 1
 
 

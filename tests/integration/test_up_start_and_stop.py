@@ -100,3 +100,24 @@ def test_node_that_cannot_start_is_reported_with_its_last_words(tmp_path):
     assert re.fullmatch(r"ERROR: .*node-1.*\n", errors)
     assert "ofl_" in output
     assert processes_with(str(data)) == []
+
+
+def test_files_and_protected_branches_reach_the_whole_pool(tmp_path):
+    gateway, node = tmp_path / "gateway.toml", tmp_path / "node.toml"
+    gateway.write_text('default_branches = ["trunk"]\n')
+    node.write_text('slots = 3\nblobs_keep = "7GB"\n')
+    context = make_context(tmp_path / "c", "RUN echo hello\n")
+    with Pool(
+        1, "--gateway-config", str(gateway), "--node-config", str(node),
+        "--protected-branch", "trunk", "--protected-branch", "release/*",
+    ) as pool:  # fmt: skip
+        member = pool.member(pool.create_token("ann"), OFFLOAD_BRANCH="release/1")
+        assert "/3" in member.offload("status").stdout
+        assert "7GB" in member.offload("cache", "usage").stdout
+        for branch in ("release/1", "trunk"):
+            refused = member.build(context, "--cache-scope", branch)
+            assert refused.returncode != 0
+            assert f'write the protected cache scope "{branch}"' in refused.stderr
+        assert member.build(context).returncode == 0
+        refused = member.offload("cache", "prune", "--force")
+        assert 'write the protected cache scope "release/1"' in refused.stderr

@@ -149,7 +149,7 @@ class BuildkitDaemon:
         make_private(self._run_dir)
         self.socket_path.unlink(missing_ok=True)
         config = settings.root / "buildkitd.toml"
-        wrapper = write_runc_wrapper(settings.root, self._runc)
+        wrapper = write_runc_wrapper(settings.root, self._runc, settings.gate)
         config.write_text(daemon_toml(settings, self.socket_path, wrapper))
         self._stopping, self.info = False, None
         process = await asyncio.create_subprocess_exec(

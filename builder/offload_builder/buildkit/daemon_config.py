@@ -43,6 +43,7 @@ class DaemonSettings:
         binary: the program; found by `find_buildkitd` when None.
         search: further directories to look for the program in.
         runc: the container runtime; found in PATH when None.
+        gate: shell commands that run before each step; see `write_runc_wrapper`.
         command_prefix: a command that starts the daemon in another place, such as `nsenter ... --`.
         registries: by host and port, for example "localhost:5000".
         entitlements: rights that builds may ask for, such as "network.host".
@@ -65,6 +66,7 @@ class DaemonSettings:
     binary: Path | None = None
     search: Sequence[Path] = ()
     runc: Path | None = None
+    gate: str = ""
     command_prefix: Sequence[str] = ()
     registries: Mapping[str, RegistrySettings] = field(default_factory=dict)
     entitlements: Sequence[str] = ()

@@ -14,12 +14,16 @@ from urllib.parse import unquote, urlsplit
 
 import click
 
+from offload_builder.cli import poolconfig
+from offload_builder.cli.poolconfig import LISTEN, LOG_LEVEL
 from offload_builder.cli.running import run_until_signal
+from offload_builder.gateway.config import ENVIRONMENT_PREFIX as GATEWAY_PREFIX
 from offload_core.errors import ConfigError, GatewayUnreachableError
 from offload_core.trust import join_address, split_address
 
 if TYPE_CHECKING:
     from offload_builder.gateway.app import Gateway
+    from offload_builder.gateway.config import GatewayConfig
     from offload_builder.provider.process import SupervisedProcess
 
 READY_SECONDS = 60.0
@@ -40,16 +44,21 @@ class ObjectStorage:
     access_key: str
     secret_key: str
     prefix: str = ""
+    session_token: str = ""
+    region: str = ""
 
     def node_settings(self) -> dict[str, str]:
         """Return the NodeConfig fields."""
-        return {
+        settings = {
             "s3_endpoint": self.endpoint,
             "s3_bucket": self.bucket,
+            "s3_credentials": "keys",
             "s3_access_key": self.access_key,
             "s3_secret_key": self.secret_key,
+            "s3_session_token": self.session_token,
             "s3_prefix": self.prefix,
         }
+        return settings | ({"s3_region": self.region} if self.region else {})
 
     def __repr__(self) -> str:
         return f"ObjectStorage({self.endpoint}/{self.bucket})"
@@ -68,7 +77,7 @@ class ObjectStorage:
     "s3_url",
     metavar="URL",
     help="Shared cache in S3: http[s]://HOST[:PORT]/BUCKET[/PREFIX]; keys come from "
-    "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.",
+    "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, the region from AWS_REGION.",
 )
 @click.option("--minio", is_flag=True, help="Run a MinIO beside the nodes as the shared cache.")
 @click.option(
@@ -78,30 +87,36 @@ class ObjectStorage:
     show_default=True,
     help="Directory for everything that is kept.",
 )
-@click.option(
-    "--listen",
-    default="127.0.0.1:7443",
-    show_default=True,
-    help="Public address of the gateway, HOST:PORT.",
-)
+@click.option("--listen", help=f"Public address of the gateway, HOST:PORT.  [default: {LISTEN}]")
 @click.option(
     "--node-host",
     default="127.0.0.1",
     show_default=True,
     help="Address of this machine that nodes listen on.",
 )
+@click.option("--slots", type=click.IntRange(1), help="Builds at once per node.  [default: 4]")
 @click.option(
-    "--slots",
-    default=4,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Builds at once per node.",
+    "--protected-branch",
+    "protected_branches",
+    multiple=True,
+    metavar="PATTERN",
+    help="Branches whose cache only administrators and pipelines write, for example main.",
+)
+@click.option(
+    "--gateway-config",
+    envvar=f"{GATEWAY_PREFIX}_CONFIG",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="TOML file of the gateway, for everything else.",
+)
+@click.option(
+    "--node-config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="TOML file that all nodes get, for everything else.",
 )
 @click.option(
     "--log-level",
-    default="warning",
-    show_default=True,
     type=click.Choice(("debug", "info", "warning", "error")),
+    help=f"Least severe events that are logged.  [default: {LOG_LEVEL}]",
 )
 def up(
     nodes: int,
@@ -109,17 +124,22 @@ def up(
     *,
     minio: bool,
     data: Path,
-    listen: str,
+    listen: str | None,
     node_host: str,
-    slots: int,
-    log_level: str,
+    slots: int | None,
+    protected_branches: tuple[str, ...],
+    gateway_config: Path | None,
+    node_config: Path | None,
+    log_level: str | None,
 ) -> None:
     """Run a gateway and nodes on this machine, ready to build.
+
+    OFFLOAD_GATEWAY_* and OFFLOAD_NODE_* variables count as well.
 
     \b
     Examples:
       offload-builder up
-      offload-builder up --nodes 2 --minio --data ./data
+      offload-builder up --nodes 2 --minio --data ./data --protected-branch main
     """
     from offload_core.logs import configure_logs
 
@@ -127,78 +147,110 @@ def up(
         raise ConfigError("--minio and --s3 exclude each other; give one of them")
     if os.geteuid() != 0:
         raise ConfigError("nodes run BuildKit, which needs root; run this command with sudo")
-    configure_logs(log_level)
-    pool = Pool(nodes, data.resolve(), listen, node_host, slots, log_level)
-    asyncio.run(run_until_signal(pool.run(s3_url, minio=minio)))
+    data = data.resolve()
+    config = poolconfig.gateway_config(
+        gateway_config,
+        os.environ,
+        data / "gateway",
+        listen=listen,
+        log_level=log_level,
+        protected_branches=protected_branches,
+    )
+    storage = parse_s3_url(s3_url, os.environ) if s3_url else None
+    if minio:
+        storage = _minio_storage()
+    options = poolconfig.node_options(
+        node_config,
+        os.environ,
+        slots=slots,
+        log_level=log_level,
+        storage=storage.node_settings() if storage else {},
+    )
+    shared = poolconfig.node_config(node_config, os.environ, options)
+    configure_logs(config.log_level)
+    pool = Pool(
+        nodes,
+        data,
+        config,
+        node_host,
+        options,
+        node_config.resolve() if node_config else None,
+        f"{shared.s3_endpoint}, bucket {shared.s3_bucket}" if shared.s3_endpoint else "",
+    )
+    asyncio.run(run_until_signal(pool.run(storage if minio else None)))
 
 
 class Pool:
     """Everything that `up` starts."""
 
     def __init__(
-        self, nodes: int, data: Path, listen: str, node_host: str, slots: int, log_level: str
+        self,
+        nodes: int,
+        data: Path,
+        config: GatewayConfig,
+        node_host: str,
+        node_options: dict[str, str],
+        node_config: Path | None,
+        shared_cache: str,
     ) -> None:
+        """Set what is started.
+
+        Args:
+            nodes: how many.
+            data: for everything that is kept.
+            config: of the gateway.
+            node_host: address of this machine that nodes listen on.
+            node_options: fields of all nodes' configuration, as texts.
+            node_config: file with others; None for none.
+            shared_cache: for people; empty for none.
+        """
         self._nodes = nodes
         self._data = data
-        self._listen = listen
+        self._config = config
         self._node_host = node_host
-        self._slots = slots
-        self._log_level = log_level
+        self._node_options = node_options
+        self._node_config = node_config
+        self._shared_cache = shared_cache
 
-    async def run(self, s3_url: str | None, *, minio: bool) -> None:
-        """Start, print what to type next, and serve until cancelled."""
+    async def run(self, minio: ObjectStorage | None) -> None:
+        """Start, print what to type next, and serve until cancelled.
+
+        Args:
+            minio: the storage that a MinIO beside the nodes is to be; None for no MinIO.
+        """
         from offload_builder.datalock import DataLock
         from offload_builder.gateway.app import Gateway
-        from offload_builder.gateway.config import GatewayConfig
 
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(DataLock(self._data, "offload-builder up"))
-            storage = await self._storage(stack, s3_url, minio=minio)
-            gateway = await stack.enter_async_context(
-                Gateway(
-                    GatewayConfig(
-                        listen=self._listen,
-                        data_dir=self._data / "gateway",
-                        log_level=self._log_level,
-                    )
-                )
-            )
+            if minio is not None:
+                await self._start_minio(stack, minio)
+            gateway = await stack.enter_async_context(Gateway(self._config))
             token = gateway.take_first_token()
             try:
-                nodes = await self._start_nodes(stack, gateway, storage)
+                nodes = await self._start_nodes(stack, gateway)
                 await self._wait_attached(gateway, nodes)
             except BaseException:
                 if token:
                     # It exists now and is not made again; without it nobody could log in.
                     click.echo(f"The pool did not start. Its first token, shown only now: {token}")
                 raise
-            self._announce(gateway, [node.name for node in nodes], storage, token)
+            self._announce(gateway, [node.name for node in nodes], token)
             try:
                 await asyncio.Event().wait()
             finally:
                 click.echo("Stopping: running builds may end, then everything is shut down ...")
 
-    async def _storage(
-        self, stack: AsyncExitStack, s3_url: str | None, *, minio: bool
-    ) -> ObjectStorage | None:
+    async def _start_minio(self, stack: AsyncExitStack, storage: ObjectStorage) -> None:
         from offload_builder.provider.process import SupervisedProcess, minio_process
 
-        if s3_url:
-            return parse_s3_url(s3_url, os.environ)
-        if not minio:
-            return None
-        address = f"127.0.0.1:{free_port('127.0.0.1')}"
-        # New keys at every start: MinIO keeps no data under them, so nothing has to be stored.
-        storage = ObjectStorage(
-            f"http://{address}", "offload", secrets.token_hex(10), secrets.token_hex(20)
-        )
+        address = storage.endpoint.removeprefix("http://")
         spec = minio_process(address, self._data / "minio", storage.access_key, storage.secret_key)
         process = await stack.enter_async_context(SupervisedProcess(spec))
         await wait_for_port(address, process)
-        return storage
 
     async def _start_nodes(
-        self, stack: AsyncExitStack, gateway: Gateway, storage: ObjectStorage | None
+        self, stack: AsyncExitStack, gateway: Gateway
     ) -> list[SupervisedProcess]:
         from offload_builder.provider.process import SupervisedProcess, node_process, stop_all
 
@@ -214,13 +266,17 @@ class Pool:
                 "node_id": name,
                 "listen": address,
                 "advertise": address,
-                "slots": str(self._slots),
-                "log_level": self._log_level,
-                **(storage.node_settings() if storage else {}),
+                **self._node_options,
             }
             if not self._is_enrolled(name):
                 settings["token"] = await gateway.create_node_token(name)
-            spec = node_process(name, settings, self._data / name / "node.log", STOP_SECONDS)
+            spec = node_process(
+                name,
+                settings,
+                self._data / name / "node.log",
+                STOP_SECONDS,
+                config_file=self._node_config,
+            )
             process = SupervisedProcess(spec)
             nodes.append(process)
             await process.__aenter__()
@@ -260,18 +316,10 @@ class Pool:
             + (f" and ends with: {last}" if last else "")
         )
 
-    def _announce(
-        self,
-        gateway: Gateway,
-        names: list[str],
-        storage: ObjectStorage | None,
-        token: str | None,
-    ) -> None:
-        shared = (
-            f"{storage.endpoint}, bucket {storage.bucket}" if storage else "none (one node's disk)"
-        )
+    def _announce(self, gateway: Gateway, names: list[str], token: str | None) -> None:
         click.echo(f"Gateway       https://{gateway.address}")
         click.echo(f"Nodes         {', '.join(names)}")
+        shared = self._shared_cache or "none (one node's disk)"
         click.echo(f"Shared cache  {shared}")
         click.echo("")
         if token:
@@ -313,7 +361,25 @@ def parse_s3_url(url: str, environment: os._Environ[str] | dict[str, str]) -> Ob
             "--s3 needs AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment"
         )
     check_bucket(bucket)
-    return ObjectStorage(f"{parts.scheme}://{parts.netloc}", bucket, access, secret, prefix)
+    return ObjectStorage(
+        f"{parts.scheme}://{parts.netloc}",
+        bucket,
+        access,
+        secret,
+        prefix,
+        session_token=environment.get("AWS_SESSION_TOKEN", ""),
+        region=environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION", ""),
+    )
+
+
+def _minio_storage() -> ObjectStorage:
+    # New keys at every start: MinIO keeps no data under them, so nothing has to be stored.
+    return ObjectStorage(
+        f"http://127.0.0.1:{free_port('127.0.0.1')}",
+        "offload",
+        secrets.token_hex(10),
+        secrets.token_hex(20),
+    )
 
 
 def free_port(host: str) -> int:

@@ -68,10 +68,11 @@ class CacheService(CacheServiceServicer):
             known = await self._members.list_projects()
             names = [item.project_id for item in known if caller.token.may_use(item.project_id)]
         slots = asyncio.Semaphore(_PROJECTS_AT_ONCE)
+        hung: set[str] = set()
 
         async def one(project_id: str) -> cache_pb.ProjectUsage:
             async with slots:
-                usage, silent = await self._work.usage(project_id)
+                usage, silent = await self._work.usage(project_id, hung)
                 gain = await cache_gain(self._store, project_id)
             return cache_pb.ProjectUsage(
                 project_id=project_id, usage=usage, gain=gain, silent_node_ids=silent

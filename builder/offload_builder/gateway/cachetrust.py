@@ -38,9 +38,6 @@ UNTRUSTED = "untrusted-"
 MAX_NAME = 500
 """Characters of a branch or scope."""
 
-UNTRUSTED_WRITER = "untrusted"
-"""Role of a writer whose contributions are never copied to another scope."""
-
 _REFUSED = re.compile(r"[\x00-\x1f\x7f~^:?*\[\\\s]|\.\.|//|^/|/$|@\{")
 _BRANCH_REFUSED = re.compile(r"[\x00-\x1f\x7f~]")
 _KEPT = 60
@@ -179,7 +176,7 @@ def may_promote(
 ) -> tuple[str, str]:
     """Check who may copy the entries of one scope to another; return the two names.
 
-    Single contributions are checked with `may_copy` on top of this.
+    Single contributions are checked by the node that copies them.
 
     Args:
         member: who asks.
@@ -206,11 +203,6 @@ def may_promote(
     if reason := trust.why_not_write(member, to_name):
         raise AccessDeniedError(reason)
     return from_name, to_name
-
-
-def may_copy(writer_role: str) -> bool:
-    """Return whether a contribution of a writer with this role may be promoted."""
-    return writer_role in ("admin", "ci", "member")
 
 
 def may_prune(member: CacheMember, name: str, trust: CacheTrust) -> None:

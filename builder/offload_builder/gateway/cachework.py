@@ -19,7 +19,7 @@ from offload_proto.v1 import cache_service_pb2 as cache_pb
 from offload_proto.v1 import nodes_service_pb2 as nodes_pb
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from offload_builder.gateway.nodes import AttachedNode, NodeRegistry
 
@@ -56,14 +56,23 @@ class CacheWork:
     def __init__(self, nodes: NodeRegistry) -> None:
         self._nodes = nodes
 
-    async def usage(self, project_id: str) -> tuple[cache_pb.CacheUsage, tuple[str, ...]]:
-        """Return the sizes of one project, and the nodes that did not answer."""
+    async def usage(
+        self, project_id: str, hung: set[str]
+    ) -> tuple[cache_pb.CacheUsage, tuple[str, ...]]:
+        """Return the sizes of one project, and the nodes that did not answer.
+
+        Args:
+            project_id: the project.
+            hung: nodes that did not answer for another project and are not asked; this adds those
+                that do not answer now, so that many projects wait for them once.
+        """
 
         def task(node_only: bool) -> nodes_pb.CacheTask:
             wanted = nodes_pb.UsageTask(node_only=node_only)
             return nodes_pb.CacheTask(project_id=project_id, usage=wanted)
 
-        answers = await self._ask_all(project_id, task, USAGE_SECONDS)
+        answers = await self._ask_all(project_id, task, USAGE_SECONDS, hung)
+        hung.update(answers.silent)
         merged = merge_usage([reply.usage for reply in answers.all()])
         if answers.full is None:
             merged.shared_problem = "no node of the pool could be asked"
@@ -104,18 +113,19 @@ class CacheWork:
             OffloadError: it did not work.
         """
 
-        def make(_node_only: bool) -> nodes_pb.CacheTask:
-            return nodes_pb.CacheTask(project_id=project_id, promote=task)
+        def make(node_only: bool) -> nodes_pb.CacheTask:
+            request = nodes_pb.CacheTask(project_id=project_id, promote=task)
+            request.promote.node_only = node_only
+            return request
 
         answers = await self._ask_all(project_id, make, PROMOTE_SECONDS)
         if answers.full is None:
             raise _nobody(answers.silent)
-        # Nodes without a shared store have entries of their own, others do the same work once
-        # more and find nothing left to copy.
+        # Each has entries of its own: all without a shared store, else those not uploaded yet.
         results = [reply.promote for reply in answers.all()]
         return cache_pb.PromoteResult(
             entries=sum(item.entries for item in results),
-            refused=max(item.refused for item in results),
+            refused=sum(item.refused for item in results),
         )
 
     async def why(
@@ -141,13 +151,19 @@ class CacheWork:
         return [node for node in self._nodes.connected() if _serves(node, project_id)]
 
     async def _ask_all(
-        self, project_id: str, make: Callable[[bool], nodes_pb.CacheTask], timeout: float
+        self,
+        project_id: str,
+        make: Callable[[bool], nodes_pb.CacheTask],
+        timeout: float,
+        hung: Collection[str] = (),
     ) -> Answers:
         """Ask one node for everything, and then the others for what only they know."""
         nodes = sorted(
             self._of_project(project_id), key=lambda node: (node.heartbeat.draining, node.node_id)
         )
         silent = [node.node_id for node in self._nodes.away() if _serves(node, project_id)]
+        silent += [node.node_id for node in nodes if node.node_id in hung]
+        nodes = [node for node in nodes if node.node_id not in hung]
         full: nodes_pb.CacheTaskReply | None = None
         while nodes and full is None:
             node = nodes.pop(0)

@@ -13,12 +13,12 @@ import sqlalchemy as sa
 from offload_builder.gateway import schema
 from offload_builder.gateway.tokens import TokenRecord, TokenText, new_record
 from offload_core.errors import NotFoundError, UsageError
+from offload_proto.v1 import identity_service_pb2 as identity_pb
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from offload_builder.gateway.store import Store
-    from offload_proto.v1 import identity_service_pb2 as identity_pb
 
 PROJECT_ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 DEFAULT_PROJECT = "default"
@@ -52,7 +52,7 @@ class Members:
         """Make a token; its text exists only in the return value.
 
         Raises:
-            UsageError: name, role or end cannot be used.
+            UsageError: name, role or end cannot be used, or the name is one of another trust.
             NotFoundError: one of the projects does not exist.
         """
         text = TokenText.generate(self._ca_fingerprint)
@@ -67,7 +67,12 @@ class Members:
         for project_id in record.project_ids:
             await self.project(project_id)
         row = dataclasses.asdict(record) | {"project_ids": list(record.project_ids)}
-        await self._store.write(lambda db: db.execute(schema.tokens.insert(), row))
+
+        def work(db: sa.Connection) -> None:
+            _check_trust(db, record)
+            db.execute(schema.tokens.insert(), row)
+
+        await self._store.write(work)
         return record, text
 
     async def find_token(self, token_id: str) -> TokenRecord | None:
@@ -177,3 +182,27 @@ def _known_projects(names: Sequence[str]) -> str:
 def _token(row: sa.Row[Any]) -> TokenRecord:
     values = dict(row._mapping)
     return TokenRecord(**values | {"project_ids": tuple(row.project_ids)})
+
+
+def _check_trust(db: sa.Connection, record: TokenRecord) -> None:
+    """Refuse a name that is both that of an untrusted member and of another one.
+
+    Nodes know members by the name in their certificates, which outlive a revoked token: with the
+    same name an untrusted member could fetch what the builds of the other one make.
+
+    Raises:
+        UsageError: with the name.
+    """
+    table = schema.tokens
+    if record.is_node:
+        return
+    query = sa.select(table.c.role).where(
+        table.c.name == record.name, table.c.role != identity_pb.ROLE_NODE
+    )
+    untrusted = record.role == identity_pb.ROLE_UNTRUSTED
+    if any((role == identity_pb.ROLE_UNTRUSTED) != untrusted for role in db.scalars(query)):
+        other = "a trusted" if untrusted else "an untrusted"
+        raise UsageError(
+            f'"{record.name}" is, or was, the name of {other} member, and nodes know members by '
+            "their names; choose another name"
+        )

@@ -17,6 +17,7 @@ import structlog
 from offload_builder.node.cachedesk import CacheDesk
 from offload_builder.node.cachetasks import CacheTasks
 from offload_builder.node.clientlink import ClientLink
+from offload_builder.node.exportturns import ExportTurns, builds_crowd
 from offload_builder.node.faults import storage_error
 from offload_builder.node.gatewaylink import GatewayLink
 from offload_builder.node.job import BuildJob
@@ -93,8 +94,7 @@ class NodeAgent:
         self._publishing = TaskSet(self._crashed)
         self._concluding = TaskSet(self._crashed)
         # As many exports as builds; more would only slow each other down, and the next builds.
-        self._export_slots = asyncio.Semaphore(max(1, config.slots))
-        self._exporting = 0
+        self._exports = ExportTurns(config.slots, self._crowded)
         self.limits = LimitBook(config.data / "limits.json")
         self.cache_desk = CacheDesk()
         self._stack = AsyncExitStack()
@@ -221,6 +221,9 @@ class NodeAgent:
 
     def _busy(self) -> int:
         return sum(not running.over for running in self._builds.values())
+
+    def _crowded(self) -> bool:
+        return not self._draining and builds_crowd(self._busy())
 
     def trust_gateway(self, ticket_key_pem: bytes) -> None:
         """Take the gateway's ticket key."""
@@ -375,7 +378,7 @@ class NodeAgent:
         if running is None or running.over:
             return
         running.over = True
-        self.link.beat()
+        self._builds_changed()
         publish = False
         if result is None:
             ending = (BuildState.BUILD_STATE_CANCELED, reason)
@@ -404,12 +407,10 @@ class NodeAgent:
 
     async def _publish(self, job: BuildJob) -> None:
         try:
-            self._exporting += 1
             try:
-                async with self._export_slots:
+                async with self._exports.turn(job.hurry):
                     publications = await job.export_cache()
             finally:
-                self._exporting -= 1
                 # What follows needs neither BuildKit nor anything else that the job holds.
                 job.publishing.set()
             if publications is not None:
@@ -431,7 +432,11 @@ class NodeAgent:
         self._builds.pop(build_id, None)
         if not self._builds:
             self._empty.set()
+        self._builds_changed()
+
+    def _builds_changed(self) -> None:
         self.link.beat()
+        self._exports.look()
 
     async def _close(self, job: BuildJob) -> None:
         try:
@@ -477,7 +482,7 @@ class NodeAgent:
         """
         self._draining = True
         self._reserved.clear()
-        self.link.beat()
+        self._builds_changed()
         log.info("node.draining", builds=len(self._builds))
         try:
             async with asyncio.timeout(self.config.drain_timeout):
@@ -499,5 +504,5 @@ class NodeAgent:
         while not await self._publishing.drain(1.0):
             objects = self._store.objects
             away = objects is None or not objects.reachable
-            if away and self._exporting == 0:
+            if away and self._exports.open == 0:
                 return  # the upload queue is durable and goes on after the next start

@@ -179,7 +179,9 @@ class CacheTasks:
         wanted, project_id = task.promote, task.project_id
         admin = await self._admin(project_id)
         promoted = await admin.promote(
-            _scope(project_id, wanted.from_scope), _scope(project_id, wanted.to_scope)
+            _scope(project_id, wanted.from_scope),
+            _scope(project_id, wanted.to_scope),
+            node_only=wanted.node_only,
         )
         log.info(
             "cache.entries.promoted",

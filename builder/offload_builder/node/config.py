@@ -91,7 +91,9 @@ class NodeConfig:
         unit="duration",
     )
     blobs_keep: int = option(
-        20 * 1024**3, "bytes of cache and image blobs to keep on disk per project", unit="size"
+        20 * 1024**3,
+        "bytes of layers, images and cache mounts to keep on disk per project",
+        unit="size",
     )
     blobs_keep_all: int = option(
         0,
@@ -120,8 +122,8 @@ class NodeConfig:
     )
     cache_shared_keep: int = option(
         50 * 1024**3,
-        "bytes of layers and images to keep per project in the shared store; when there are more, "
-        "those go first that were of no use for longest",
+        "bytes of layers, images and cache mounts to keep per project in the shared store; when "
+        "there are more, those go first that were of no use for longest",
         unit="size",
     )
     cache_shared_idle: float = option(

@@ -12,7 +12,6 @@ import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 import structlog
@@ -33,19 +32,6 @@ log = structlog.get_logger(__name__)
 
 FIND_SECONDS = 1.5
 """Longest that a build waits for news of the shared store."""
-
-
-@dataclass(frozen=True, slots=True)
-class SharingLimits:
-    """Bounds of what one project may keep in the shared store.
-
-    Attributes:
-        keep_bytes: of all packs together.
-        keep_seconds: how long a pack stays that no node stored or read.
-    """
-
-    keep_bytes: int
-    keep_seconds: float
 
 
 class SharingThreads:
@@ -73,7 +59,7 @@ class SharedContext:
         project_id: whose content it is; nobody else's is ever visible.
         objects: the pool's shared store; its owner closes it.
         folder: for the catalogue and for packs that are being made; created when missing.
-        limits: bounds in the shared store.
+        idle_seconds: how long a pack stays in the shared store that no node stored or read.
         threads: of the node.
         read: returns a blob of this node's disk, None when it is gone; runs in a thread.
         busy: whether builds run on this node, which the work in the background must not disturb.
@@ -85,7 +71,7 @@ class SharedContext:
         objects: ObjectStore,
         folder: Path,
         *,
-        limits: SharingLimits,
+        idle_seconds: float,
         threads: SharingThreads,
         read: Callable[[bytes], bytes | None],
         busy: Callable[[], bool],
@@ -97,7 +83,7 @@ class SharedContext:
         self._refresh = CatalogRefresh(objects, project_id, self._catalog, threads.answers)
         self._work = SharingWork(
             project_id, objects, self._catalog, self._refresh, folder,
-            keep_bytes=limits.keep_bytes, keep_seconds=limits.keep_seconds,
+            idle_seconds=idle_seconds,
             thread=threads.work, answers=threads.answers, read=read, busy=busy,
         )  # fmt: skip
         self._reader = PackReader(
@@ -125,14 +111,6 @@ class SharedContext:
     def available(self) -> bool:
         """Whether the shared store is worth a question now."""
         return self._objects.reachable and not self._reader.shy
-
-    async def sweep(self) -> bool:
-        """Enforce the bounds in the shared store now; it is done from time to time anyway.
-
-        Returns:
-            False when the shared store does not answer.
-        """
-        return await self._work.sweep()
 
     async def settle(self) -> None:
         """Share for some seconds what waits, as the first step of closing; then nothing is added.

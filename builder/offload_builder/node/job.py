@@ -131,6 +131,8 @@ class BuildJob:
         self.log_sent = asyncio.Event()
         self.publishing = asyncio.Event()
         self.publishing.set()
+        self.hurry = asyncio.Event()
+        """Set when the next build waits for what this one's export holds."""
         self._shared_key = ""
         self._entry_key = ""
         self.open_uploads = 0
@@ -250,19 +252,25 @@ class BuildJob:
                     revision=ticket.vcs_revision,
                 ),
                 may_import=not spec.no_cache,
+                results=self._runtime.own_results,
             )
         )
         self._stack.push_async_callback(self._registry.revoke, self._capability)
         self._rewrite = NameRewriter(self._registry_address, self._capability)
-        offering = asyncio.ensure_future(self._offer())
+        # What is known is enough for now: BuildKit asks later, and hears the news.
+        offering = asyncio.ensure_future(self._offer(patient=False))
         try:
             self._client = await self._stack.enter_async_context(self._runtime.use())
             offer = await offering
         finally:
             offering.cancel()
         self._record.offered(offer)
-        self._imports = offer is not None and not spec.no_cache
+        self._imports = offer is not None and self._needs(offer)
+        if spec.cache_imports:
+            self._runtime.own_results.imported()
         self._has_own_key = offer is not None and offer.own_key
+        if self._has_own_key and not self._imports and not spec.no_cache:
+            self._runtime.cache.scopes.note_use(tuple(ticket.read_scopes), self._entry_key)
         base = shared_key_base(ticket.project_id, spec, native)
         self._stack.push_async_callback(self.release_key)
         alike = likeness(spec, self._start.inline_files, native)
@@ -274,12 +282,19 @@ class BuildJob:
                 f"the shared cache is not reachable ({problem}); the build goes on without it"
             )
 
-    async def _offer(self, *, after_fault: bool = False) -> Offer | None:
+    def _needs(self, offer: Offer) -> bool:
+        if self._start.spec.no_cache:
+            return False
+        cache, results = self._runtime.cache, self._runtime.own_results
+        known = results.hold_all(offer.contributions)
+        return not known or cache.offers.awaits_news(self._ticket.read_scopes)
+
+    async def _offer(self, *, after_fault: bool = False, patient: bool = True) -> Offer | None:
         """Return what can be imported; whatever goes wrong with the cache is a miss."""
         scopes = tuple(self._ticket.read_scopes)
         try:
             return await self._runtime.cache.offers.offer(
-                scopes, self._entry_key, after_fault=after_fault
+                scopes, self._entry_key, after_fault=after_fault, patient=patient
             )
         except Exception as error:
             log.error("cache.offer.failed", build_id=self.build_id, exc_info=error)
@@ -394,13 +409,21 @@ class BuildJob:
 
     def will_publish(self) -> bool:
         """Say whether this build has records that others lack, and set `cache_state`."""
-        if not self._ticket.write_scope:
+        scope, key, ledger = self._ticket.write_scope, self._entry_key, self._runtime.exports
+        if self._steps.total != self._steps.cached:
+            ledger.ran(key)
+        if not scope:
             self.cache_state = CacheState.CACHE_STATE_SKIPPED
-        elif self._has_own_key and self._steps.total == self._steps.cached:
+        elif (
+            self._has_own_key
+            and self._steps.total == self._steps.cached
+            and ledger.is_exported(scope, key)
+        ):
             self.cache_state = CacheState.CACHE_STATE_UNCHANGED
         else:
             self.cache_state = CacheState.CACHE_STATE_PENDING
-            self._runtime.exporting(self._shared_key)
+            ledger.begin(scope, key)
+            self._runtime.exporting(self._shared_key, self.hurry)
         return self.cache_state == CacheState.CACHE_STATE_PENDING
 
     async def release_key(self) -> None:
@@ -447,7 +470,12 @@ class BuildJob:
         if isinstance(outcome, SolveResult) and any(
             item.reference == EXPORT_TAG for item in exports
         ):
+            for item in exports:
+                if item.contribution:
+                    self._runtime.own_results.add(item.contribution)
+            self._runtime.exports.done(self._ticket.write_scope, self._entry_key)
             return [item.publication for item in exports if item.publication is not None]
+        self._runtime.exports.failed(self._ticket.write_scope, self._entry_key)
         reason = outcome.message if isinstance(outcome, SolveFailure) else "nothing was pushed"
         log.warning("cache.export.failed", build_id=self.build_id, reason=self._clean(reason))
         self.cache_state = CacheState.CACHE_STATE_FAILED
@@ -459,6 +487,9 @@ class BuildJob:
         if uploads is not None:
             for number in publications:
                 if not await uploads.wait_published(number, PUBLISH_SECONDS):
+                    if not await uploads.is_pending(number):
+                        # It was given up: the next build pushes what turned out to be missing.
+                        self._runtime.exports.failed(self._ticket.write_scope, self._entry_key)
                     self.cache_state = CacheState.CACHE_STATE_FAILED
                     return
         self.cache_state = CacheState.CACHE_STATE_PUBLISHED

@@ -6,13 +6,16 @@ import asyncio
 import contextlib
 import time
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
 import structlog
 
 from offload_builder.buildkit.daemon import BuildkitDaemon
 from offload_builder.buildkit.daemon_config import DaemonSettings
+from offload_builder.node.exportledger import ExportLedger
 from offload_builder.node.mounts.service import CacheMounts, open_cache_mounts
+from offload_builder.node.ownresults import OwnResults
 from offload_builder.node.stickytimes import StickyTimes
 from offload_builder.provider.process import tools_directory
 from offload_core.errors import OffloadError
@@ -34,6 +37,14 @@ log = structlog.get_logger(__name__)
 
 EXPORT_WAIT_SECONDS = 1.0
 MAX_ALIKE = 256
+
+
+@dataclass(frozen=True, slots=True)
+class _ExportKey:
+    """A key of the local sources that an export still needs."""
+
+    hurry: asyncio.Event
+    released: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class ProjectRuntime:
@@ -66,17 +77,19 @@ class ProjectRuntime:
         self._idle_stop_seconds = domain.buildkit_idle(config)
         self._users = 0
         self._idle_since = time.monotonic()
-        self._keys_in_use: dict[str, asyncio.Event | None] = {}
+        self._keys_in_use: dict[str, _ExportKey | None] = {}
         self._alike: dict[str, str] = {}
         self._wipe_due = False
+        self.exports = ExportLedger(folder / "exports.json")
         self.mounts: CacheMounts | None = open_cache_mounts(
             cache.store, folder / "mounts", config, packing
         )
+        self.own_results = OwnResults(folder / "buildkit")
         self._daemon = BuildkitDaemon(
             DaemonSettings(
                 root=folder / "buildkit",
                 binary=config.buildkitd,
-                runc=self.mounts.runc if self.mounts is not None else None,
+                gate=self.mounts.gate if self.mounts is not None else "",
                 registries=bases.registries,
                 search=(tools_directory(),),
                 gc_max_used_bytes=domain.buildkit_keep(config),
@@ -94,6 +107,7 @@ class ProjectRuntime:
         async with AsyncExitStack() as stack:
             self.times = await self.context_store.run(StickyTimes, self._times_path)
             stack.callback(self.times.close)
+            self.exports.load()
             if self.mounts is not None:
                 await stack.enter_async_context(self.mounts)
                 self.mounts.serve(self._daemon)
@@ -149,6 +163,7 @@ class ProjectRuntime:
         finally:
             self._users -= 1
             self._idle_since = time.monotonic()
+            self.own_results.built()
 
     @contextmanager
     def building(self, build: BuildMounts) -> Iterator[None]:
@@ -186,9 +201,10 @@ class ProjectRuntime:
             exported = self._keys_in_use[key]
             if exported is not None:
                 # An export needs the key for a moment only; another copy would cost more.
+                exported.hurry.set()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(EXPORT_WAIT_SECONDS):
-                        await exported.wait()
+                        await exported.released.wait()
                 if key not in self._keys_in_use:
                     break
             slot += 1
@@ -201,7 +217,7 @@ class ProjectRuntime:
         finally:
             exported = self._keys_in_use.pop(key)
             if exported is not None:
-                exported.set()
+                exported.released.set()
 
     async def _renamed(self, base: str, alike: str) -> str:
         before = self._alike.pop(alike, base)
@@ -212,11 +228,16 @@ class ProjectRuntime:
             del self._alike[next(iter(self._alike))]
         return base
 
-    def exporting(self, shared_key: str) -> None:
-        """Note that a build has ended and its key is held only until its export has begun."""
+    def exporting(self, shared_key: str, hurry: asyncio.Event) -> None:
+        """Note that a build has ended and its key is held only until its export has begun.
+
+        Args:
+            shared_key: of the build.
+            hurry: is set when the next build waits for the key.
+        """
         for key in self._keys_in_use:
             if shared_key.startswith(f"{key}-"):
-                self._keys_in_use[key] = asyncio.Event()
+                self._keys_in_use[key] = _ExportKey(hurry)
 
     async def wipe_ingest(self) -> bool:
         """Remove half-fetched content that has turned out to be damaged.
@@ -249,6 +270,8 @@ class ProjectRuntime:
 
     async def rest(self) -> None:
         """Stop BuildKit when it has been idle for long, and enforce the bound of the context."""
+        if self.own_results.look_due and self._daemon.running and not self.busy:
+            self.own_results.look(await self._daemon.client.disk_usage())
         if self.idle_seconds > self._idle_stop_seconds and self._daemon.running:
             await self._daemon.stop()
             await self.context_store.trim()

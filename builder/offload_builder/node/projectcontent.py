@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self
 import structlog
 
 from offload_builder.node.arrivals import Arrivals
-from offload_builder.node.contextshare import SharedContext, SharingLimits
+from offload_builder.node.contextshare import SharedContext
 from offload_builder.node.contextstore import ContextStore
 from offload_builder.node.why.answer import WhyDesk
 from offload_builder.node.why.tracestore import TraceStore
@@ -59,7 +59,7 @@ class ProjectContent:
                 domain.project_id,
                 objects,
                 folder / "context-share",
-                limits=SharingLimits(config.context_shared_keep, config.context_shared_idle),
+                idle_seconds=config.context_shared_idle,
                 threads=threads,
                 read=self._read_blob,
                 busy=busy,

@@ -11,7 +11,13 @@ import structlog
 from offload_builder.node.contextshare import SharingThreads
 from offload_builder.node.project import ProjectRuntime
 from offload_builder.node.projectcontent import ProjectContent
-from offload_builder.node.trustdomain import TrustDomain, delete, leftovers, set_aside
+from offload_builder.node.trustdomain import (
+    TrustDomain,
+    delete,
+    leftovers,
+    project_of,
+    set_aside,
+)
 
 if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
@@ -65,7 +71,7 @@ class ProjectPool:
         self._threads = SharingThreads()
         self._packing = asyncio.Semaphore(1)
         self._stack = AsyncExitStack()
-        self._opening = asyncio.Lock()
+        self._opening: dict[str, asyncio.Lock] = {}
         self._opened: dict[TrustDomain, _Opened] = {}
         self._contents: dict[str, ProjectContent] = {}
         self._latest: dict[str, str] = {}
@@ -109,13 +115,20 @@ class ProjectPool:
             OffloadError: its data cannot be opened.
         """
         domain = TrustDomain(project_id, domain_name)
-        async with self._opening:
+        async with self._lock(project_id):
             opened = self._opened.get(domain)
             if opened is None:
                 opened = self._opened[domain] = await self._open(domain)
             self._latest[project_id] = domain_name
             opened.runtime.touch()
             return opened.runtime
+
+    def _lock(self, project_id: str) -> asyncio.Lock:
+        """Return what one holds who opens or removes domains of a project.
+
+        To remove one takes seconds: builds of other projects do not wait for that.
+        """
+        return self._opening.setdefault(project_id, asyncio.Lock())
 
     async def likely_runtime(self, project_id: str) -> ProjectRuntime:
         """Return the domain that a build of a project will probably use: that of the last one.
@@ -178,7 +191,7 @@ class ProjectPool:
         domain, limit = runtime.domain, self._config.untrusted_idle
         if not domain.is_untrusted or runtime.idle_seconds <= limit:
             return
-        async with self._opening:
+        async with self._lock(domain.project_id):
             opened = self._opened.get(domain)
             # A build may have asked for it while the lock was awaited.
             if opened is None or opened.runtime.idle_seconds <= limit:
@@ -193,7 +206,7 @@ class ProjectPool:
     async def _remove_leftovers(self) -> None:
         folders, removed = leftovers(self._config)
         for folder in folders:
-            async with self._opening:
+            async with self._lock(project_of(folder)):
                 if folder in self._folders() or not folder.exists():
                     continue
                 aside = await set_aside(folder)

@@ -14,7 +14,6 @@ from offload_cache.keys import pack_key
 from offload_cache.packs.layout import pack_made_at
 from offload_cache.packs.merge import PackMerger
 from offload_cache.packs.pending import PendingBlobs
-from offload_cache.packs.sweep import PackSweeper
 from offload_cache.packs.writer import DRAFT_SUFFIX, PackWriter
 from offload_core.aio import TaskSet
 from offload_core.errors import CacheUnavailableError
@@ -42,13 +41,12 @@ _NEWS_SECONDS = 5.0
 _CLOSE_SECONDS = 5.0
 _FIRST_PAUSE_SECONDS = 5.0
 _LONGEST_PAUSE_SECONDS = 300.0
-_SWEEP_SECONDS = 6 * 3600.0
-_FULL_SWEEP_APART_SECONDS = 60.0
 _MARK_SECONDS = 86_400.0
+_MAX_MARKED = 10_000
 
 
 class SharingWork:
-    """Packs, marks uses, merges and sweeps for one project; see `SharedContext`."""
+    """Packs, marks uses and merges for one project; see `SharedContext`."""
 
     def __init__(
         self,
@@ -58,8 +56,7 @@ class SharingWork:
         refresh: CatalogRefresh,
         folder: Path,
         *,
-        keep_bytes: int,
-        keep_seconds: float,
+        idle_seconds: float,
         thread: Executor,
         answers: Executor,
         read: Callable[[bytes], bytes | None],
@@ -72,8 +69,7 @@ class SharingWork:
         self._folder = folder
         self._answers = answers
         self._busy = busy
-        self._keep_bytes = keep_bytes
-        self._mark_seconds = min(_MARK_SECONDS, keep_seconds / 4)
+        self._mark_seconds = min(_MARK_SECONDS, idle_seconds / 4)
         self._pending = PendingBlobs(folder / "pending")
         self._writer = PackWriter(
             objects, project_id, catalog, folder,
@@ -81,9 +77,6 @@ class SharingWork:
         )  # fmt: skip
         self._merger = PackMerger(
             objects, project_id, catalog, self._writer, thread=thread, threads=answers
-        )
-        self._sweeper = PackSweeper(
-            objects, project_id, catalog, answers, keep_bytes=keep_bytes, keep_seconds=keep_seconds
         )
         self._wake = asyncio.Event()
         self._tasks = TaskSet(on_error=self._crashed)
@@ -94,8 +87,6 @@ class SharingWork:
         self._idle = asyncio.Event()
         self._idle.set()
         self._pause_seconds = _FIRST_PAUSE_SECONDS
-        self._swept_at = time.monotonic()
-        self._sweep_after = _SWEEP_SECONDS * random.uniform(0.5, 1.0)  # noqa: S311
         self._marked_at: dict[str, float] = {}
         self._marks: set[str] = set()
 
@@ -118,14 +109,6 @@ class SharingWork:
             for left in self._folder.glob(f"*{DRAFT_SUFFIX}"):
                 left.unlink(missing_ok=True)
         self._pending.load()
-
-    async def sweep(self) -> bool:
-        """Enforce the bounds now; False when the shared store does not answer."""
-        try:
-            await self._sweeper.sweep()
-        except CacheUnavailableError:
-            return False
-        return True
 
     async def settle(self) -> None:
         """Pack for some seconds without waiting for quiet; once, before `close`."""
@@ -165,15 +148,17 @@ class SharingWork:
         now = time.time()
         last = self._marked_at.get(pack, pack_made_at(pack))
         if now - last > self._mark_seconds:
+            if len(self._marked_at) >= _MAX_MARKED:
+                del self._marked_at[next(iter(self._marked_at))]
             self._marked_at[pack] = now
+            if not (self._pending or self._marks):
+                self._waiting_since = time.monotonic()
             self._marks.add(pack)
             self._wake.set()
 
     async def _run(self) -> None:
         while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._until_sweep()):
-                    await self._wake.wait()
+            await self._wake.wait()
             self._wake.clear()
             try:
                 await self._until_quiet()
@@ -187,9 +172,6 @@ class SharingWork:
                 await self._rest(repr(error))
             else:
                 self._pause_seconds = _FIRST_PAUSE_SECONDS
-
-    def _until_sweep(self) -> float:
-        return max(0.0, self._swept_at + self._sweep_after - time.monotonic())
 
     async def _rest(self, cause: str) -> None:
         log.info(
@@ -221,7 +203,7 @@ class SharingWork:
 
     def _may_work(self) -> bool:
         now = time.monotonic()
-        late = bool(self._pending) and now - self._waiting_since > PATIENCE_SECONDS
+        late = bool(self._pending or self._marks) and now - self._waiting_since > PATIENCE_SECONDS
         return self._closing or late or not (self._receiving(now) or self._busy())
 
     def _receiving(self, now: float) -> bool:
@@ -258,14 +240,6 @@ class SharingWork:
             await self._objects.write_bytes(pack_key(self._project_id, "used", pack), b"")
             self._marks.discard(pack)
         await self._merger.merge()
-        stored = await asyncio.get_running_loop().run_in_executor(
-            self._answers, self._catalog.stored_bytes
-        )
-        since = time.monotonic() - self._swept_at
-        full = stored > self._keep_bytes and since > _FULL_SWEEP_APART_SECONDS
-        if full or since > self._sweep_after:
-            self._swept_at = time.monotonic()
-            await self._sweeper.sweep()
 
     async def _save(self) -> None:
         await asyncio.get_running_loop().run_in_executor(

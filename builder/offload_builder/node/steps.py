@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 MAX_REPORTED = 1000
 STEP = re.compile(r"\[(?:[^\]]+ )?\d+/\d+\] ")
 """BuildKit numbers instructions: "[2/5]", "[build 2/5]", "[linux/arm64 build 2/5]"."""
+_BASE = re.compile(STEP.pattern + "FROM ")
 
 
 @dataclass(slots=True)
@@ -29,7 +30,8 @@ class StepTally:
     """Counts vertices that stand for instructions, such as "[build 2/5] RUN make".
 
     BuildKit's own work (loading the Dockerfile, importing and exporting) is not counted: people
-    ask how many of *their* steps were cached.
+    ask how many of *their* steps were cached. Nor is a FROM, which BuildKit mostly does not call
+    cached when all that stands on it is.
     """
 
     def __init__(self) -> None:
@@ -44,7 +46,8 @@ class StepTally:
     def add(self, batch: ProgressBatch) -> None:
         """Take news."""
         for vertex in batch.vertices:
-            if vertex.HasField("completed_at") and STEP.match(vertex.name):
+            is_step = STEP.match(vertex.name) and not _BASE.match(vertex.name)
+            if is_step and vertex.HasField("completed_at"):
                 known = self._now.get(vertex.digest)
                 cached = vertex.cached or (known is not None and known.cached)
                 taken = max(_milliseconds(vertex), 0 if known is None else known.milliseconds)

@@ -91,6 +91,11 @@ class TrustDomain:
         )
 
 
+def project_of(folder: Path) -> str:
+    """Return the project whose domain has a directory."""
+    return folder.name.partition("~")[0]
+
+
 async def set_aside(folder: Path) -> Path | None:
     """Take a domain's directory out of use, with the mounts in it; None when that did not work.
 

@@ -162,12 +162,21 @@ def _parent_death_signal() -> list[str]:
 
 
 def node_process(
-    node_id: str, settings: Mapping[str, str], log_file: Path, stop_seconds: float
+    node_id: str,
+    settings: Mapping[str, str],
+    log_file: Path,
+    stop_seconds: float,
+    *,
+    config_file: Path | None = None,
 ) -> ProcessSpec:
-    """Return the process of one node; `settings` are NodeConfig fields as texts."""
+    """Return the process of one node; `settings` are NodeConfig fields as texts.
+
+    They hold above those of `config_file`.
+    """
+    more = ["--config", str(config_file)] if config_file is not None else []
     return ProcessSpec(
         name=node_id,
-        command=[sys.executable, "-m", "offload_builder.cli.entry", "node"],
+        command=[sys.executable, "-m", "offload_builder.cli.entry", "node", *more],
         environment={f"OFFLOAD_NODE_{key.upper()}": value for key, value in settings.items()},
         log_file=log_file,
         stop_seconds=stop_seconds,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import structlog
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from offload_cache.objectstore import ObjectStore
     from offload_cache.tiered import ProjectStore
 
+T = TypeVar("T")
 _log = structlog.get_logger(__name__)
 
 PUBLISH_SECONDS = 20.0
@@ -39,6 +40,13 @@ TRUSTED_WRITERS = frozenset({"admin", "ci", "member"})
 
 _PARALLEL = 8
 _FOREVER = float("inf")
+
+
+class InThread(Protocol):
+    """Does blocking work elsewhere; `NodeStore.in_thread` is one."""
+
+    def __call__(self, work: Callable[[], T], /) -> Awaitable[T]:
+        """Return what `work` returns."""
 
 
 class LocalMember(Protocol):
@@ -117,9 +125,9 @@ class LayerCacheAdmin:
         self,
         store: ProjectStore,
         scopes: LocalScopes,
-        in_thread: Callable[[Callable[[], Contribution]], Awaitable[Contribution]],
+        in_thread: InThread,
     ) -> None:
-        """Set the project's blobs, its scopes on this node, and who parses documents."""
+        """Set the project's blobs, its scopes on this node, and who does blocking work."""
         self._store = store
         self._scopes = scopes
         self._in_thread = in_thread
@@ -158,8 +166,8 @@ class LayerCacheAdmin:
         contents.entries = _with(contents.entries, await self._own())
         return contents
 
-    async def _own(self, scope: str = "") -> list[EntrySummary]:
-        scopes = [scope] if scope else await self._scopes.scopes()
+    async def _own(self) -> list[EntrySummary]:
+        scopes = await self._scopes.scopes()
         await self._scopes.load(scopes)
         found = []
         for name in scopes:
@@ -220,8 +228,10 @@ class LayerCacheAdmin:
             await self._retire(self._store.objects, gone)
         else:
             # Nobody else can have them: there is no grace to wait for.
-            for digest in freed:
-                self._store.disk.delete_unused(digest, _FOREVER)
+            disk = self._store.disk
+            await self._in_thread(
+                lambda: [disk.delete_unused(digest, _FOREVER) for digest in freed]
+            )
         if gone:
             _log.info("cache.entries.removed", project_id=self._store.project_id, entries=len(gone))
 
@@ -237,16 +247,21 @@ class LayerCacheAdmin:
 
     # -- promote
 
-    async def promote(self, from_scope: str, to_scope: str) -> Promoted:
+    async def promote(self, from_scope: str, to_scope: str, *, node_only: bool = False) -> Promoted:
         """Copy the entries of one scope to another; what the other has already is left alone.
 
         Entries of untrusted members are left out, whichever scope they are in.
+
+        Args:
+            from_scope: with the entries.
+            to_scope: that gets them.
+            node_only: only entries that this node has and the shared store has not.
 
         Raises:
             CacheUnavailableError: the shared store does not answer.
             QuotaExceededError: the disk is full.
         """
-        entries = (await self._contents(node_only=False)).entries
+        entries = (await self._contents(node_only=node_only)).entries
         there = {entry.entry_id for entry in entries if entry.scope == to_scope}
         refused = 0
         publications = []

@@ -56,8 +56,8 @@ def select(
     reach.sort(key=lambda entry: (entry.used_at, entry.scope, entry.entry_id))
     chosen = reach
     if wanted.unused_for is not None:
-        limit = now - wanted.unused_for
-        chosen = [entry for entry in reach if entry.used_at <= limit]
+        # Ages are compared: a date may not be early enough to take the time from it.
+        chosen = [entry for entry in reach if now - entry.used_at >= wanted.unused_for]
     if not wanted.keep_bytes:
         return chosen
     names: Counter[str] = Counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import defaultdict
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from offload_cache.collection.plan import Limits
+    from offload_cache.collection.roots import Root
     from offload_cache.objectstore import ObjectStore
 
 _log = structlog.get_logger(__name__)
@@ -102,8 +104,8 @@ class Collector:
             for project_id in project_ids:
                 project = self.project(project_id, now, allowed)
                 report.projects[project_id] = project.report
-                await project.run()
-                collected.append(project)
+                if await self._collect(project):
+                    collected.append(project)
             if self._pool_keep_bytes:
                 await self._bound_pool(collected)
         except InterruptedCollectionError:
@@ -121,6 +123,19 @@ class Collector:
             seconds=report.seconds,
         )
         return report
+
+    @staticmethod
+    async def _collect(project: ProjectCollection) -> bool:
+        """Collect one project; False when something in it is so wrong that the others go first."""
+        try:
+            await project.run()
+        except (InterruptedCollectionError, CacheUnavailableError):
+            raise
+        except Exception as error:  # noqa: BLE001 - the others shall be collected
+            _log.error("cache.collection.stuck", project_id=project.project_id, error=repr(error))
+            project.report.problem = f"it was not collected: {error!r}"
+            return False
+        return True
 
     def project(
         self, project_id: str, now: StoreClock, allowed: Callable[[], bool]
@@ -150,15 +165,17 @@ class Collector:
         gone, _ = longest_unused(
             [(project.project_id, root) for _, _, project, root in order], self._pool_keep_bytes
         )
+        leaving: defaultdict[str, list[Root]] = defaultdict(list)
+        staying: defaultdict[str, list[Root]] = defaultdict(list)
+        for number, (_, _, project, root) in enumerate(order):
+            (leaving if number < gone else staying)[project.project_id].append(root)
         for project in projects:
-            going = [root for _, _, owner, root in order[:gone] if owner is project]
+            going = leaving[project.project_id]
             if not going:
                 continue
             images = [root for root in going if root.is_image]
             await project.retire(root for root in going if not root.is_image)
             if images:
                 await project.retire_images(images)
-            _, live_bytes = longest_unused(
-                [("", root) for root in project.kept if root not in going], 0
-            )
-            project.report.live_bytes = live_bytes
+            kept = [("", root) for root in staying[project.project_id]]
+            _, project.report.live_bytes = longest_unused(kept, 0)

@@ -243,6 +243,8 @@ class RootReader:
     ) -> None:
         known = self._known.setdefault(project_id, {})
         root = known.get(name)
+        if root is not None and root.is_image and root.written_at != info.modified_at:
+            root = None  # pushed again, and this time it may name more
         if root is None:
             data = await self._document(info.key, moved)
             if data is None:

@@ -26,7 +26,6 @@ HEADER_SECONDS = 15.0
 READ_SECONDS = 30.0
 _MAX_REDIRECTS = 5
 _MAX_JSON_BYTES = 1 << 20
-_CONNECTIONS_PER_HOST = 24
 _REDIRECTS = {301, 302, 303, 307, 308}
 
 
@@ -73,6 +72,10 @@ class Connection:
     def may_send_login(self, url: str) -> bool:
         """Whether a login may go to a URL: over TLS, or where plain HTTP is configured."""
         return url.startswith("https://") or self.endpoint.http
+
+    def is_own(self, answer: aiohttp.ClientResponse) -> bool:
+        """Whether an answer is the registry's, and not that of a place that it redirected to."""
+        return _origin(str(answer.url)) == self._origin
 
     async def open(
         self, method: str, url: str, headers: Mapping[str, str]
@@ -174,7 +177,9 @@ async def read_body(answer: aiohttp.ClientResponse, max_bytes: int) -> bytes:
 def new_session() -> aiohttp.ClientSession:
     """Return the session for all upstream registries of a node; its caller closes it."""
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, limit_per_host=_CONNECTIONS_PER_HOST),
+        # Who pulls bounds itself. With a bound here a question would wait for layers on their way,
+        # and that looks like a registry that does not answer.
+        connector=aiohttp.TCPConnector(limit=0),
         timeout=aiohttp.ClientTimeout(
             total=None, sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS
         ),

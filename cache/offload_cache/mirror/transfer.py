@@ -57,22 +57,28 @@ class BlobPull:
             UpstreamError: it cannot be had here, or is not what its digest names.
             QuotaExceededError: the disk is full.
         """
-        async with asyncio.timeout(_BLOB_SECONDS):
-            try:
-                answer = await self._request(0, RANGE_BYTES)
-            except _RangeRefusedError:
-                answer = await self._client.request("GET", self._repository, self._path)
-            try:
-                if answer.status == 206:
-                    size_bytes = await self._pull_ranges(answer)
-                else:
-                    size_bytes = await self._pull_whole(answer)
-            finally:
-                answer.release()
-            try:
-                await self._writer.commit(self._digest, size_bytes)
-            except DigestMismatchError as error:
-                raise UnfitError(f"{self._digest} is damaged upstream: {error.message}") from error
+        try:
+            async with asyncio.timeout(_BLOB_SECONDS):
+                return await self._run()
+        except TimeoutError as error:
+            raise AwayError(f"{self._digest} takes more than {_BLOB_SECONDS:.0f} s") from error
+
+    async def _run(self) -> int:
+        try:
+            answer = await self._request(0, RANGE_BYTES)
+        except _RangeRefusedError:
+            answer = await self._client.request("GET", self._repository, self._path)
+        try:
+            if answer.status == 206:
+                size_bytes = await self._pull_ranges(answer)
+            else:
+                size_bytes = await self._pull_whole(answer)
+        finally:
+            answer.release()
+        try:
+            await self._writer.commit(self._digest, size_bytes)
+        except DigestMismatchError as error:
+            raise UnfitError(f"{self._digest} is damaged upstream: {error.message}") from error
         return size_bytes
 
     @property

@@ -124,7 +124,8 @@ class EndpointClient:
             if status in {200, 206}:
                 return answer
             answer.release()
-            if status == 401 and attempts:
+            # Only the registry may ask for its login, and say where it is to be sent.
+            if status == 401 and attempts and self._connection.is_own(answer):
                 attempts -= 1
                 authorization = await self._authorizer.answer(
                     repository,

@@ -175,11 +175,6 @@ class PackCatalog:
             lambda connection: [row[0] for row in connection.execute(query, (below_bytes,))], []
         )
 
-    def stored_bytes(self) -> int:
-        """Return the bytes of all packs together."""
-        query = "SELECT coalesce(sum(stored_bytes), 0) FROM packs"
-        return self._run(lambda connection: int(connection.execute(query).fetchone()[0]), 0)
-
     def counts(self) -> tuple[int, int]:
         """Return how many blobs and packs are known."""
         query = "SELECT (SELECT count(*) FROM blobs), (SELECT count(*) FROM packs WHERE usable)"

@@ -1,4 +1,4 @@
-"""Bounds what a project's packs take in the shared store.
+"""Bounds what a project's packs take in the shared store; collections carry it out.
 
 A pack counts as used when it was stored and on each day on which a node reads from it; the node
 then writes an empty object next to it, the mark of use. A pack that was not used for long enough
@@ -8,32 +8,23 @@ know a deleted pack: for them its blobs are a miss, which is a question to the c
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
-import structlog
-
-from offload_cache.keys import pack_key, pack_prefix
-from offload_cache.packs.refresh import MAX_PACKS
+from offload_cache.keys import pack_key
 from offload_core.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from concurrent.futures import Executor
 
     from offload_cache.objectstore import ObjectInfo, ObjectStore
-    from offload_cache.packs.catalog import PackCatalog
-
-_log = structlog.get_logger(__name__)
 
 _ORPHAN_GRACE = timedelta(days=1)
 """A pack whose index is not there yet may be under way; one whose index is gone may be read."""
 _FREED_SHARE = 0.1
 """Beyond the bound so much more is freed that it does not come to this with every pack."""
-_LIST_SECONDS = 60.0
 
 
 @dataclass(slots=True)
@@ -88,64 +79,6 @@ def plan_sweep(
             plan.packs.append(name)
             plan.stored_bytes -= packs[name].size_bytes
     return plan
-
-
-class PackSweeper:
-    """Enforces the bounds of one project."""
-
-    def __init__(
-        self,
-        objects: ObjectStore,
-        project_id: str,
-        catalog: PackCatalog,
-        threads: Executor,
-        *,
-        keep_bytes: int,
-        keep_seconds: float,
-    ) -> None:
-        self._objects = objects
-        self._project_id = project_id
-        self._catalog = catalog
-        self._threads = threads
-        self._keep_bytes = keep_bytes
-        self._keep_seconds = keep_seconds
-
-    async def sweep(self) -> SweepPlan:
-        """Delete what the bounds do not allow; several nodes may do so at once.
-
-        Raises:
-            CacheUnavailableError: the shared store does not answer.
-        """
-        indexes = await self._list("index")
-        packs = await self._list("packs")
-        marks = await self._list("used")
-        plan = plan_sweep(
-            indexes,
-            packs,
-            marks,
-            now=datetime.now(UTC),
-            keep_bytes=self._keep_bytes,
-            keep_seconds=self._keep_seconds,
-        )
-        await delete_packs(self._objects, self._project_id, plan, indexes, packs, marks)
-        if plan.packs:
-            await asyncio.get_running_loop().run_in_executor(
-                self._threads, self._catalog.forget, plan.packs
-            )
-            _log.info(
-                "context.packs.deleted",
-                project_id=self._project_id,
-                packs=len(plan.packs),
-                kept_bytes=plan.stored_bytes,
-            )
-        return plan
-
-    async def _list(self, kind: str) -> dict[str, ObjectInfo]:
-        prefix = pack_prefix(self._project_id, kind)
-        found = await self._objects.list_objects(prefix, limit=MAX_PACKS, timeout=_LIST_SECONDS)
-        return valid_packs(
-            self._project_id, kind, {info.key.removeprefix(prefix): info for info in found}
-        )
 
 
 def valid_packs(

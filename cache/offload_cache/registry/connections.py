@@ -17,6 +17,9 @@ _log = structlog.get_logger(__name__)
 
 MAX_CONNECTIONS = 512
 """A daemon uses some ten; the rest of the node needs file descriptors, too."""
+MAX_STRANGERS = 128
+"""Connections without a request that knew a secret. A build step that can reach the registry must
+not be able to keep BuildKit out: the oldest stranger makes room for the newest."""
 _IDLE_SECONDS = 120.0
 """For the head of a request, and between two. Go's clients close idle connections after 90 s."""
 _MAX_LINE_BYTES = 8 << 10
@@ -25,11 +28,17 @@ _MAX_LINE_BYTES = 8 << 10
 class Connection(web.RequestHandler):
     """A connection. What is no HTTP is answered in the registry's JSON form, too."""
 
-    __slots__ = ("_refused",)
+    __slots__ = ("_refused", "_strangers")
 
     def __init__(
-        self, server: web.Server, loop: asyncio.AbstractEventLoop, *, read_buffer_bytes: int
+        self,
+        server: web.Server,
+        loop: asyncio.AbstractEventLoop,
+        strangers: dict[Connection, None],
+        *,
+        read_buffer_bytes: int,
     ) -> None:
+        """Set the strangers of the listener, the oldest first; connections add themselves."""
         super().__init__(
             server,
             loop=loop,
@@ -42,6 +51,7 @@ class Connection(web.RequestHandler):
             auto_decompress=False,
         )
         self._refused = len(server.connections) >= MAX_CONNECTIONS
+        self._strangers = strangers
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin to read, or close when there are too many connections."""
@@ -50,6 +60,26 @@ class Connection(web.RequestHandler):
             cast(asyncio.Transport, transport).abort()
             return
         super().connection_made(transport)
+        self.estrange()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Forget the connection."""
+        self._strangers.pop(self, None)
+        super().connection_lost(exc)
+
+    def welcome(self) -> None:
+        """Note that a request of this connection knew a secret."""
+        self._strangers.pop(self, None)
+
+    def estrange(self) -> None:
+        """Note that no request of this connection knew a secret so far."""
+        self._strangers.pop(self, None)
+        while len(self._strangers) >= MAX_STRANGERS:
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            if oldest.transport is not None:
+                oldest.transport.abort()
+        self._strangers[self] = None
 
     def handle_error(
         self,

@@ -6,7 +6,7 @@ import contextlib
 import secrets
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
@@ -25,7 +25,16 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger(__name__)
 
-_CAPABILITY_BYTES = 24  # 192 bits; hex, because repository names are lower case
+_CAPABILITY_BYTES = 96
+CAPABILITY_CHARACTERS = 2 * _CAPABILITY_BYTES
+"""Hexadecimal, because repository names are lower case.
+
+24 bytes would be secret enough. But BuildKit notes at each import, for every listed layer that it
+has, which repositories had it: one write with fsync each, 1 ms on a plain disk, until the note is
+full with 4,096 bytes. With long names it soon is. Older clients, such as docker 20.10, take no more
+than 255 bytes together with host and port.
+Source: containerd's core/remotes/docker/handler.go, AppendDistributionSourceLabel.
+"""
 _MAX_UPLOADS = 64
 _MAX_HELD_MANIFESTS = 64
 _MAX_HELD_BYTES = 32 << 20
@@ -35,6 +44,18 @@ CACHE = "cache"
 IMAGE = "image"
 IMPORT_TAG = "import"
 EXPORT_TAG = "export"
+
+
+class KnownResults(Protocol):
+    """What a BuildKit has without an import."""
+
+    def hold_all(self, contributions: Iterable[str]) -> bool:
+        """Return whether an import of these contributions would give it nothing."""
+        ...
+
+    def imported(self) -> None:
+        """Hear that it is about to read an import."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +70,7 @@ class Grant:
         entry_key: tells builds of one scope apart.
         writer: which build of whom; noted in what is published.
         may_import: False for a build without cache.
+        results: of the BuildKit that the build runs on; None when nothing is known of them.
     """
 
     cache: ProjectCache
@@ -57,6 +79,7 @@ class Grant:
     entry_key: str
     writer: Writer
     may_import: bool = True
+    results: KnownResults | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +91,14 @@ class Exported:
         reference: the tag or digest under which it was pushed.
         digest: of the manifest.
         publication: number for `UploadQueue.wait_published`; None without a shared store.
+        contribution: identifier of what it added to the cache; empty when it added nothing.
     """
 
     repository: str
     reference: str
     digest: str
     publication: int | None
+    contribution: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +121,7 @@ class GrantState:
     held: OrderedDict[tuple[str, str], HeldManifest] = field(default_factory=OrderedDict)
     exports: list[Exported] = field(default_factory=list)
     leased: set[str] = field(default_factory=set)
+    kept_shared: set[str] = field(default_factory=set)
     leases: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     revoked: bool = False
 
@@ -105,17 +131,15 @@ class GrantState:
             self.leased.add(digest)
             self.leases.enter_context(self.grant.cache.store.lease([digest]))
 
-    def keep_shared(
-        self, digests: Iterable[str], contributions: Iterable[tuple[str, str]] = ()
-    ) -> None:
+    def keep_shared(self, digests: Iterable[str]) -> None:
         """Keep blobs that this build may read in the shared store until the capability ends."""
         cache = self.grant.cache
-        if cache.read_lease is not None and not self.revoked:
-            self.leases.enter_context(
-                cache.read_lease.reading(
-                    cache.store.project_id, digests=digests, contributions=contributions
-                )
-            )
+        if cache.read_lease is None or self.revoked:
+            return
+        # Once each, however often a client asks.
+        if new := set(digests) - self.kept_shared:
+            self.kept_shared |= new
+            self.leases.enter_context(cache.read_lease.reading(cache.store.project_id, digests=new))
 
     def hold(self, repository: str, manifest: HeldManifest) -> None:
         """Let a manifest be read by its digest, as clients do right after asking for a tag."""

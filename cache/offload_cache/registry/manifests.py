@@ -16,7 +16,9 @@ from aiohttp import web
 from offload_cache.images import ImageDocument
 from offload_cache.keys import image_key
 from offload_cache.manifests import (
+    CACHE_CONFIG_TYPE,
     MAX_MANIFEST_BYTES,
+    OCI_MANIFEST,
     Descriptor,
     Manifest,
     parse_cache_manifest,
@@ -33,12 +35,14 @@ from offload_cache.registry.responses import (
     not_modified,
     unknown_manifest,
 )
+from offload_cache.unify import empty_import
 from offload_cache.uploadtable import UploadItem
 from offload_core.digest import is_digest, sha256_digest
 from offload_core.errors import DigestMismatchError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from offload_cache.registry.grants import GrantState, Registry
+    from offload_cache.scopes import Published
 
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _BODY_SECONDS = 60.0
@@ -108,11 +112,21 @@ class ManifestHandlers:
             statistics.manifest_misses += 1
             return None
         statistics.manifest_hits += 1
-        state.lease(offer.config_digest)
         if offer.own_key:
             grant.cache.scopes.note_use(grant.read_scopes, grant.entry_key)
-        state.keep_shared(offer.layers)
-        manifest = HeldManifest(offer.body, offer.digest, offer.media_type)
+        if grant.results is not None and grant.results.hold_all(offer.contributions):
+            # It was asked for in case of news, and there are none.
+            empty = empty_import()
+            await grant.cache.store.put_blob(empty.config, empty.config_digest)
+            state.lease(empty.config_digest)
+            body = empty.manifest()
+            manifest = HeldManifest(body, sha256_digest(body), OCI_MANIFEST)
+        else:
+            if grant.results is not None:
+                grant.results.imported()
+            state.lease(offer.config_digest)
+            state.keep_shared(offer.layers)
+            manifest = HeldManifest(offer.body, offer.digest, offer.media_type)
         state.hold(CACHE, manifest)
         return manifest
 
@@ -146,9 +160,12 @@ class ManifestHandlers:
         content_type = request.headers.get("Content-Type", "")
         state.grant.cache.store.statistics.bytes_received += len(body)
         headers = {}
+        contribution = ""
         if repository == CACHE:
             check_tag_room(state.cache_tags, tags)
-            media_type, publication = await self._push_cache(state, body, content_type)
+            media_type, published = await self._push_cache(state, body, content_type)
+            publication = published.publication
+            contribution = published.contribution.contribution_id if published.added else ""
             state.cache_tags.update(dict.fromkeys(tags, digest))
         else:
             manifest = parse_manifest(body, content_type)
@@ -161,7 +178,7 @@ class ManifestHandlers:
         state.lease(digest)
         state.hold(repository, HeldManifest(body, digest, media_type))
         for name in tags or [digest]:
-            state.exports.append(Exported(repository, name, digest, publication))
+            state.exports.append(Exported(repository, name, digest, publication, contribution))
         response = created(request, f"manifests/{digest}", digest)
         response.headers.update(headers)
         if tags and is_digest(reference):
@@ -190,7 +207,7 @@ class ManifestHandlers:
 
     async def _push_cache(
         self, state: GrantState, body: bytes, content_type: str
-    ) -> tuple[str, int | None]:
+    ) -> tuple[str, Published]:
         grant = state.grant
         manifest = parse_cache_manifest(body, content_type)
         if manifest.config is not None and not grant.cache.store.disk.has(manifest.config.digest):
@@ -198,7 +215,7 @@ class ManifestHandlers:
         published = await grant.cache.scopes.publish(
             grant.write_scope or "", grant.entry_key, body, writer=grant.writer
         )
-        return manifest.media_type, published.publication
+        return manifest.media_type, published
 
     async def _push_image(
         self, state: GrantState, body: bytes, digest: str, content_type: str
@@ -207,6 +224,11 @@ class ManifestHandlers:
         manifest = parse_manifest(body, content_type)
         await self._check_content(state, manifest)
         await store.put_blob(body, digest)
+        if manifest.config is not None and manifest.config.media_type == CACHE_CONFIG_TYPE:
+            return (
+                manifest.media_type,
+                None,
+            )  # a cache for the build's client, who takes it from here
         # Stages: what an index names was pushed, and so queued, before it.
         blobs = await self._image_blobs(state, manifest)
         document = ImageDocument(

@@ -13,6 +13,7 @@ from aiohttp import web
 from offload_cache.registry.blobs import BlobHandlers
 from offload_cache.registry.connections import Connection
 from offload_cache.registry.discovery import DiscoveryHandlers
+from offload_cache.registry.grants import CAPABILITY_CHARACTERS
 from offload_cache.registry.manifests import ManifestHandlers
 from offload_cache.registry.responses import (
     STATISTICS,
@@ -34,8 +35,9 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger(__name__)
 
-_BASE = "/v2/{capability:[a-f0-9]{48}}/{repository:cache|image}"
-_CAPABILITY = re.compile(r"/v2/([a-f0-9]{48})/(?:cache|image)/")
+_NAME = f"[a-f0-9]{{{CAPABILITY_CHARACTERS}}}"
+_BASE = f"/v2/{{capability:{_NAME}}}/{{repository:cache|image}}"
+_CAPABILITY = re.compile(rf"/v2/({_NAME})/(?:cache|image)/")
 _READ_BUFFER_BYTES = 256 << 10
 _SHUTDOWN_SECONDS = 5.0
 _SWEEPS_PER_IDLE = 8
@@ -65,14 +67,27 @@ def make_application(
     async def known_capability(
         request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        if request.match_info.handler in open_handlers or request.path in {"/v2", "/v2/"}:
+        connection = request.protocol if isinstance(request.protocol, Connection) else None
+        if request.path in {"/v2", "/v2/"}:
             return await handler(request)
+        if request.match_info.handler in open_handlers:
+            # They look for a secret themselves, and may send for long when they find it.
+            if connection is not None:
+                connection.welcome()
+            try:
+                return await handler(request)
+            except Exception:
+                if connection is not None:
+                    connection.estrange()
+                raise
         # Also for what no route takes: only who has the capability learns what is wrong.
         match = _CAPABILITY.match(request.path)
         try:
             registry.state(match[1] if match else "")
         except NotFoundError:
             raise RegistryError(*UNKNOWN_NAME) from None
+        if connection is not None:
+            connection.welcome()
         return await handler(request)
 
     async def version(_: web.Request) -> web.Response:
@@ -142,8 +157,9 @@ class RegistryServer:
             family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
             listener = socket.create_server((self._host, self._port), family=family, backlog=256)
             self._host, self._port = listener.getsockname()[:2]
+            strangers: dict[Connection, None] = {}
             self._listener = await loop.create_server(
-                lambda: Connection(server, loop, read_buffer_bytes=_READ_BUFFER_BYTES),
+                lambda: Connection(server, loop, strangers, read_buffer_bytes=_READ_BUFFER_BYTES),
                 sock=listener,
             )
         except BaseException:

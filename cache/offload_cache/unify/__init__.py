@@ -5,7 +5,7 @@ Nothing here reads or writes anything but what it is given.
 
 from offload_cache.unify.limits import Choice, Limits, Unified, unify
 from offload_cache.unify.records import SALT_PREFIX, Part, Record, Result, read_part
-from offload_cache.unify.render import Rendered, render, salt_digest
+from offload_cache.unify.render import Rendered, empty_import, render, salt_digest
 from offload_cache.unify.union import Union, keep_newest, unite
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Result",
     "Unified",
     "Union",
+    "empty_import",
     "keep_newest",
     "read_part",
     "render",

@@ -158,3 +158,9 @@ def _descriptor(layer: CacheLayer, *, short: bool) -> dict[str, Any]:
     if annotations:
         found["annotations"] = annotations
     return found
+
+
+def empty_import() -> Rendered:
+    """Return an import with nothing in it."""
+    config = orjson.dumps({"layers": [], "records": []})
+    return Rendered(config, sha256_digest(config), {}, 0)

@@ -27,11 +27,10 @@ _NEEDED = {
     ("--cache-to", "registry"): "ref",
     ("--cache-to", "local"): "dest",
 }
-_S3_ENVIRONMENT = {
+_S3_KEYS = {
     "access_key_id": "AWS_ACCESS_KEY_ID",
     "secret_access_key": "AWS_SECRET_ACCESS_KEY",
     "session_token": "AWS_SESSION_TOKEN",
-    "region": "AWS_REGION",
 }
 _GITHUB_ENVIRONMENT = {"token": "ACTIONS_RUNTIME_TOKEN", "url": "ACTIONS_CACHE_URL"}
 
@@ -174,7 +173,10 @@ def _other(
     if kind == "gha":
         return _github(values, environment)
     if kind == "s3":
-        _add(values, _S3_ENVIRONMENT, environment)
+        _add(values, {"region": "AWS_REGION"}, environment)
+        # A session token belongs to its keys: keys that are given go without that of others.
+        if not (values.get("access_key_id") and values.get("secret_access_key")):
+            _add(values, _S3_KEYS, environment)
         if not (values.get("access_key_id") and values.get("secret_access_key")):
             raise InvalidValueError(
                 f'invalid {flag} "{text}": type=s3 needs access_key_id and secret_access_key',

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from offload_client.build.cibranch import build_branches
 from offload_client.build.vcs import branch_and_revision
 from offload_client.cli.process import run_async
 from offload_client.cli.tables import ago, format_table
@@ -108,7 +109,9 @@ def _filter(
     if scope and all_scopes:
         raise UsageError("--scope and --all-scopes exclude each other; give one of them")
     if not scope and not all_scopes:
-        scope, _ = branch_and_revision(invocation.cwd)
+        # The scope that a build here would write.
+        checked_out, _ = branch_and_revision(invocation.cwd)
+        scope, _ = build_branches(checked_out, invocation.environment)
         if not scope:
             raise UsageError("no branch is checked out here; give --scope or --all-scopes")
     wanted = PruneFilter(scope=scope or "", all_scopes=all_scopes)

@@ -35,7 +35,8 @@ def why(
 ) -> int:
     """Explain why steps of BUILD ran instead of coming from the cache.
 
-    STEP is the number of a step in the log, or a part of its text; all that ran if it is left out.
+    STEP is the number of a step as shown here, or a part of its text; all that ran if it is left
+    out.
     BUILD may be the beginning of an id.
 
     \b

@@ -69,8 +69,7 @@ def run_in_helper(arguments: list[str]) -> int | None:
     """Run the command in the helper; None when it has to run in this process."""
     if not helper_enabled(os.environ) or not IN_PROCESS_ONLY.isdisjoint(arguments):
         return None
-    if any("/dev/" in argument or "/proc/" in argument for argument in arguments):
-        # /dev/stdout, /dev/fd/63 of a shell's `<(...)`: they mean something in this process only.
+    if any(needs_this_process(argument) for argument in arguments):
         return None
     path = socket_path(os.environ)
     try:
@@ -81,6 +80,12 @@ def run_in_helper(arguments: list[str]) -> int | None:
     if status.st_uid != os.getuid() or folder.st_uid != os.getuid() or folder.st_mode & 0o077:
         return None
     return _run(path, arguments)
+
+
+def needs_this_process(argument: str) -> bool:
+    """Return whether an argument may name something that only the command's own process sees."""
+    # /dev/stdout, /dev/fd/63 of a shell's `<(...)`, /proc/self/cwd. /dev/shm is a plain directory.
+    return "/proc/" in argument or "/dev/" in argument.replace("/dev/shm/", "")  # noqa: S108
 
 
 def _run(path: str, arguments: list[str]) -> int | None:

@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eoffload/v1/cache_service.proto\x12\noffload.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\"\n\x0cUsageRequest\x12\x12\n\nproject_id\x18\x01 \x01(\t\";\n\rUsageResponse\x12*\n\x08projects\x18\x01 \x03(\x0b\x32\x18.offload.v1.ProjectUsage\"\x87\x01\n\x0cProjectUsage\x12\x12\n\nproject_id\x18\x01 \x01(\t\x12%\n\x05usage\x18\x02 \x01(\x0b\x32\x16.offload.v1.CacheUsage\x12#\n\x04gain\x18\x03 \x01(\x0b\x32\x15.offload.v1.CacheGain\x12\x17\n\x0fsilent_node_ids\x18\x04 \x03(\t\"\xb0\x01\n\tCacheGain\x12)\n\x06period\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06\x62uilds\x18\x02 \x01(\x05\x12\x13\n\x0bsteps_total\x18\x03 \x01(\x03\x12\x14\n\x0csteps_cached\x18\x04 \x01(\x03\x12(\n\x05saved\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0bsaved_bytes\x18\x06 \x01(\x03\"\x84\x02\n\nCacheUsage\x12&\n\x06scopes\x18\x01 \x03(\x0b\x32\x16.offload.v1.ScopeUsage\x12\x14\n\x0cshared_bytes\x18\x02 \x01(\x03\x12\x16\n\x0eshared_objects\x18\x03 \x01(\x03\x12\x15\n\rgarbage_bytes\x18\x04 \x01(\x03\x12\x19\n\x11shared_keep_bytes\x18\x05 \x01(\x03\x12\x30\n\x0c\x63ollected_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12$\n\x05nodes\x18\x07 \x03(\x0b\x32\x15.offload.v1.NodeUsage\x12\x16\n\x0eshared_problem\x18\x08 \x01(\t\"\xd3\x01\n\nScopeUsage\x12\r\n\x05scope\x18\x01 \x01(\t\x12\x0f\n\x07\x65ntries\x18\x02 \x01(\x05\x12\x13\n\x0blayer_bytes\x18\x03 \x01(\x03\x12\x11\n\town_bytes\x18\x04 \x01(\x03\x12.\n\nwritten_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x07used_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06member\x18\x07 \x01(\t\x12\x10\n\x08\x62uild_id\x18\x08 \x01(\t\"\xca\x01\n\tNodeUsage\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x12\n\nblob_bytes\x18\x02 \x01(\x03\x12\x17\n\x0f\x62lob_keep_bytes\x18\x03 \x01(\x03\x12\x16\n\x0e\x62uildkit_bytes\x18\x04 \x01(\x03\x12\x1b\n\x13\x62uildkit_keep_bytes\x18\x05 \x01(\x03\x12\x15\n\rcontext_bytes\x18\x06 \x01(\x03\x12\x1a\n\x12\x63ontext_keep_bytes\x18\x07 \x01(\x03\x12\x17\n\x0fpending_uploads\x18\x08 \x01(\x03\"s\n\x0bPruneFilter\x12\r\n\x05scope\x18\x01 \x01(\t\x12\x12\n\nall_scopes\x18\x02 \x01(\x08\x12-\n\nunused_for\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nkeep_bytes\x18\x04 \x01(\x03\"\\\n\x0cPruneRequest\x12\x12\n\nproject_id\x18\x01 \x01(\t\x12\'\n\x06\x66ilter\x18\x02 \x01(\x0b\x32\x17.offload.v1.PruneFilter\x12\x0f\n\x07\x64ry_run\x18\x03 \x01(\x08\"Q\n\rPruneResponse\x12\'\n\x06result\x18\x01 \x01(\x0b\x32\x17.offload.v1.PruneResult\x12\x17\n\x0fsilent_node_ids\x18\x02 \x03(\t\"L\n\x0bPruneResult\x12(\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x17.offload.v1.PrunedEntry\x12\x13\n\x0b\x66reed_bytes\x18\x02 \x01(\x03\"\x95\x01\n\x0bPrunedEntry\x12\r\n\x05scope\x18\x01 \x01(\t\x12\x10\n\x08\x65ntry_id\x18\x02 \x01(\t\x12\x10\n\x08\x62uild_id\x18\x03 \x01(\t\x12\x0e\n\x06member\x18\x04 \x01(\t\x12.\n\nwritten_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0blayer_bytes\x18\x06 \x01(\x03\"J\n\x0ePromoteRequest\x12\x12\n\nproject_id\x18\x01 \x01(\t\x12\x12\n\nfrom_scope\x18\x02 \x01(\t\x12\x10\n\x08to_scope\x18\x03 \x01(\t\"<\n\x0fPromoteResponse\x12)\n\x06result\x18\x01 \x01(\x0b\x32\x19.offload.v1.PromoteResult\"1\n\rPromoteResult\x12\x0f\n\x07\x65ntries\x18\x01 \x01(\x05\x12\x0f\n\x07refused\x18\x02 \x01(\x05\",\n\nWhyRequest\x12\x10\n\x08\x62uild_id\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\t\"4\n\x0bWhyResponse\x12%\n\x06result\x18\x01 \x01(\x0b\x32\x15.offload.v1.WhyResult\"\xa6\x01\n\tWhyResult\x12\x10\n\x08\x62uild_id\x18\x01 \x01(\t\x12\x18\n\x10\x65\x61rlier_build_id\x18\x02 \x01(\t\x12\x16\n\x0e\x65\x61rlier_member\x18\x03 \x01(\t\x12.\n\nearlier_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12%\n\x05steps\x18\x05 \x03(\x0b\x32\x16.offload.v1.StepReason\"\xcb\x03\n\nStepReason\x12\x0e\n\x06number\x18\x01 \x01(\x05\x12\x0c\n\x04name\x18\x02 \x01(\t\x12)\n\x04kind\x18\x03 \x01(\x0e\x32\x1b.offload.v1.StepReason.Kind\x12\x13\n\x0b\x65xplanation\x18\x04 \x01(\t\x12\x0f\n\x07\x64\x65tails\x18\x05 \x03(\t\x12\x14\n\x0cmore_details\x18\x06 \x01(\x05\x12\'\n\x04took\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x8e\x02\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x0f\n\x0bKIND_CACHED\x10\x01\x12\x0c\n\x08KIND_NEW\x10\x02\x12\x15\n\x11KIND_EARLIER_STEP\x10\x03\x12\x16\n\x12KIND_FILES_CHANGED\x10\x04\x12\x15\n\x11KIND_TEXT_CHANGED\x10\x05\x12\x13\n\x0fKIND_BASE_MOVED\x10\x06\x12\x13\n\x0fKIND_NOT_WANTED\x10\x07\x12\x12\n\x0eKIND_COLLECTED\x10\x08\x12\x14\n\x10KIND_OTHER_SCOPE\x10\t\x12\x15\n\x11KIND_NOT_UPLOADED\x10\n\x12\x0e\n\nKIND_FAULT\x10\x0b\x12\x10\n\x0cKIND_UNKNOWN\x10\x0c\x32\x86\x02\n\x0c\x43\x61\x63heService\x12<\n\x05Usage\x12\x18.offload.v1.UsageRequest\x1a\x19.offload.v1.UsageResponse\x12<\n\x05Prune\x12\x18.offload.v1.PruneRequest\x1a\x19.offload.v1.PruneResponse\x12\x42\n\x07Promote\x12\x1a.offload.v1.PromoteRequest\x1a\x1b.offload.v1.PromoteResponse\x12\x36\n\x03Why\x12\x16.offload.v1.WhyRequest\x1a\x17.offload.v1.WhyResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eoffload/v1/cache_service.proto\x12\noffload.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\"\n\x0cUsageRequest\x12\x12\n\nproject_id\x18\x01 \x01(\t\";\n\rUsageResponse\x12*\n\x08projects\x18\x01 \x03(\x0b\x32\x18.offload.v1.ProjectUsage\"\x87\x01\n\x0cProjectUsage\x12\x12\n\nproject_id\x18\x01 \x01(\t\x12%\n\x05usage\x18\x02 \x01(\x0b\x32\x16.offload.v1.CacheUsage\x12#\n\x04gain\x18\x03 \x01(\x0b\x32\x15.offload.v1.CacheGain\x12\x17\n\x0fsilent_node_ids\x18\x04 \x03(\t\"\xa1\x01\n\tCacheGain\x12)\n\x06period\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06\x62uilds\x18\x02 \x01(\x05\x12\x13\n\x0bsteps_total\x18\x03 \x01(\x03\x12\x14\n\x0csteps_cached\x18\x04 \x01(\x03\x12(\n\x05saved\x18\x05 \x01(\x0b\x32\x19.google.protobuf.DurationJ\x04\x08\x06\x10\x07\"\x84\x02\n\nCacheUsage\x12&\n\x06scopes\x18\x01 \x03(\x0b\x32\x16.offload.v1.ScopeUsage\x12\x14\n\x0cshared_bytes\x18\x02 \x01(\x03\x12\x16\n\x0eshared_objects\x18\x03 \x01(\x03\x12\x15\n\rgarbage_bytes\x18\x04 \x01(\x03\x12\x19\n\x11shared_keep_bytes\x18\x05 \x01(\x03\x12\x30\n\x0c\x63ollected_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12$\n\x05nodes\x18\x07 \x03(\x0b\x32\x15.offload.v1.NodeUsage\x12\x16\n\x0eshared_problem\x18\x08 \x01(\t\"\xd3\x01\n\nScopeUsage\x12\r\n\x05scope\x18\x01 \x01(\t\x12\x0f\n\x07\x65ntries\x18\x02 \x01(\x05\x12\x13\n\x0blayer_bytes\x18\x03 \x01(\x03\x12\x11\n\town_bytes\x18\x04 \x01(\x03\x12.\n\nwritten_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x07used_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06member\x18\x07 \x01(\t\x12\x10\n\x08\x62uild_id\x18\x08 \x01(\t\"\xca\x01\n\tNodeUsage\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x12\n\nblob_bytes\x18\x02 \x01(\x03\x12\x17\n\x0f\x62lob_keep_bytes\x18\x03 \x01(\x03\x12\x16\n\x0e\x62uildkit_bytes\x18\x04 \x01(\x03\x12\x1b\n\x13\x62uildkit_keep_bytes\x18\x05 \x01(\x03\x12\x15\n\rcontext_bytes\x18\x06 \x01(\x03\x12\x1a\n\x12\x63ontext_keep_bytes\x18\x07 \x01(\x03\x12\x17\n\x0fpending_uploads\x18\x08 \x01(\x03\"s\n\x0bPruneFilter\x12\r\n\x05scope\x18\x01 \x01(\t\x12\x12\n\nall_scopes\x18\x02 \x01(\x08\x12-\n\nunused_for\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nkeep_bytes\x18\x04 \x01(\x03\"\\\n\x0cPruneRequest\x12\x12\n\nproject_id\x18\x01 \x01(\t\x12\'\n\x06\x66ilter\x18\x02 \x01(\x0b\x32\x17.offload.v1.PruneFilter\x12\x0f\n\x07\x64ry_run\x18\x03 \x01(\x08\"Q\n\rPruneResponse\x12\'\n\x06result\x18\x01 \x01(\x0b\x32\x17.offload.v1.PruneResult\x12\x17\n\x0fsilent_node_ids\x18\x02 \x03(\t\"L\n\x0bPruneResult\x12(\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x17.offload.v1.PrunedEntry\x12\x13\n\x0b\x66reed_bytes\x18\x02 \x01(\x03\"\x95\x01\n\x0bPrunedEntry\x12\r\n\x05scope\x18\x01 \x01(\t\x12\x10\n\x08\x65ntry_id\x18\x02 \x01(\t\x12\x10\n\x08\x62uild_id\x18\x03 \x01(\t\x12\x0e\n\x06member\x18\x04 \x01(\t\x12.\n\nwritten_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0blayer_bytes\x18\x06 \x01(\x03\"J\n\x0ePromoteRequest\x12\x12\n\nproject_id\x18\x01 \x01(\t\x12\x12\n\nfrom_scope\x18\x02 \x01(\t\x12\x10\n\x08to_scope\x18\x03 \x01(\t\"<\n\x0fPromoteResponse\x12)\n\x06result\x18\x01 \x01(\x0b\x32\x19.offload.v1.PromoteResult\"1\n\rPromoteResult\x12\x0f\n\x07\x65ntries\x18\x01 \x01(\x05\x12\x0f\n\x07refused\x18\x02 \x01(\x05\",\n\nWhyRequest\x12\x10\n\x08\x62uild_id\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\t\"4\n\x0bWhyResponse\x12%\n\x06result\x18\x01 \x01(\x0b\x32\x15.offload.v1.WhyResult\"\xa6\x01\n\tWhyResult\x12\x10\n\x08\x62uild_id\x18\x01 \x01(\t\x12\x18\n\x10\x65\x61rlier_build_id\x18\x02 \x01(\t\x12\x16\n\x0e\x65\x61rlier_member\x18\x03 \x01(\t\x12.\n\nearlier_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12%\n\x05steps\x18\x05 \x03(\x0b\x32\x16.offload.v1.StepReason\"\xcb\x03\n\nStepReason\x12\x0e\n\x06number\x18\x01 \x01(\x05\x12\x0c\n\x04name\x18\x02 \x01(\t\x12)\n\x04kind\x18\x03 \x01(\x0e\x32\x1b.offload.v1.StepReason.Kind\x12\x13\n\x0b\x65xplanation\x18\x04 \x01(\t\x12\x0f\n\x07\x64\x65tails\x18\x05 \x03(\t\x12\x14\n\x0cmore_details\x18\x06 \x01(\x05\x12\'\n\x04took\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x8e\x02\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x0f\n\x0bKIND_CACHED\x10\x01\x12\x0c\n\x08KIND_NEW\x10\x02\x12\x15\n\x11KIND_EARLIER_STEP\x10\x03\x12\x16\n\x12KIND_FILES_CHANGED\x10\x04\x12\x15\n\x11KIND_TEXT_CHANGED\x10\x05\x12\x13\n\x0fKIND_BASE_MOVED\x10\x06\x12\x13\n\x0fKIND_NOT_WANTED\x10\x07\x12\x12\n\x0eKIND_COLLECTED\x10\x08\x12\x14\n\x10KIND_OTHER_SCOPE\x10\t\x12\x15\n\x11KIND_NOT_UPLOADED\x10\n\x12\x0e\n\nKIND_FAULT\x10\x0b\x12\x10\n\x0cKIND_UNKNOWN\x10\x0c\x32\x86\x02\n\x0c\x43\x61\x63heService\x12<\n\x05Usage\x12\x18.offload.v1.UsageRequest\x1a\x19.offload.v1.UsageResponse\x12<\n\x05Prune\x12\x18.offload.v1.PruneRequest\x1a\x19.offload.v1.PruneResponse\x12\x42\n\x07Promote\x12\x1a.offload.v1.PromoteRequest\x1a\x1b.offload.v1.PromoteResponse\x12\x36\n\x03Why\x12\x16.offload.v1.WhyRequest\x1a\x17.offload.v1.WhyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,39 +40,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROJECTUSAGE']._serialized_start=209
   _globals['_PROJECTUSAGE']._serialized_end=344
   _globals['_CACHEGAIN']._serialized_start=347
-  _globals['_CACHEGAIN']._serialized_end=523
-  _globals['_CACHEUSAGE']._serialized_start=526
-  _globals['_CACHEUSAGE']._serialized_end=786
-  _globals['_SCOPEUSAGE']._serialized_start=789
-  _globals['_SCOPEUSAGE']._serialized_end=1000
-  _globals['_NODEUSAGE']._serialized_start=1003
-  _globals['_NODEUSAGE']._serialized_end=1205
-  _globals['_PRUNEFILTER']._serialized_start=1207
-  _globals['_PRUNEFILTER']._serialized_end=1322
-  _globals['_PRUNEREQUEST']._serialized_start=1324
-  _globals['_PRUNEREQUEST']._serialized_end=1416
-  _globals['_PRUNERESPONSE']._serialized_start=1418
-  _globals['_PRUNERESPONSE']._serialized_end=1499
-  _globals['_PRUNERESULT']._serialized_start=1501
-  _globals['_PRUNERESULT']._serialized_end=1577
-  _globals['_PRUNEDENTRY']._serialized_start=1580
-  _globals['_PRUNEDENTRY']._serialized_end=1729
-  _globals['_PROMOTEREQUEST']._serialized_start=1731
-  _globals['_PROMOTEREQUEST']._serialized_end=1805
-  _globals['_PROMOTERESPONSE']._serialized_start=1807
-  _globals['_PROMOTERESPONSE']._serialized_end=1867
-  _globals['_PROMOTERESULT']._serialized_start=1869
-  _globals['_PROMOTERESULT']._serialized_end=1918
-  _globals['_WHYREQUEST']._serialized_start=1920
-  _globals['_WHYREQUEST']._serialized_end=1964
-  _globals['_WHYRESPONSE']._serialized_start=1966
-  _globals['_WHYRESPONSE']._serialized_end=2018
-  _globals['_WHYRESULT']._serialized_start=2021
-  _globals['_WHYRESULT']._serialized_end=2187
-  _globals['_STEPREASON']._serialized_start=2190
-  _globals['_STEPREASON']._serialized_end=2649
-  _globals['_STEPREASON_KIND']._serialized_start=2379
-  _globals['_STEPREASON_KIND']._serialized_end=2649
-  _globals['_CACHESERVICE']._serialized_start=2652
-  _globals['_CACHESERVICE']._serialized_end=2914
+  _globals['_CACHEGAIN']._serialized_end=508
+  _globals['_CACHEUSAGE']._serialized_start=511
+  _globals['_CACHEUSAGE']._serialized_end=771
+  _globals['_SCOPEUSAGE']._serialized_start=774
+  _globals['_SCOPEUSAGE']._serialized_end=985
+  _globals['_NODEUSAGE']._serialized_start=988
+  _globals['_NODEUSAGE']._serialized_end=1190
+  _globals['_PRUNEFILTER']._serialized_start=1192
+  _globals['_PRUNEFILTER']._serialized_end=1307
+  _globals['_PRUNEREQUEST']._serialized_start=1309
+  _globals['_PRUNEREQUEST']._serialized_end=1401
+  _globals['_PRUNERESPONSE']._serialized_start=1403
+  _globals['_PRUNERESPONSE']._serialized_end=1484
+  _globals['_PRUNERESULT']._serialized_start=1486
+  _globals['_PRUNERESULT']._serialized_end=1562
+  _globals['_PRUNEDENTRY']._serialized_start=1565
+  _globals['_PRUNEDENTRY']._serialized_end=1714
+  _globals['_PROMOTEREQUEST']._serialized_start=1716
+  _globals['_PROMOTEREQUEST']._serialized_end=1790
+  _globals['_PROMOTERESPONSE']._serialized_start=1792
+  _globals['_PROMOTERESPONSE']._serialized_end=1852
+  _globals['_PROMOTERESULT']._serialized_start=1854
+  _globals['_PROMOTERESULT']._serialized_end=1903
+  _globals['_WHYREQUEST']._serialized_start=1905
+  _globals['_WHYREQUEST']._serialized_end=1949
+  _globals['_WHYRESPONSE']._serialized_start=1951
+  _globals['_WHYRESPONSE']._serialized_end=2003
+  _globals['_WHYRESULT']._serialized_start=2006
+  _globals['_WHYRESULT']._serialized_end=2172
+  _globals['_STEPREASON']._serialized_start=2175
+  _globals['_STEPREASON']._serialized_end=2634
+  _globals['_STEPREASON_KIND']._serialized_start=2364
+  _globals['_STEPREASON_KIND']._serialized_end=2634
+  _globals['_CACHESERVICE']._serialized_start=2637
+  _globals['_CACHESERVICE']._serialized_end=2899
 # @@protoc_insertion_point(module_scope)

@@ -118,15 +118,12 @@ class CacheGain(_message.Message):
     STEPS_TOTAL_FIELD_NUMBER: _builtins.int
     STEPS_CACHED_FIELD_NUMBER: _builtins.int
     SAVED_FIELD_NUMBER: _builtins.int
-    SAVED_BYTES_FIELD_NUMBER: _builtins.int
     builds: _builtins.int
     """Builds that ended well."""
     steps_total: _builtins.int
     """Steps of these builds."""
     steps_cached: _builtins.int
     """Steps of them that came from a cache."""
-    saved_bytes: _builtins.int
-    """Bytes of layers that builds did not have to make again; 0 when that is not known."""
     @_builtins.property
     def period(self) -> _duration_pb2.Duration:
         """How far back it looks."""
@@ -143,11 +140,10 @@ class CacheGain(_message.Message):
         steps_total: _builtins.int = ...,
         steps_cached: _builtins.int = ...,
         saved: _duration_pb2.Duration | None = ...,
-        saved_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["period", b"period", "saved", b"saved"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["builds", b"builds", "period", b"period", "saved", b"saved", "saved_bytes", b"saved_bytes", "steps_cached", b"steps_cached", "steps_total", b"steps_total"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["builds", b"builds", "period", b"period", "saved", b"saved", "steps_cached", b"steps_cached", "steps_total", b"steps_total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

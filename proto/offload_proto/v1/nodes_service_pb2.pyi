@@ -620,6 +620,7 @@ class PromoteTask(_message.Message):
     TO_SCOPE_FIELD_NUMBER: _builtins.int
     MEMBER_FIELD_NUMBER: _builtins.int
     ROLE_FIELD_NUMBER: _builtins.int
+    NODE_ONLY_FIELD_NUMBER: _builtins.int
     from_scope: _builtins.str
     """Scope with the entries."""
     to_scope: _builtins.str
@@ -628,6 +629,8 @@ class PromoteTask(_message.Message):
     """Who asks, for the record."""
     role: _builtins.str
     """Role of who asks, for the record."""
+    node_only: _builtins.bool
+    """Leave what the shared store has alone; another node is asked for it."""
     def __init__(
         self,
         *,
@@ -635,10 +638,11 @@ class PromoteTask(_message.Message):
         to_scope: _builtins.str = ...,
         member: _builtins.str = ...,
         role: _builtins.str = ...,
+        node_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["from_scope", b"from_scope", "member", b"member", "role", b"role", "to_scope", b"to_scope"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["from_scope", b"from_scope", "member", b"member", "node_only", b"node_only", "role", b"role", "to_scope", b"to_scope"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

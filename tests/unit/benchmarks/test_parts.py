@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 from pathlib import Path
@@ -42,10 +43,11 @@ def test_certificate_of_the_port_is_for_its_address(tmp_path: Path) -> None:
 
 def test_peak_is_seen_after_the_memory_was_given_back() -> None:
     before = resident_bytes([os.getpid()])
-    with PeakMemory(lambda: [os.getpid()]) as peak:
-        block = bytearray(os.urandom(1 << 20) * 64)
+    # Memory of its own, not from what this process has freed before.
+    with PeakMemory(lambda: [os.getpid()]) as peak, mmap.mmap(-1, 64 << 20) as block:
+        block.write(os.urandom(1 << 20) * 64)
         subprocess.run(["sleep", "0.1"], check=True)
-        del block
+        block.close()
     assert peak.peak_bytes - before > 50_000_000
 
 

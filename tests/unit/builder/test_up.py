@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from offload_builder.cli import poolconfig
 from offload_builder.cli.up import ObjectStorage, parse_s3_url, wait_for_port
 from offload_builder.datalock import DataLock
 from offload_builder.provider.process import (
@@ -60,6 +61,65 @@ def test_keys_do_not_belong_into_the_url():
     with pytest.raises(ConfigError, match="do not belong into the S3 URL") as caught:
         parse_s3_url("https://id:planted-secret@host/b", KEYS)
     assert "planted-secret" not in caught.value.message
+
+
+def test_temporary_keys_and_the_region_reach_the_nodes():
+    environment = KEYS | {"AWS_SESSION_TOKEN": "planted-token", "AWS_REGION": "eu-central-1"}
+    found = parse_s3_url("https://host/buck", environment)
+    assert "planted-token" not in repr(found)
+    options = poolconfig.node_options(
+        None, {}, slots=None, log_level=None, storage=found.node_settings()
+    )
+    store = poolconfig.node_config(None, {}, options).shared_store()
+    assert (store.session_token, store.region) == ("planted-token", "eu-central-1")
+
+
+def pool_gateway(file, environment, **options):
+    given = {"listen": None, "log_level": None, "protected_branches": ()} | options
+    return poolconfig.gateway_config(file, environment, Path("/d/gateway"), **given)
+
+
+def test_everything_of_a_gateway_can_be_set_for_up(tmp_path):
+    found = pool_gateway(None, {})
+    assert (found.listen, found.log_level, found.protected_branches) == (
+        "127.0.0.1:7443", "warning", (),
+    )  # fmt: skip
+    file = tmp_path / "gateway.toml"
+    file.write_text('listen = "10.0.0.5:1"\nprotected_branches = ["main"]\nslot_hold = "9s"\n')
+    found = pool_gateway(file, {"OFFLOAD_GATEWAY_LOG_LEVEL": "debug"})
+    assert (found.listen, found.log_level, found.protected_branches, found.slot_hold) == (
+        "10.0.0.5:1", "debug", ("main",), 9.0,
+    )  # fmt: skip
+    found = pool_gateway(file, {}, listen="h:2", protected_branches=("release/*", "main"))
+    assert (found.listen, found.protected_branches) == ("h:2", ("release/*", "main"))
+
+
+def test_everything_of_a_node_can_be_set_for_up(tmp_path):
+    file = tmp_path / "node.toml"
+    file.write_text('slots = 9\ns3_endpoint = "https://s3.example"\ns3_credentials = "aws"\n')
+    options = poolconfig.node_options(file, {}, slots=None, log_level=None, storage={})
+    assert options == {"log_level": "warning"}
+    found = poolconfig.node_config(file, {"OFFLOAD_NODE_BLOBS_KEEP": "1GB"}, options)
+    assert (found.slots, found.s3_credentials, found.blobs_keep) == (9, "aws", 10**9)
+    options = poolconfig.node_options(file, {}, slots=2, log_level="info", storage={})
+    assert poolconfig.node_config(file, {}, options).slots == 2
+    spec = node_process("n", options, Path("log"), 1.0, config_file=file)
+    assert list(spec.command[-2:]) == ["--config", str(file)]
+
+
+def test_what_up_decides_cannot_be_set_and_caches_exclude_each_other(tmp_path):
+    file = tmp_path / "some.toml"
+    file.write_text('data_dir = "/elsewhere"\n')
+    with pytest.raises(ConfigError, match="leave data_dir out"):
+        pool_gateway(file, {})
+    file.write_text('advertise = ["h:1"]\n')
+    with pytest.raises(ConfigError, match="leave advertise out"):
+        poolconfig.node_options(file, {}, slots=None, log_level=None, storage={})
+    file.write_text('s3_endpoint = "https://s3.example"\n')
+    with pytest.raises(ConfigError, match="names an s3_endpoint"):
+        poolconfig.node_options(
+            file, {}, slots=None, log_level=None, storage={"s3_endpoint": "http://h"}
+        )
 
 
 @pytest.mark.parametrize("missing", KEYS)

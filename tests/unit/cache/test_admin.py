@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from offload_cache.admin import layercache
 from offload_cache.admin.layercache import LayerCacheAdmin
 from offload_cache.admin.selection import (
     EntryFilter,
@@ -51,6 +52,10 @@ def test_selection_is_bound_to_the_scope_and_begins_with_the_longest_unused():
 
 def test_only_what_was_unused_for_long_is_selected():
     assert names(select(ALL, EntryFilter(unused_for=timedelta(days=4)), NOW)) == ["old", "side"]
+
+
+def test_an_age_beyond_all_dates_selects_nothing():
+    assert select(ALL, EntryFilter(unused_for=timedelta(days=4_000_000)), NOW) == []
 
 
 @pytest.mark.parametrize(
@@ -195,6 +200,23 @@ async def test_node_without_a_shared_store_frees_its_disk_at_once(
         assert cache.store.disk.has(sha256_digest(b"base"))
         contents, _ = await admin.measure()
         assert [item.scope for item in contents.entries] == [TOPIC]
+
+
+async def test_each_node_promotes_what_only_it_has(
+    make_node: Callable[..., NodeStore], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(layercache, "PUBLISH_SECONDS", 0.1)
+    async with make_node("one") as one, make_node("two") as two:
+        cache, admin = await admin_of(one)
+        await contribute(cache, TOPIC, "build1", b"base")
+        other, admin_two = await admin_of(two)
+        for node in (one, two):
+            assert node.uploads is not None
+            node.uploads._pause_until = float("inf")
+        await take_in(other, TOPIC, "build2", b"waits")
+        # The first node's copy is not in the store yet when the second one is asked.
+        assert (await admin.promote(TOPIC, MAIN)).entries == 1
+        assert (await admin_two.promote(TOPIC, MAIN, node_only=True)).entries == 1
 
 
 async def test_promotion_leaves_untrusted_entries_out_and_is_done_once(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from offload_cache.database import CacheDatabase
+from offload_core.errors import InternalError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -74,3 +75,19 @@ async def test_an_index_that_cannot_be_read_is_moved_aside(
     async with CacheDatabase(path) as database:
         await database.run(lambda db: db.execute("SELECT * FROM contributions").fetchall())
     assert path.with_suffix(".damaged").exists()
+
+
+async def test_a_whole_index_that_cannot_be_opened_now_stays(tmp_path: Path) -> None:
+    path = tmp_path / "index.db"
+    async with CacheDatabase(path) as database:
+        await database.run(
+            lambda db: db.execute("INSERT INTO publications VALUES (7, 'n', 'p', 1.0)")
+        )
+    blocked = tmp_path / "index.db-wal"
+    blocked.mkdir()  # SQLite cannot open it, as when the disk has no room
+    with pytest.raises(InternalError, match="cannot be opened now"):
+        await CacheDatabase(path).__aenter__()
+    blocked.rmdir()
+    async with CacheDatabase(path) as database:
+        rows = await database.run(lambda db: db.execute("SELECT id FROM publications").fetchall())
+    assert rows == [(7,)]

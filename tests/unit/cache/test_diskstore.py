@@ -125,6 +125,23 @@ def test_after_a_reboot_recent_blobs_are_hashed_before_use(disk: DiskStore, cont
     assert not again.is_suspect(digest)
 
 
+def test_after_a_reboot_blobs_stay_suspect_until_they_were_hashed(disk: DiskStore) -> None:
+    whole, damaged = disk.put(b"good"), disk.put(b"better")
+    disk.blob_path(damaged).write_bytes(bytes(6))
+    (disk.root / "boot").write_text("another-boot")
+    for _ in range(2):  # the node starts twice after it
+        again = DiskStore(disk.root)
+        again.open()
+        assert again.is_suspect(whole)
+        assert again.is_suspect(damaged)
+    assert again.find(whole) is not None
+    later = DiskStore(disk.root)
+    later.open()
+    assert not later.is_suspect(whole)
+    assert later.find(damaged) is None
+    assert files(later) == [later.blob_path(whole)]
+
+
 def test_damaged_blob_after_a_reboot_is_replaced_by_a_new_ingest(disk: DiskStore) -> None:
     digest = disk.put(b"good")
     disk.blob_path(digest).write_bytes(b"b")

@@ -120,6 +120,38 @@ async def test_another_builders_whole_result_takes_the_place_of_a_missing_one(
         assert await offered(cache, ("main",), "k", after_fault=True) is None
 
 
+async def test_layers_of_other_nodes_are_offered_after_a_quiet_night(
+    make_node: Callable[..., NodeStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with make_node("one") as one, make_node("two") as two:
+        await export(one, "main", "k", "base", "run")
+        cache = await two.project("p")
+        assert await offered(cache, ("main",), "k") == digests("base", "run")
+        [view] = cache.offers._views.values()
+        later = time.time() + 10 * 3600
+        monkeypatch.setattr(cache.store.presence, "_clock", lambda: later)
+        view.made_at -= 10 * 3600
+        assert await offered(cache, ("main",), "k") == digests("base", "run")
+
+
+async def test_what_another_import_displaces_from_memory_stays_in_this_one(
+    make_node: Callable[..., NodeStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with make_node(shared=False) as node:
+        await export(node, "main", "k", "one")
+        cache = await node.project("p")
+        assert await offered(cache, ("main",), "k") == digests("one")
+        documents = cache.scopes.documents
+
+        async def displace(scope: str, names: list[str]) -> dict[str, bytes]:
+            cache.offers._unifier._parts._parts.clear()
+            return await documents(scope, names)
+
+        monkeypatch.setattr(cache.scopes, "documents", displace)
+        await export(node, "main", "j", "two")
+        await until_offered(cache, "k", digests("one", "two"))
+
+
 async def test_while_the_shared_store_is_away_what_is_on_disk_is_offered(
     make_node: Callable[..., NodeStore],
     tmp_path: Path,

@@ -16,7 +16,7 @@ from offload_cache.manifests import CACHE_CONFIG_TYPE, MAX_MANIFEST_BYTES, OCI_I
 from offload_cache.registry import Grant, Registry, RegistryServer
 from offload_core.digest import sha256_digest
 from tests.fixtures.cachecontent import cache_manifest, descriptor, manifest, step_config
-from tests.fixtures.registryclient import MAX_BLOB, RegistryClient
+from tests.fixtures.registryclient import MAX_BLOB, RegistryBench, RegistryClient
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -222,6 +222,13 @@ async def test_cache_export_becomes_the_import_of_the_next_build(
     records = (await after.call("GET", f"cache/blobs/{served['config']['digest']}"))[2]
     assert json.loads(config)["records"][0] in json.loads(records)["records"]
     assert bench.node.statistics.manifest_hits == 1
+    # What is kept for a build in the shared store does not grow with its questions.
+    for _ in range(3):
+        await after.call("GET", "cache/manifests/import")
+    assert bench.node.read_lease is not None
+    assert bench.node.read_lease._digests["p"] == {sha256_digest(b"layer"): 1}
+    await bench.registry.revoke(after.capability)
+    assert not bench.node.read_lease._digests["p"]
 
     without = await bench.client(may_import=False)
     assert (await without.call("GET", "cache/manifests/import"))[0] == 404
@@ -290,6 +297,21 @@ async def test_image_with_missing_content_is_refused(client: RegistryClient) -> 
     assert lying != body
     assert await client.put_manifest("image/manifests/latest", lying) == 400
     assert await client.put_manifest("image/manifests/latest", body) == 201
+
+
+async def test_a_cache_for_a_directory_of_the_client_stays_on_this_node(
+    bench: RegistryBench, client: RegistryClient
+) -> None:
+    config, layer = step_config("one", layers=[b"layer"]), b"layer"
+    for blob in (config, layer):
+        await client.push("image", blob)
+    body = cache_manifest(config, [layer])
+    assert await client.put_manifest("image/manifests/cache-0", body) == 201
+    assert (await client.call("GET", "image/manifests/cache-0"))[2] == body
+    assert bench.node.uploads is not None
+    assert await bench.node.uploads.pending_count("p") == 0
+    [exported] = bench.registry.exports(client.capability)
+    assert exported.publication is None
 
 
 async def test_an_image_is_served_by_another_node(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import time
@@ -287,6 +288,36 @@ async def test_connections_are_bounded_and_a_head_that_never_ends_is_dropped(
                 break
         assert one.reader.at_eof()
     assert (await client.call("GET", f"{client.root}/v2/"))[0] == 200
+
+
+async def test_connections_without_a_capability_do_not_keep_builds_out(
+    bench: RegistryBench, client: RegistryClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 20)
+    monkeypatch.setattr(connections, "MAX_STRANGERS", 5, raising=False)
+    digest = await client.push("image", b"data")
+    async with contextlib.AsyncExitStack() as stack:
+        build = await stack.enter_async_context(connected(bench))
+        path = f"image/blobs/{digest} HTTP/1.1\r\nHost: x\r\n\r\n"
+        wanted = f"GET /v2/{client.capability}/{path}"
+        await build.send(wanted)
+        assert (await build.answer())[0] == 200
+        flood = [await stack.enter_async_context(connected(bench)) for _ in range(40)]
+        # One more than they may be, so the first one has made room.
+        assert await flood[0].ended(2)
+        late = await stack.enter_async_context(connected(bench))
+        for connection in (build, late):
+            await connection.send(wanted)
+            assert (await connection.answer())[::2] == (200, b"data")
+        # Guessing does not make a friend of anybody.
+        for guess in flood[-3:]:
+            await guess.send(f"GET /v2/{'0' * 48}/{path}")
+            assert (await guess.answer())[0] == 404
+        more = [await stack.enter_async_context(connected(bench)) for _ in range(5)]
+        assert all([await guess.ended(2) for guess in flood[-3:]])
+        assert not await more[-1].ended(0.1)
+        await build.send(wanted)
+        assert (await build.answer())[::2] == (200, b"data")
 
 
 async def test_a_client_that_does_not_read_its_blob_loses_its_connection(

@@ -251,5 +251,89 @@ async def test_a_scope_keeps_its_newest_two_hundred(make_node: Callable[..., Nod
         assert two.objects is not None
 
 
+async def store_old(node: NodeStore, scope: str, first: int, count: int) -> list[str]:
+    """Write contributions as other nodes do, and return their names, newest first."""
+    assert node.objects is not None
+    stored = []
+    for number in range(first, first + count):
+        created_at = datetime.fromtimestamp(1_700_000_000 + number, UTC)
+        name = new_contribution_id(created_at, f"b{number}")
+        contribution = Contribution(
+            name, scope, "k", created_at, WRITER, (), step_config(f"s{number}")
+        )
+        await node.objects.write_bytes(contribution_key("p", scope, name), contribution.to_bytes())
+        stored.append(name)
+    return stored[::-1]
+
+
+def count_reads(node: NodeStore, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that gets the keys of all small objects that a node reads from now on."""
+    objects = node.objects
+    assert objects is not None
+    keys: list[str] = []
+    read_bytes = objects.read_bytes
+
+    async def read(key: str, *, max_bytes: int, timeout: float | None = None) -> bytes:
+        keys.append(key)
+        return await read_bytes(key, max_bytes=max_bytes, timeout=timeout)
+
+    monkeypatch.setattr(objects, "read_bytes", read)
+    return keys
+
+
+async def test_a_document_of_no_use_is_not_read_at_each_listing(
+    make_node: Callable[..., NodeStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with make_node("one") as one:
+        [good] = await store_old(one, "main", 0, 1)
+        assert one.objects is not None
+        bad = new_contribution_id(datetime.now(UTC), "x")
+        await one.objects.write_bytes(contribution_key("p", "main", bad), b"of a later release")
+        cache = await one.project("p")
+        read = count_reads(one, monkeypatch)
+        for _ in range(3):
+            await cache.scopes.refresh("main")
+        assert await names(cache, "main") == [good]
+        assert sorted(read) == sorted(contribution_key("p", "main", name) for name in (good, bad))
+
+
+async def test_a_full_scope_with_uploads_under_way_is_not_read_at_each_listing(
+    make_node: Callable[..., NodeStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offload_cache.scopes._PACK_JITTER_SECONDS", 600.0)
+    async with make_node("one") as one:
+        stored = await store_old(one, "main", 0, 200)
+        cache = await one.project("p")
+        await cache.scopes.refresh("main")
+        assert one.uploads is not None
+        monkeypatch.setattr(one.uploads, "_pause_until", 1e9)
+        mine = await export(one, "main", "k", "mine", wait=False)
+        read = count_reads(one, monkeypatch)
+        for _ in range(2):
+            await cache.scopes.refresh("main")
+        assert await names(cache, "main") == [mine.contribution.contribution_id, *stored[:199]]
+        assert [key for key in read if "/contributions/" in key] == []
+
+
+async def test_scopes_that_builds_follow_stay_when_a_project_has_too_many(
+    make_node: Callable[..., NodeStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offload_cache.scopetable._MAX_PER_PROJECT", 6)
+    async with make_node("one") as one:
+        release = await store_old(one, "release", 0, 2)
+        base = await store_old(one, "base", 10, 2)
+        newer = {f"f{n}": await store_old(one, f"f{n}", 100 + 10 * n, 2) for n in range(3)}
+        cache = await one.project("p")
+        for scope in (*newer, "release", "base"):
+            await cache.scopes.refresh(scope)
+        read = count_reads(one, monkeypatch)
+        for scope in ("release", "base", "release", "base"):
+            assert not await cache.scopes.refresh(scope)
+        assert read == []
+        assert await names(cache, "release") == release
+        assert await names(cache, "base") == base
+        assert await cache.scopes.scopes() == ["base", "f2", "release"]
+
+
 def test_layers_have_the_digests_that_tests_expect() -> None:
     assert digests("one") == {sha256_digest(b"layer one")}

@@ -167,3 +167,16 @@ async def test_a_full_project_is_trimmed_but_keeps_what_waits_for_its_upload(
         assert store.disk.has(waiting)
         assert sum(store.disk.has(digest) for digest in free) < 3
         node.uploads._pause_until = 0.0
+
+
+async def test_blobs_are_offered_again_soon_after_a_reboot(
+    make_node: Callable[..., NodeStore], tmp_path: Path
+) -> None:
+    async with make_node(shared=False) as node:
+        await (await node.project("p")).store.put_blob(DATA)
+    (tmp_path / "one" / "projects" / "p" / "boot").write_text("another-boot")
+    async with make_node(shared=False) as node:
+        store = (await node.project("p")).store
+        async with asyncio.timeout(5):
+            while not store.is_offerable(DIGEST):
+                await asyncio.sleep(0.01)

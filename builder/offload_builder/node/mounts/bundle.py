@@ -51,6 +51,14 @@ class CacheDirectory:
         except OSError:
             return False
 
+    def has_leftovers(self) -> bool:
+        """Whether a mount that is empty holds what a restore that was given up has left."""
+        try:
+            with os.scandir(self.visible) as entries:
+                return next(entries, None) is not None
+        except OSError:
+            return False
+
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
@@ -123,7 +131,7 @@ def _owned(destination: str, point: _MountPoint, seen: Path, root: Path) -> Cach
     snapshot = _snapshot_of(Path(upper), root)
     below = Path(lower) / "cache"
     try:
-        if snapshot is None or any(os.scandir(below)):
+        if snapshot is None or list(below.iterdir()):
             return None
         owner = below.stat()
         created = snapshot.stat().st_mtime

@@ -65,6 +65,8 @@ class MountKeeper:
         self._busy = busy
         self._packing = packing
         self._due: dict[tuple[Path, str], DueMount] = {}
+        self._keeping = asyncio.Lock()
+        self._publications: dict[tuple[MountName, str], int] = {}
         self._tasks = TaskSet(self._crashed)
 
     @staticmethod
@@ -104,21 +106,28 @@ class MountKeeper:
     def _ripe(self, due: DueMount, mount: LiveMount) -> bool:
         now = time.monotonic()
         kept = mount.kept_at.get(due.scope)
-        if mount.users or mount.keeping is not None:
+        if mount.users:
             return False
         if kept is not None and now - kept < self._settings.interval_seconds:
             return False
         return not self._busy() or now - due.since > _IDLE_WAIT_SECONDS
 
-    async def _keep(self, due: DueMount, mount: LiveMount | None) -> int | None:
-        """Store one mount, unless a step comes; return the number of the publication."""
-        self._due.pop((due.snapshot, due.scope), None)
-        if mount is None or mount.name is None or not due.snapshot.exists():
-            if mount is not None and not due.snapshot.exists():
-                self._mounts.pop(due.snapshot, None)
-                self._index(mount.directory).unlink(missing_ok=True)
-            return None
-        keeping = self._tasks.start(self._store_mount(due, mount, mount.name), name="mounts.store")
+    async def _keep(self, due: DueMount, mount: LiveMount | None) -> None:
+        """Store one mount unless a step uses it, or comes meanwhile; one mount at a time."""
+        async with self._keeping:
+            key = (due.snapshot, due.scope)
+            if key not in self._due or (mount is not None and mount.users):
+                return
+            del self._due[key]
+            if mount is None or mount.name is None or not due.snapshot.exists():
+                if mount is not None and not due.snapshot.exists():
+                    self._mounts.pop(due.snapshot, None)
+                    self._index(mount.directory).unlink(missing_ok=True)
+                return
+            await self._keep_now(due, mount, mount.name)
+
+    async def _keep_now(self, due: DueMount, mount: LiveMount, name: MountName) -> None:
+        keeping = self._tasks.start(self._store_mount(due, mount, name), name="mounts.store")
         mount.keeping = keeping
         try:
             await asyncio.wait((keeping,))
@@ -128,8 +137,10 @@ class MountKeeper:
         if keeping.cancelled():
             mount.kept_at.pop(due.scope, None)
             self._due.setdefault((due.snapshot, due.scope), due)
-            return None
-        return None if keeping.exception() else keeping.result()
+        elif not keeping.exception() and (publication := keeping.result()) is not None:
+            while len(self._publications) >= _MAX_DUE:
+                del self._publications[next(iter(self._publications))]
+            self._publications[name, due.scope] = publication
 
     async def _store_mount(self, due: DueMount, mount: LiveMount, name: MountName) -> int | None:
         begun = time.monotonic()
@@ -179,16 +190,12 @@ class MountKeeper:
         Returns:
             Whether all of it is done.
         """
-        publications: list[int] = []
         try:
             async with asyncio.timeout(timeout):
                 for due in list(self._due.values()):
-                    mount = self._mounts.get(due.snapshot)
-                    if mount is not None and (mount.users or mount.keeping is not None):
-                        continue
-                    number = await self._keep(due, mount)
-                    if number is not None:
-                        publications.append(number)
+                    await self._keep(due, self._mounts.get(due.snapshot))
+                async with self._keeping:
+                    publications = list(self._publications.values())
                 confirmed = [
                     await self._library.confirm(number, timeout) for number in publications
                 ]

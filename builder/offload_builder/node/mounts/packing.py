@@ -34,6 +34,7 @@ RESTORE_PREFIX = ".offload-restore-"
 """Names at the top of a mount that a restore makes; never part of the content."""
 _MAX_INDEX_BYTES = 512 << 20
 _SKIPPED_XATTRS = ("trusted.", "system.", "security.selinux", "security.ima", "security.evm")
+_ACCESS_LISTS = ("system.posix_acl_access", "system.posix_acl_default")
 
 Signature = tuple[int, int, int, int]
 """Size, mtime, ctime (both ns) and inode: a file with the same one has the same content."""
@@ -216,8 +217,7 @@ class Packer:
             return
         descriptor = _open(entry.path)
         try:
-            if signature_of(os.fstat(descriptor)) != signature:
-                raise ChangedError(entry.path)
+            self._check_unchanged(descriptor, entry, signature)
             if size > PIECE_BYTES:
                 # Segments of its own: those of a large file that stay the same are stored once.
                 for offset in range(0, size, PIECE_BYTES):
@@ -225,14 +225,21 @@ class Packer:
                         descriptor, min(PIECE_BYTES, size - offset), entry.path
                     )
                     entry.extents += [self._write(data), 0, len(data)]
+                self._check_unchanged(descriptor, entry, signature)
                 return
             if len(self._buffer) + size > PIECE_BYTES:
                 self._flush()
             # The number that the piece gets when it is flushed.
             entry.extents = [len(self.tree.pieces), len(self._buffer), size]
             self._buffer += self._read_exactly(descriptor, size, entry.path)
+            self._check_unchanged(descriptor, entry, signature)
         finally:
             os.close(descriptor)
+
+    @staticmethod
+    def _check_unchanged(descriptor: int, entry: Entry, signature: Signature) -> None:
+        if signature_of(os.fstat(descriptor)) != signature:
+            raise ChangedError(entry.path)
 
     @staticmethod
     def _read_exactly(descriptor: int, size: int, path: str) -> bytes:
@@ -278,7 +285,7 @@ def _xattrs(path: str) -> dict[str, bytes]:
         return {
             name: os.getxattr(path, name, follow_symlinks=False)
             for name in names
-            if not name.startswith(_SKIPPED_XATTRS)
+            if name in _ACCESS_LISTS or not name.startswith(_SKIPPED_XATTRS)
         }
     except OSError as error:
         if error.errno in (errno.ENOTSUP, errno.ENODATA):

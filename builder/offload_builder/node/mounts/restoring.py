@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from offload_builder.node.mounts.workerlink import MountWorker
+from offload_core.aio import finish
 from offload_core.errors import CacheUnavailableError, find_offload_error
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ _USUAL_PACE = 100e6
 """Bytes per second, a file counted as above: a shared machine with a disk."""
 _START_SECONDS = 0.15
 _MEMORY_SECONDS = 600.0
+_PLACING_SECONDS = 60.0
+"""For what is not given up half-way: renaming what lies at the top of the mount."""
 _TELLING_BYTES = 1 << 20
 _WEIGHT_OF_NEW = 0.5
 
@@ -50,7 +53,7 @@ class Patience:
     @classmethod
     def of(cls, document: MountDocument, command: str) -> Patience:
         """Return what is reasonable, given what the step took with the mount empty and full."""
-        cold = document.cold.get(command, max(document.cold.values(), default=_MAX_SECONDS))
+        cold = document.cold.get(command, max(document.cold.values(), default=0.0))
         limit = min(_MAX_SECONDS, max(FLOOR_SECONDS, cold * _SHARE_OF_COLD))
         if command in document.cold and command in document.warm:
             limit = min(limit, max(0.0, cold - document.warm[command]))
@@ -102,21 +105,31 @@ async def restore(
         The seconds it took.
 
     Raises:
-        CacheUnavailableError: it takes too long.
+        CacheUnavailableError: it takes too long. What has begun to be seen is seen as a whole,
+            also when the restore is cancelled.
         NotFoundError: a blob is missing or damaged.
         InternalError: the files could not be written.
     """
     begun = time.monotonic()
     work = _Restore(store, document, patience, begun)
-    try:
-        async with asyncio.timeout(patience.limit):
-            with store.lease(digest for digest, _ in document.blobs):
-                await work.run(root, index)
-    except TimeoutError as error:
-        raise CacheUnavailableError(
-            f"it takes longer than {patience.limit:.1f} s, which the step would not save"
-        ) from error
+    async with MountWorker(root, index=index, blobs=store.disk.root) as worker:
+        try:
+            async with asyncio.timeout(patience.limit):
+                with store.lease(digest for digest, _ in document.blobs):
+                    await work.run(worker)
+        except TimeoutError as error:
+            raise CacheUnavailableError(
+                f"it takes longer than {patience.limit:.1f} s, which the step would not save"
+            ) from error
+        if not await finish(_place(worker), _PLACING_SECONDS):
+            raise CacheUnavailableError("its files did not come to their place in time")
     return time.monotonic() - begun
+
+
+async def _place(worker: MountWorker) -> bool:
+    await worker.order("place")
+    await worker.answer()
+    return True
 
 
 class _Restore:
@@ -129,22 +142,22 @@ class _Restore:
         self._begun = begun
         self._blobs = store.disk.root
 
-    async def run(self, root: Path, index: Path) -> None:
-        async with MountWorker(root, index=index, blobs=self._blobs) as worker:
-            tree = await self._store.open_blob(self._document.tree)
-            await worker.start("unpack", tree=self._below(tree), name=secrets.token_hex(8))
-            head, _ = await worker.answer()
-            pieces = [(str(digest), int(size)) for digest, size in head["pieces"]]
-            try:
-                async with asyncio.TaskGroup() as group:
-                    numbers = iter(range(len(pieces)))
-                    for _ in range(PARALLEL_FETCHES):
-                        group.create_task(self._fetch(worker, pieces, numbers))
-                    group.create_task(self._follow(worker, pieces))
-            except ExceptionGroup as errors:
-                raise find_offload_error(errors) or errors from None
-            await worker.order("finish")
-            await worker.answer()
+    async def run(self, worker: MountWorker) -> None:
+        """Make everything in the hidden directory."""
+        tree = await self._store.open_blob(self._document.tree)
+        await worker.start("unpack", tree=self._below(tree), name=secrets.token_hex(8))
+        head, _ = await worker.answer()
+        pieces = [(str(digest), int(size)) for digest, size in head["pieces"]]
+        try:
+            async with asyncio.TaskGroup() as group:
+                numbers = iter(range(len(pieces)))
+                for _ in range(PARALLEL_FETCHES):
+                    group.create_task(self._fetch(worker, pieces, numbers))
+                group.create_task(self._follow(worker, pieces))
+        except ExceptionGroup as errors:
+            raise find_offload_error(errors) or errors from None
+        await worker.order("complete")
+        await worker.answer()
 
     def _below(self, path: Path) -> str:
         return os.path.relpath(path, self._blobs)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import time
 from contextlib import AsyncExitStack, contextmanager
 from typing import TYPE_CHECKING, Self
 
 import structlog
 
-from offload_builder.buildkit.daemon_config import find_runc
 from offload_builder.node.mounts.bundle import read_bundle
 from offload_builder.node.mounts.documents import command_key, experience
 from offload_builder.node.mounts.gate import StepGate
@@ -27,8 +25,8 @@ from offload_builder.node.mounts.usage import (
     common_scopes,
 )
 from offload_builder.node.mounts.workerlink import MountWorker
-from offload_core.aio import TaskSet
-from offload_core.errors import CacheUnavailableError, ConfigError, OffloadError
+from offload_core.aio import TaskSet, finish
+from offload_core.errors import CacheUnavailableError, OffloadError
 from offload_core.units import format_size
 
 if TYPE_CHECKING:
@@ -56,7 +54,6 @@ class CacheMounts:
     Args:
         store: the blobs of the project.
         folder: for the gate and what is known of mounts.
-        runc: the real container runtime.
         settings: bounds.
         packing: shared by all daemons of the node: so many mounts are stored at once.
     """
@@ -65,7 +62,6 @@ class CacheMounts:
         self,
         store: ProjectStore,
         folder: Path,
-        runc: Path,
         settings: MountSettings,
         packing: asyncio.Semaphore,
     ) -> None:
@@ -73,7 +69,7 @@ class CacheMounts:
         self._library = MountLibrary(store)
         self._settings = settings
         self._indexes = folder / "index"
-        self._gate = StepGate(folder, runc, self._before)
+        self._gate = StepGate(folder, self._before)
         self._daemon: BuildkitDaemon | None = None
         self._builds: list[BuildMounts] = []
         self._mounts: dict[Path, LiveMount] = {}
@@ -109,9 +105,9 @@ class CacheMounts:
         await self._stack.aclose()
 
     @property
-    def runc(self) -> Path:
-        """The program that the daemon has to run as its runc."""
-        return self._gate.script
+    def gate(self) -> str:
+        """What the daemon's runc has to do before each step."""
+        return self._gate.shell
 
     def serve(self, daemon: BuildkitDaemon) -> None:
         """Say whose steps the gate tells about."""
@@ -125,6 +121,11 @@ class CacheMounts:
             yield
         finally:
             self._builds.remove(build)
+            if not self._builds:
+                # BuildKit ends the steps of a build that was given up only once they run.
+                for mount in self._mounts.values():
+                    if mount.filling is not None:
+                        mount.filling.cancel()
             if build.worked:
                 self._keeper.learn(build)
 
@@ -230,6 +231,9 @@ class CacheMounts:
         name = mount.name
         if name is None:
             return 0.0
+        if mount.directory.has_leftovers():
+            # Of a node that ended in the middle; this step may get nothing that removes it.
+            await self._clear(mount.directory.visible)
         document = await self._library.find(common_scopes(self._builds), name)
         if document is None:
             return 0.0
@@ -250,24 +254,29 @@ class CacheMounts:
         index = self._index(mount.directory)
         try:
             seconds = await restore(self._store, document, visible, index, patience)
+        except asyncio.CancelledError:
+            with contextlib.suppress(OffloadError, OSError):
+                await finish(_clear(visible), _CLEAR_SECONDS)
+            raise
         except (OffloadError, OSError) as error:
             if isinstance(error, CacheUnavailableError):
                 self._pace.note(document, patience.limit)
             cause = error.message if isinstance(error, OffloadError) else str(error)
             log.warning("mounts.restore.failed", cause=cause, **where)
             index.unlink(missing_ok=True)
-            clearing = self._tasks.start(_clear(visible), name="mounts.clear")
-            await asyncio.wait((clearing,), timeout=_CLEAR_SECONDS)
+            await self._clear(visible)
             return 0.0
         self._pace.note(document, seconds)
-        for build in self._builds:
-            build.filled.add(mount.directory.snapshot)
         log.info("mounts.restored", seconds=round(seconds, 3), files=document.files, **where)
         self._tell(
             f"cache mount {name.id.removeprefix('/')}:"
             f" {format_size(document.content_bytes)} restored in {seconds:.1f} s"
         )
         return seconds
+
+    async def _clear(self, visible: Path) -> None:
+        clearing = self._tasks.start(_clear(visible), name="mounts.clear")
+        await asyncio.wait((clearing,), timeout=_CLEAR_SECONDS)
 
     def _tell(self, text: str) -> None:
         for build in self._builds:
@@ -299,22 +308,13 @@ def open_cache_mounts(
     """
     if not config.cache_mounts or store.objects is None:
         return None
-    folder = folder.absolute()
-    try:
-        runc = find_runc(None)
-    except ConfigError:
-        return None  # the daemon will say so
-    held = next(path for path in folder.parents if path.exists())
-    if os.statvfs(held).f_flag & os.ST_NOEXEC:
-        log.warning("mounts.off", reason="programs in the data directory cannot run")
-        return None
     settings = MountSettings(
         node=config.name(),
         platform=config.native_platforms()[0],
         max_bytes=config.cache_mount_max,
         interval_seconds=config.cache_mount_interval,
     )
-    return CacheMounts(store, folder, runc, settings, packing)
+    return CacheMounts(store, folder.absolute(), settings, packing)
 
 
 def _tidy(indexes: Path) -> None:

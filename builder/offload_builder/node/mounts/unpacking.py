@@ -23,6 +23,8 @@ from offload_builder.node.mounts.tree import (
     digest_of,
 )
 
+_BLOCK_BYTES = 64 << 10
+_ZEROS = bytes(_BLOCK_BYTES)
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -86,7 +88,7 @@ class Unpacker:
             numbers = iter(entry.extents)
             for one, offset, length in zip(numbers, numbers, numbers, strict=True):
                 if one == number:
-                    _write_all(descriptor, data[offset : offset + length], position)
+                    _write_sparse(descriptor, data[offset : offset + length], position)
                 position += length
         finally:
             os.close(descriptor)
@@ -99,29 +101,38 @@ class Unpacker:
         finally:
             os.close(descriptor)
 
-    def finish(self) -> Index:
-        """Bring everything to its place; return what is to be known of the files.
+    def complete(self) -> None:
+        """Make what is no content of a piece; then everything lies in the hidden directory.
 
         Raises:
             ValueError: pieces are missing.
-            OSError: something is in the way.
+            OSError: something cannot be made.
         """
         if self._by_piece:
             raise ValueError(f"{len(self._by_piece)} pieces of a cache mount are missing")
-        directories = [entry for entry in self._tree.entries if entry.kind is Kind.DIRECTORY]
         for entry in self._tree.entries:
             self._complete(entry)
-        for entry in reversed(directories):
+        for entry in reversed(self._directories()):
             if entry.path:
                 self._dress_directory(self._at(entry.path), entry)
+
+    def place(self) -> None:
+        """Bring everything to its place; quick, and not to be given up half-way.
+
+        Raises:
+            OSError: something is in the way.
+        """
         for name in sorted(os.listdir(self._folder)):
             # What a step has made meanwhile stays.
             if not os.path.lexists(name):
                 os.rename(self._at(name), name)
         shutil.rmtree(self._folder)
-        if directories and not directories[0].path:
-            self._dress_directory(".", directories[0])
-        return self._index()
+        for entry in self._directories():
+            if not entry.path:
+                self._dress_directory(".", entry)
+
+    def _directories(self) -> list[Entry]:
+        return [entry for entry in self._tree.entries if entry.kind is Kind.DIRECTORY]
 
     def _complete(self, entry: Entry) -> None:
         path = self._at(entry.path)
@@ -130,9 +141,9 @@ class Unpacker:
         elif entry.kind is Kind.FILE and len(entry.extents) > 3:
             descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
-                _dress(descriptor, entry)
+                os.ftruncate(descriptor, entry.size_bytes())
                 os.fchmod(descriptor, entry.mode)
-                os.utime(descriptor, ns=(entry.mtime_ns, entry.mtime_ns))
+                _dress(descriptor, entry)
             finally:
                 os.close(descriptor)
         elif entry.kind is Kind.SYMLINK:
@@ -157,7 +168,8 @@ class Unpacker:
         finally:
             os.close(descriptor)
 
-    def _index(self) -> Index:
+    def index(self) -> Index:
+        """Return what is to be known of the files at their places."""
         index = Index(pieces=self._tree.pieces)
         for entry in self._tree.entries:
             if entry.kind is Kind.FILE:
@@ -176,6 +188,14 @@ def _dress(descriptor: int, entry: Entry) -> None:
     for name, value in entry.xattrs.items():
         os.setxattr(descriptor, name, value)
     os.utime(descriptor, ns=(entry.mtime_ns, entry.mtime_ns))
+
+
+def _write_sparse(descriptor: int, data: memoryview, position: int) -> None:
+    """Write what is not zero; the file gets its size later."""
+    for start in range(0, len(data), _BLOCK_BYTES):
+        block = data[start : start + _BLOCK_BYTES]
+        if block.tobytes() != _ZEROS[: len(block)]:
+            _write_all(descriptor, block, position + start)
 
 
 def _write_all(descriptor: int, data: memoryview, position: int) -> None:

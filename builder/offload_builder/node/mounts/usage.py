@@ -91,7 +91,6 @@ class BuildMounts:
         build_id: for the documents.
         tell: shows the user a line.
         touched: snapshots that steps used while it ran.
-        filled: snapshots that were restored while it ran.
         times: of the steps that ended while it ran.
         worked: it has ended well.
     """
@@ -101,7 +100,6 @@ class BuildMounts:
     build_id: str
     tell: Callable[[str], Awaitable[None]] | None = None
     touched: set[Path] = field(default_factory=set)
-    filled: set[Path] = field(default_factory=set)
     times: list[StepTime] = field(default_factory=list)
     worked: bool = False
 

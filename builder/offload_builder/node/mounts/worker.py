@@ -130,8 +130,12 @@ class Worker:
                 number = int(order["piece"])
                 unpacker.add(number, self._blob(order["path"]))
                 self._answer({"added": number})
-            elif order["do"] == "finish":
-                self._write_index(unpacker.finish())
+            elif order["do"] == "complete":
+                unpacker.complete()
+                self._answer({"done": True})
+            elif order["do"] == "place":
+                unpacker.place()
+                self._write_index(unpacker.index())
                 self._answer({"done": True})
                 return
 

@@ -84,21 +84,21 @@ def page_entries(data: bytes) -> dict[str, bytes]:
     }
 
 
-def sources_of(instruction: Instruction) -> tuple[str, list[str]]:
-    """Return which local source an instruction reads, and which paths of it.
+def sources_of(instruction: Instruction) -> dict[str, list[str]]:
+    """Return which local sources an instruction reads, and which paths of them.
 
     Returns:
-        Name of the source ("context", a stage or a named context; empty for none) and patterns of
-        paths, of which "" means everything.
+        By name of the source ("context", a stage or a named context) patterns of paths, of which
+        "" means everything.
     """
     if instruction.keyword == "RUN":
         return _bound(instruction.text)
     if instruction.keyword not in ("COPY", "ADD"):
-        return "", []
+        return {}
     try:
         words = shlex.split(instruction.text.partition("\n")[0])[1:]
     except ValueError:
-        return "context", [""]
+        return {"context": [""]}
     name = "context"
     while words and words[0].startswith("--"):
         flag, _, value = words.pop(0).partition("=")
@@ -106,17 +106,18 @@ def sources_of(instruction: Instruction) -> tuple[str, list[str]]:
             name = value
     if words and words[0].startswith("["):
         words = [word.strip("[],") for word in words]
-    return name, [_clean(path) for path in words[:-1] if "://" not in path]
+    return {name: [_clean(path) for path in words[:-1] if "://" not in path]}
 
 
-def _bound(text: str) -> tuple[str, list[str]]:
+def _bound(text: str) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
     for options in _MOUNT.findall(text):
         pairs = (part.partition("=") for part in options.split(","))
         values: dict[str, str] = {key: value for key, _, value in pairs}
         if values.get("type", "bind") == "bind":
             path = values.get("source", values.get("src", ""))
-            return values.get("from", "context"), [_clean(path)]
-    return "", []
+            found.setdefault(values.get("from", "context"), []).append(_clean(path))
+    return found
 
 
 def _clean(path: str) -> str:

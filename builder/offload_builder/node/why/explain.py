@@ -89,6 +89,8 @@ def explain(comparison: Comparison, wanted: str = "") -> list[StepReason]:
         elif step.cached or not step.ended:
             continue
         reason = explainer.reason(step)
+        if reason.kind == StepReason.KIND_CACHED and not wanted:
+            continue
         reason.number, reason.name = number, step.name
         if step.seconds:
             reason.took.FromMilliseconds(int(step.seconds * 1000))
@@ -121,6 +123,7 @@ class _Explainer:
             self._own_text(name)
             or self._earlier_step(step)
             or self._files(name)
+            or self._steps_before(name)
             or self._environment(name)
             or self._other_text(name)
             or self._cache()
@@ -133,7 +136,7 @@ class _Explainer:
             found = self._steps.get(waiting.popleft())
             if found is None:
                 continue
-            if not found.cached and found.ended:
+            if not found.cached and found.ended and not self._same_base(found):
                 return _reason(
                     StepReason.KIND_EARLIER_STEP, f"it builds on a step that ran: {found.name}"
                 )
@@ -141,6 +144,12 @@ class _Explainer:
             seen.update(new)
             waiting.extend(new)
         return None
+
+    def _same_base(self, step: TracedStep) -> bool:
+        """Whether a step only fetched the base that the compared build had, so changed nothing."""
+        name = parse_step_name(step.name)
+        reason = self._base(name) if name is not None and name.text.startswith("FROM ") else None
+        return reason is not None and reason.kind == StepReason.KIND_CACHED
 
     def _own_text(self, name: StepName) -> StepReason | None:
         """Compare the instruction itself, wherever it stood in its stage."""
@@ -159,20 +168,26 @@ class _Explainer:
         difference = first_difference(now, before)
         return _reason(StepReason.KIND_TEXT_CHANGED, "the Dockerfile changed here", [difference])
 
+    def _steps_before(self, name: StepName) -> StepReason | None:
+        """Compare the steps below: all may be cached, and one may be gone or at another place."""
+        stages = self._stages(name)
+        if stages is None or stages[1] is None or " --link" in name.text.partition("\n")[0]:
+            return None
+        now, old = _instructions_before(name, stages[0], stages[1])
+        return _changed_before(_steps(now), _steps(old))
+
     def _environment(self, name: StepName) -> StepReason | None:
         """Compare what stands before a RUN and is no step: ENV, ARG, USER, SHELL and the like."""
         stages = self._stages(name)
         if stages is None or self._before is None or not name.text.startswith("RUN "):
             return None
-        stage, old = stages
-        if old is None:
+        stage, old_stage = stages
+        if old_stage is None:
             return None
-        prefix = [*self._text.arguments, *_settings(stage, name)]
-        difference = first_difference(prefix, [*self._old_text.arguments, *_settings(old, name)])
-        if difference:
-            return _reason(
-                StepReason.KIND_TEXT_CHANGED, "the Dockerfile changed before it", [difference]
-            )
+        now, old = _instructions_before(name, stage, old_stage)
+        prefix = [*self._text.arguments, *_settings(now)]
+        if reason := _changed_before(prefix, [*self._old_text.arguments, *_settings(old)]):
+            return reason
         names = changed_arguments(self._now.arguments, self._before.arguments, prefix)
         if not names:
             return None
@@ -199,7 +214,7 @@ class _Explainer:
             ):  # fmt: skip
                 continue
             if old.text == name.text:
-                return None
+                return _reason(StepReason.KIND_CACHED, "its base is the same image as before")
             image, _, digest = name.text.removeprefix("FROM ").partition("@")
             old_image, _, old_digest = old.text.removeprefix("FROM ").partition("@")
             if image == old_image and digest and old_digest:
@@ -214,14 +229,11 @@ class _Explainer:
         return None
 
     def _files(self, name: StepName) -> StepReason | None:
-        instruction = self._instruction(name)
-        source, patterns = sources_of(instruction)
-        if not source:
-            return None
-        changes = self._all.paths.get(source, {})
+        sources = sources_of(self._instruction(name))
         touched = [
             f"{path} ({what})" if what != "changed" else path
-            for path, what in changes.items()
+            for source, patterns in sources.items()
+            for path, what in self._all.paths.get(source, {}).items()
             if touches(path, patterns)
         ]
         if touched:
@@ -232,18 +244,20 @@ class _Explainer:
             )
             reason.more_details = len(touched) - len(reason.details)
             return reason
-        if source in self._all.unknown_sources:
+        if unknown := self._all.unknown_sources.keys() & sources:
             return _reason(
                 StepReason.KIND_FILES_CHANGED,
                 "files that it may take in differ; which ones is no longer known",
-                [self._all.unknown_sources[source]],
+                [self._all.unknown_sources[source] for source in sorted(unknown)],
             )
         return None
 
     def _instruction(self, name: StepName) -> Instruction:
         stage = self._text.stage(name.stage)
         steps = stage.before(name.number, name.count) if stage is not None else []
-        if steps:
+        # The name of a COPY has the values of variables.
+        copies = name.text.startswith(("COPY ", "ADD "))
+        if steps and not (copies and "$" in steps[-1].text):
             return steps[-1]
         return Instruction(name.text.partition(" ")[0].upper(), name.text)
 
@@ -293,9 +307,8 @@ class _Explainer:
                 StepReason.KIND_COLLECTED,
                 f"its entry was removed at {facts.removed_at:%Y-%m-%d %H:%M:%S} UTC",
             )
-        if before.node_id != now.node_id and (
-            facts.published_at is None or facts.published_at > now.created_at
-        ):
+        late = facts.published_at is None or facts.published_at > now.created_at
+        if before.node_id != now.node_id and late and _has_built(before):
             return _reason(
                 StepReason.KIND_NOT_UPLOADED,
                 f"node {before.node_id} had not uploaded its cache when this build began",
@@ -312,10 +325,38 @@ class _Explainer:
         )
 
 
-def _settings(stage: Stage, name: StepName) -> list[Instruction]:
-    """Return what stands in a stage before a step and is no step."""
-    before = stage.before(name.number, name.count)
-    return [item for item in before if item.keyword not in STEPS and item.keyword != "FROM"]
+def _has_built(trace: BuildTrace) -> bool:
+    """Whether a build had something to add to the cache: a step ran that fetches no base."""
+    names = (parse_step_name(step.name) for step in trace.steps if step.ended and not step.cached)
+    return any(name is None or not name.text.startswith("FROM ") for name in names)
+
+
+def _instructions_before(
+    name: StepName, stage: Stage, old: Stage
+) -> tuple[list[Instruction], list[Instruction]]:
+    """Return what stands before a step now, and before the same instruction in the old stage."""
+    *now, own = stage.before(name.number, name.count) or [stage.instructions[0]]
+    befores = [
+        old.instructions[:place] for place, other in enumerate(old.instructions) if other == own
+    ]
+    # The same instruction may be there twice.
+    befores.sort(key=lambda before: (_steps(before) != _steps(now), abs(len(before) - len(now))))
+    return now, befores[0] if befores else now
+
+
+def _steps(instructions: list[Instruction]) -> list[Instruction]:
+    return [item for item in instructions if item.keyword in STEPS]
+
+
+def _settings(instructions: list[Instruction]) -> list[Instruction]:
+    return [item for item in instructions if item.keyword not in STEPS and item.keyword != "FROM"]
+
+
+def _changed_before(now: list[Instruction], old: list[Instruction]) -> StepReason | None:
+    difference = first_difference(now, old)
+    if not difference:
+        return None
+    return _reason(StepReason.KIND_TEXT_CHANGED, "the Dockerfile changed before it", [difference])
 
 
 def _reason(

@@ -11,7 +11,6 @@ from offload_builder.gateway.cachetrust import (
     CacheTrust,
     Level,
     check_scope_name,
-    may_copy,
     may_promote,
     may_prune,
     scope_id,
@@ -253,11 +252,6 @@ def test_promotion_is_for_those_who_may_write_the_target() -> None:
 def test_promotion_from_or_to_somewhere_else_is_refused(source: str, target: str) -> None:
     with pytest.raises(OffloadError):
         may_promote(ADMIN, source, target, GUARDED)
-
-
-def test_contributions_of_untrusted_writers_are_never_copied() -> None:
-    assert [may_copy(role) for role in ("admin", "ci", "member")] == [True] * 3
-    assert not any(may_copy(role) for role in ("untrusted", "", "node", "Admin"))
 
 
 def test_member_prunes_what_it_may_write_and_an_administrator_everything() -> None:

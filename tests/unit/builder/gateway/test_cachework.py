@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from offload_builder.gateway.cachework import merge_pruned, merge_usage
+import asyncio
+from datetime import UTC, datetime
+
+from offload_builder.gateway import cachework
+from offload_builder.gateway.cachework import CacheWork, merge_pruned, merge_usage
+from offload_builder.gateway.nodes import NodeRegistry
+from offload_builder.gateway.tokens import TokenRecord
+from offload_proto.v1 import identity_service_pb2 as identity_pb
+from offload_proto.v1 import nodes_service_pb2 as nodes_pb
 from offload_proto.v1.cache_service_pb2 import (
     CacheUsage,
     NodeUsage,
@@ -47,3 +55,34 @@ def test_entry_that_two_nodes_name_went_once():
         ("~team", "1"),
     ]
     assert merged.freed_bytes == 4
+
+
+async def answer(node, log):
+    """Answer for a node as long as it is connected."""
+    while messages := await node.connection.take():
+        for message in messages:
+            task = message.cache_task
+            log.append(task.project_id)
+            usage = CacheUsage(nodes=[NodeUsage(node_id=node.node_id)])
+            node.take_reply(nodes_pb.CacheTaskReply(task_id=task.task_id, usage=usage))
+
+
+async def test_a_node_that_hangs_is_waited_for_once_for_all_projects(monkeypatch):
+    monkeypatch.setattr(cachework, "USAGE_SECONDS", 0.2)
+    token = TokenRecord("t", "", "nodes", identity_pb.ROLE_NODE, (), datetime.now(UTC))
+    nodes = NodeRegistry(heartbeat_interval=2.0, reconnect_grace=10.0)
+    nodes.attach("a-hangs", token, nodes_pb.Hello())
+    log: list[str] = []
+    answering = asyncio.ensure_future(answer(nodes.attach("b", token, nodes_pb.Hello()), log))
+    work, hung = CacheWork(nodes), set()
+    began = asyncio.get_running_loop().time()
+    for number in range(20):
+        usage, silent = await work.usage(f"p{number}", hung)
+        assert silent == ("a-hangs",)
+        assert [node.node_id for node in usage.nodes] == ["b"]
+        assert not usage.shared_problem
+    assert asyncio.get_running_loop().time() - began < 2.0
+    assert len(log) == 20
+    nodes.close()
+    answering.cancel()
+    await asyncio.wait((answering,))

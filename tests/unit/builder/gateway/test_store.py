@@ -309,3 +309,20 @@ async def test_database_of_version_1_gets_the_new_columns_and_keeps_its_builds(t
         assert await history.find("bbbbbbbbbbbb") == new
     async with Store(url):
         pass
+
+
+async def test_a_name_is_not_shared_by_an_untrusted_and_another_member(store):
+    members = Members(store, CA)
+    ci, _ = await members.create_token(name="ci", role=identity_pb.ROLE_CI)
+    await members.create_token(name="ci", role=identity_pb.ROLE_MEMBER)
+    await members.revoke_token(ci.token_id)
+    with pytest.raises(UsageError, match='"ci" is, or was, the name of a trusted member'):
+        await members.create_token(name="ci", role=identity_pb.ROLE_UNTRUSTED)
+    await members.create_token(name="forks", role=identity_pb.ROLE_UNTRUSTED)
+    await members.create_token(name="forks", role=identity_pb.ROLE_UNTRUSTED)
+    with pytest.raises(UsageError, match="the name of an untrusted member"):
+        await members.create_token(name="forks", role=identity_pb.ROLE_CI)
+    # Nodes have names of their own kind.
+    await members.create_token(name="forks", role=identity_pb.ROLE_NODE)
+    await members.create_token(name="pool", role=identity_pb.ROLE_NODE)
+    await members.create_token(name="pool", role=identity_pb.ROLE_UNTRUSTED)

@@ -12,7 +12,7 @@ import pytest
 from offload_builder.node.config import NodeConfig
 from offload_builder.node.projectpool import ProjectPool
 from offload_builder.node.registries import Bases
-from offload_builder.node.trustdomain import TrustDomain
+from offload_builder.node.trustdomain import TrustDomain, set_aside
 from offload_cache.nodestore import NodeStore
 from offload_core.errors import UsageError
 
@@ -106,6 +106,36 @@ async def test_idle_untrusted_domain_is_removed_with_all_its_data(tmp_path, monk
             assert again is not eve
             assert await again.context_store.run(again.context_store.missing_sync, [b"x" * 32])
         finally:
+            reaping.cancel()
+            await asyncio.wait((reaping,))
+
+
+async def test_removing_a_domain_holds_no_other_project_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("offload_builder.node.projectpool.REAP_SECONDS", 0.02)
+    removing, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slowly(folder):
+        removing.set()
+        await go_on.wait()
+        return await set_aside(folder)
+
+    monkeypatch.setattr("offload_builder.node.projectpool.set_aside", slowly)
+    async with projects(configuration(tmp_path, untrusted_idle=0.1)) as pool:
+        await pool.runtime("web", EVE)
+        reaping = asyncio.ensure_future(pool.reap())
+        try:
+            async with asyncio.timeout(10):
+                await removing.wait()
+                await pool.runtime("shop", MALLORY)
+            # The same domain is opened again when nothing of the former one is left.
+            again = asyncio.ensure_future(pool.runtime("web", EVE))
+            await asyncio.sleep(0.1)
+            assert not again.done()
+            go_on.set()
+            async with asyncio.timeout(10):
+                await again
+        finally:
+            go_on.set()
             reaping.cancel()
             await asyncio.wait((reaping,))
 

@@ -109,6 +109,34 @@ async def test_an_image_that_is_being_pushed_again_stays(store: DatedStore) -> N
     assert store.keys("images/") == [image[7:]]
 
 
+async def test_an_image_that_is_pushed_again_with_more_keeps_all_of_it(store: DatedStore) -> None:
+    collector = Collector(store, "one", lambda _: NO_LIMITS, clock=store.clock)
+    await store.put_blob(b"layer")
+    await store.push_image(b"index")
+    assert await collector.run() is not None
+    store.seconds = 10.0
+    await store.push_image(b"index", b"layer")
+    store.seconds = 2 * DAY
+    report = await collector.run()
+    assert report is not None
+    assert report.projects[PROJECT].deleted_blobs == 0
+    assert len(store.keys("blobs/")) == 2
+
+
+async def test_a_project_that_cannot_be_collected_does_not_stop_the_others(
+    store: DatedStore,
+) -> None:
+    endless = LeaseDocument("one", 1e300)
+    await store.write_bytes(named_key("a-project", "leases", "x"), endless.to_bytes())
+    await store.put_blob(b"garbage")
+    store.seconds = 2 * DAY
+    report = await collect(store)
+    assert report.complete
+    assert report.projects["a-project"].problem
+    assert report.projects[PROJECT].deleted_blobs == 1
+    assert store.keys("") == []
+
+
 async def test_the_longest_unused_go_until_the_rest_fits(store: DatedStore) -> None:
     for number in range(10):
         store.seconds = number * 10

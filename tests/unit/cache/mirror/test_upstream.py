@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from aiohttp import web
 
-from offload_cache.mirror import transfer
+from offload_cache.mirror import connection, transfer
 from offload_cache.mirror.connection import Endpoint, new_session
 from offload_cache.mirror.errors import AwayError, DeniedError, MissingError, UnfitError
 from offload_cache.mirror.logins import LoginSource
@@ -155,6 +155,56 @@ async def test_login_stays_with_the_registry_when_it_redirects(tmp_path, monkeyp
     assert seen["query"] == "/blob?signature=a%2Fb%3D"
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_where_a_registry_redirects_to_cannot_ask_for_the_pools_login(monkeypatch, method):
+    monkeypatch.setenv("POOL_PASSWORD", "secret")
+    sent: list[str | None] = []
+
+    async def elsewhere(request: web.Request) -> web.StreamResponse:
+        if request.path == "/token":
+            sent.append(request.headers.get("Authorization"))
+            return web.json_response({"token": "t"})
+        asks = f'Bearer realm="http://{request.host}/token"'
+        return web.Response(status=401, headers={"WWW-Authenticate": asks})
+
+    async with serving(elsewhere) as place:
+
+        async def handle(_: web.Request) -> web.StreamResponse:
+            return web.Response(status=307, headers={"Location": f"http://{place}/blob"})
+
+        login = LoginSource("ali", password_env="POOL_PASSWORD")
+        async with upstream(handle, login=login) as registry:
+            with pytest.raises(DeniedError):
+                if method == "GET":
+                    await registry.read_manifest("base", DIGEST)
+                else:
+                    await registry.find_blob("base", DIGEST)
+    assert sent == []
+
+
+async def test_questions_do_not_wait_for_layers_that_are_on_their_way(monkeypatch):
+    monkeypatch.setattr(connection, "HEADER_SECONDS", 0.5)
+    ended = asyncio.Event()
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        if "/blobs/" not in request.path:
+            return web.Response(headers={"Docker-Content-Digest": DIGEST})
+        response = web.StreamResponse(headers={"Content-Length": "2"})
+        await response.prepare(request)
+        await response.write(b"x")
+        await ended.wait()
+        await response.write(b"x")
+        return response
+
+    async with upstream(handle) as registry:
+        (client,) = registry._clients
+        answers = [await client.request("GET", "base", f"blobs/{i}") for i in range(40)]
+        assert await registry.find_manifest("base", "1") == DIGEST
+        ended.set()
+        for answer in answers:
+            assert await answer.read() == b"xx"
+
+
 async def test_redirects_in_circles_end():
     async def handle(request: web.Request) -> web.StreamResponse:
         return web.Response(status=302, headers={"Location": str(request.url)})
@@ -232,6 +282,23 @@ async def test_registry_without_ranges_and_empty_answers(tmp_path):
     async with upstream(whole) as registry:
         with pytest.raises(UnfitError, match="more than"):
             await pull(registry, tmp_path / "small", max_bytes=1000)
+
+
+async def test_a_pull_that_takes_for_ever_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer, "_BLOB_SECONDS", 0.3)
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Length": str(len(DATA))})
+        await response.prepare(request)
+        for at in range(1_000):
+            await response.write(DATA[at : at + 1])
+            await asyncio.sleep(0.02)
+        return response
+
+    async with upstream(handle) as registry:
+        with pytest.raises(AwayError, match="takes more than"):
+            await pull(registry, tmp_path)
+    assert not any((tmp_path / "projects" / "web" / "ingest").iterdir())
 
 
 async def test_wrong_bytes_are_refused(tmp_path):

@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from offload_cache.collection.collector import Collector
+from offload_cache.collection.plan import Limits
 from offload_cache.keys import pack_key, pack_prefix
 from offload_cache.packs.catalog import PackCatalog
 from offload_cache.packs.merge import MANY, PackMerger
 from offload_cache.packs.pending import PendingBlobs
 from offload_cache.packs.reader import PackReader
 from offload_cache.packs.refresh import CatalogRefresh
-from offload_cache.packs.sweep import PackSweeper
 from offload_cache.packs.writer import PackWriter
 from tests.fixtures.directorystore import DirectoryObjectStore
 from tests.fixtures.packs import Blobs
@@ -42,9 +43,6 @@ class Node:
         )
         self.reader = PackReader(
             self.objects, "web", self.catalog, threads, on_read=lambda pack: None
-        )
-        self.sweeper = PackSweeper(
-            self.objects, "web", self.catalog, threads, keep_bytes=1 << 30, keep_seconds=1e6
         )
 
     @staticmethod
@@ -88,7 +86,8 @@ async def test_many_small_packs_become_one(tmp_path: Path, threads: ThreadPoolEx
     assert await node.fetch(digests) == node.blobs.content
 
     # Old packs stay for those who know them, for a day.
-    await node.sweeper.sweep()
+    limits = Limits(0, 1e6, 1 << 30, 1e6)
+    await Collector(node.objects, "one", lambda _: limits).run()
     assert await stale.fetch(digests) == node.blobs.content
 
     fresh = Node(tmp_path, "fresh", threads)

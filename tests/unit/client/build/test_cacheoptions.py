@@ -59,6 +59,14 @@ def test_github_cache_is_used_where_it_exists_only() -> None:
     assert second.imports[0].attributes == {"token": "t", "version": "2", "url_v2": "https://r/"}
 
 
+def test_session_token_goes_with_its_own_keys_only() -> None:
+    temporary = KEYS | {"AWS_SESSION_TOKEN": "short"}
+    found = parse("type=s3,bucket=b", **temporary).imports[0].attributes
+    assert (found["access_key_id"], found["session_token"]) == ("who", "short")
+    given = "type=s3,bucket=b,access_key_id=minio,secret_access_key=its"
+    assert "session_token" not in parse(given, **temporary).imports[0].attributes
+
+
 def test_keys_for_s3_come_from_the_environment_and_never_from_the_node() -> None:
     found = parse("type=s3,bucket=b,region=r", **KEYS)
     assert found.imports[0].attributes == {

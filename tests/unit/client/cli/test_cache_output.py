@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -95,6 +96,17 @@ def test_scope_is_that_of_the_branch_by_default(at: Invocation):
     everything = _filter(at, None, "7d", "10GB", all_scopes=True)
     assert (everything.scope, everything.all_scopes) == ("", True)
     assert (everything.unused_for.seconds, everything.keep_bytes) == (604_800, 10**10)
+
+
+def test_scope_by_default_is_the_one_that_builds_write(at: Invocation):
+    pipeline = {"GITHUB_ACTIONS": "true", "GITHUB_HEAD_REF": "topic/b", "GITHUB_BASE_REF": "main"}
+    assert _filter(replace(at, environment=pipeline), None, None, None, all_scopes=False).scope == (
+        "topic/b"
+    )
+    (at.cwd / ".git").mkdir()
+    (at.cwd / ".git/HEAD").write_text("ref: refs/heads/topic/a\n")
+    told = replace(at, environment={"OFFLOAD_BRANCH": "release"})
+    assert _filter(told, None, None, None, all_scopes=False).scope == "release"
 
 
 def test_wrong_values_are_refused(at: Invocation):

@@ -18,7 +18,7 @@ from offload_client.invocation import Invocation
 from offload_client.resident.launch import start_helper
 from offload_client.resident.request import read_request
 from offload_client.resident.server import Helper
-from offload_client.resident.thin import helper_enabled, socket_path
+from offload_client.resident.thin import helper_enabled, needs_this_process, socket_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -113,6 +113,21 @@ def test_pipelines_use_no_helper_unless_told() -> None:
     assert not helper_enabled({"OFFLOAD_TOKEN": "x"})
     assert not helper_enabled({"OFFLOAD_RESIDENT": "0"})
     assert helper_enabled({"OFFLOAD_RESIDENT": "1", "CI": "true"})
+
+
+@pytest.mark.parametrize(
+    ("argument", "needed"),
+    [
+        ("/dev/stdout", True),
+        ("type=tar,dest=/dev/fd/63", True),
+        ("/proc/self/cwd", True),
+        ("/dev/shm/project", False),
+        ("type=local,src=/dev/shm/a,dest=/dev/stdout", True),
+        ("src/dev", False),
+    ],
+)
+def test_what_only_the_commands_own_process_sees_stays_there(argument: str, needed: bool) -> None:
+    assert needs_this_process(argument) is needed
 
 
 def test_socket_depends_on_how_the_process_sees_the_system(folder: Path) -> None:

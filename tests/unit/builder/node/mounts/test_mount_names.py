@@ -98,7 +98,7 @@ def test_step_waits_no_longer_than_the_mount_can_save() -> None:
     assert Patience.of(DOCUMENT, "other").limit == 5.0
     assert Patience.of(replace(DOCUMENT, warm={"c": 9.0}), "c").limit == 1.0
     assert Patience.of(replace(DOCUMENT, warm={"c": 12.0}), "c").limit == 0.0
-    assert Patience.of(replace(DOCUMENT, cold={}), "c").limit == 60.0
+    assert Patience.of(replace(DOCUMENT, cold={}), "c").limit == 1.0
 
 
 def test_pace_is_learned_and_forgotten() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import struct
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,10 @@ class Place:
         unpacker = Unpacker(decoded, "x")
         for number in reversed(range(len(decoded.pieces))):
             unpacker.add(number, self.blobs[decoded.pieces[number].digest])
-        self.index = unpacker.finish()
+        unpacker.complete()
+        assert all(path.name.startswith(RESTORE_PREFIX) for path in target.iterdir())
+        unpacker.place()
+        self.index = unpacker.index()
         return target
 
 
@@ -108,6 +112,32 @@ def test_everything_that_a_step_can_leave_survives(place: Place) -> None:
     os.utime(source, ns=(1, 5_000_000_001))
     place.pack()
     assert facts(place.unpack()) == facts(source)
+
+
+def test_access_lists_survive(place: Place) -> None:
+    rows = ((0x01, 7, -1), (0x02, 5, 1234), (0x04, 5, -1), (0x10, 5, -1), (0x20, 0, -1))
+    rules = struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *row) for row in rows)
+    folder = place.source / "folder"
+    folder.mkdir()
+    (place.source / "small").write_bytes(b"x")
+    (place.source / "large").write_bytes(os.urandom(PIECE_BYTES + 1))
+    for path in (folder, place.source / "small", place.source / "large"):
+        os.setxattr(path, "system.posix_acl_access", rules)
+    os.setxattr(folder, "system.posix_acl_default", rules)
+    place.pack()
+    assert facts(place.unpack()) == facts(place.source)
+
+
+def test_holes_of_a_large_file_stay_holes(place: Place) -> None:
+    path = place.source / "database"
+    with path.open("wb") as file:
+        file.seek(5 * PIECE_BYTES)
+        file.write(b"in the middle")
+        file.truncate(9 * PIECE_BYTES + 1)
+    place.pack()
+    target = place.unpack()
+    assert facts(target) == facts(place.source)
+    assert (target / "database").stat().st_blocks * 512 < PIECE_BYTES
 
 
 def test_sockets_and_leftovers_of_restores_are_no_content(place: Place) -> None:
@@ -198,6 +228,19 @@ def test_file_that_changes_meanwhile_is_no_snapshot(place: Place) -> None:
         packer.run()
 
 
+def test_file_that_changes_while_it_is_read_is_no_snapshot(place: Place) -> None:
+    path = place.source / "a"
+    path.write_bytes(os.urandom(3 * PIECE_BYTES))
+    os.chdir(place.source)
+
+    def change(*_: object) -> None:
+        with path.open("r+b") as file:
+            file.write(b"changed")
+
+    with pytest.raises(ChangedError):
+        Packer(Index(), 1 << 30, change).run()
+
+
 def test_nothing_is_seen_before_the_end_and_leftovers_go(place: Place) -> None:
     (place.source / "file").write_bytes(b"x")
     tree = place.pack()
@@ -206,7 +249,7 @@ def test_nothing_is_seen_before_the_end_and_leftovers_go(place: Place) -> None:
     os.chdir(target)
     unpacker = Unpacker(tree, "1")
     with pytest.raises(ValueError, match="missing"):
-        unpacker.finish()
+        unpacker.complete()
     assert [path.name for path in target.iterdir()] == [f"{RESTORE_PREFIX}1"]
     with pytest.raises(ValueError, match="damaged"):
         unpacker.add(0, b"other")

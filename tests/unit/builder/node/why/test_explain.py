@@ -123,6 +123,40 @@ def test_argument_is_named_and_its_value_is_not() -> None:
     assert kinds(Comparison(now, before))[0] == ("TEXT_CHANGED", "--build-arg VERSION")
 
 
+def test_step_that_is_gone_or_moved_is_the_reason_for_those_after_it() -> None:
+    text = "FROM base\nRUN one\nRUN two\nENV A=1\nRUN three\n"
+    names = ("[1/4] FROM x@sha256:aa", "[2/4] RUN one", "[3/4] RUN two", "[4/4] RUN three")
+    before = replace(BEFORE, dockerfile=text, steps=steps(names=names))
+    gone = ("[1/3] FROM x@sha256:aa", "[2/3] RUN one", "[3/3] RUN three")
+    now = replace(NOW, dockerfile=text.replace("RUN two\n", ""), steps=steps(2, names=gone))
+    assert kinds(Comparison(now, before)) == [("TEXT_CHANGED", "RUN two is gone")]
+    swapped = (names[0], "[2/4] RUN two", "[3/4] RUN one", names[3])
+    text = text.replace("RUN one\nRUN two", "RUN two\nRUN one")
+    now = replace(NOW, dockerfile=text, steps=steps(1, names=swapped))
+    assert kinds(Comparison(now, before)) == [("TEXT_CHANGED", "RUN one is gone")]
+
+
+def test_base_that_was_fetched_again_is_no_reason() -> None:
+    now = replace(NOW, steps=steps(0, 1))
+    comparison = Comparison(now, BEFORE, {"context": {"src/a": "changed"}})
+    assert kinds(comparison) == [("FILES_CHANGED", "src/a")]
+    assert kinds(Comparison(replace(NOW, steps=steps(0)), BEFORE)) == []
+    assert kinds(Comparison(replace(NOW, steps=steps(0)), BEFORE), "FROM") == [("CACHED", "")]
+
+
+def test_files_of_all_bind_mounts_and_of_variables_are_named() -> None:
+    run = "RUN --mount=type=bind,source=a.json --mount=type=bind,source=b.json,target=b.json npm ci"
+    text = f"FROM base\nARG DIR=src\nCOPY ${{DIR}} /src\n{run}\n"
+    names = ("[1/3] FROM x@sha256:aa", "[2/3] COPY src /src", f"[3/3] {run}")
+    before = replace(BEFORE, dockerfile=text, steps=steps(names=names))
+    now = replace(before, build_id="two", steps=steps(2, names=names))
+    comparison = Comparison(now, before, {"context": {"b.json": "changed"}})
+    assert kinds(comparison) == [("FILES_CHANGED", "b.json")]
+    now = replace(now, steps=steps(1, names=names))
+    comparison = Comparison(now, before, {"context": {"src/x": "added"}})
+    assert kinds(comparison) == [("FILES_CHANGED", "src/x (added)")]
+
+
 def test_base_that_moved() -> None:
     names = (NAMES[0].replace("aa", "bb"), *NAMES[1:])
     now = replace(NOW, steps=steps(0, 1, 2, 3, names=names))
@@ -157,6 +191,12 @@ def test_when_nothing_differs_it_is_about_the_cache(
 ) -> None:
     now = replace(NOW, **changes)  # type: ignore[arg-type]
     assert kinds(Comparison(now, BEFORE, facts=facts))[0][0] == kind
+
+
+def test_build_that_was_cached_itself_is_not_said_to_have_uploaded_nothing() -> None:
+    before = replace(BEFORE, steps=steps(0))
+    comparison = Comparison(replace(NOW, node_id="n2"), before, facts=CacheFacts())
+    assert kinds(comparison)[0][0] == "UNKNOWN"
 
 
 def test_one_step_is_told_of_also_when_it_was_cached() -> None:
