@@ -31,7 +31,8 @@ def test_status_tells_gateway_member_and_nodes(pool: Pool, member: Member) -> No
     status = json.loads(result.stdout)
     assert status["gateway"] == pool.address
     assert status["role"] == "admin"
-    assert status["projects"] == ["default"]
+    # Other tests may have made some more in this pool.
+    assert "default" in status["projects"]
     assert [node["node_id"] for node in status["nodes"]] == ["node-1", "node-2"]
     assert {node["state"] for node in status["nodes"]} == {"ready"}
     pretty = member.offload("status").stdout
