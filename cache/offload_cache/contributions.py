@@ -15,7 +15,7 @@ import orjson
 import zstandard
 
 from offload_cache.keys import check_contribution_id
-from offload_core.digest import is_digest
+from offload_core.digest import check_digest
 from offload_core.errors import UsageError
 
 MAX_CONTRIBUTION_BYTES = 8 << 20
@@ -162,7 +162,7 @@ def _read(raw: dict[str, Any]) -> Contribution:
         ),
         layers=tuple(
             CacheLayer(
-                digest=_digest(layer["digest"]),
+                digest=check_digest(layer["digest"]),
                 size_bytes=_size(layer["size"]),
                 media_type=_text(layer["mediaType"]),
                 annotations={
@@ -180,12 +180,6 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError("not a text")
     return value
-
-
-def _digest(value: Any) -> str:
-    if not is_digest(_text(value)):
-        raise ValueError("not a digest")
-    return _text(value)
 
 
 def _size(value: Any) -> int:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import orjson
 
 from offload_cache.collection.documents import read_document
-from offload_core.digest import is_digest
+from offload_core.digest import check_digest
 from offload_core.errors import UsageError
 
 MAX_IMAGE_BYTES = 8 << 20
@@ -51,15 +50,9 @@ class ImageDocument:
         raw = read_document(data, "document of an image")
         try:
             return cls(
-                _digest(raw["digest"]),
+                check_digest(raw["digest"]),
                 str(raw["build_id"]),
-                tuple((_digest(digest), int(size)) for digest, size in raw["blobs"]),
+                tuple((check_digest(digest), int(size)) for digest, size in raw["blobs"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError("the document of an image is damaged") from error
-
-
-def _digest(value: Any) -> str:
-    if not isinstance(value, str) or not is_digest(value):
-        raise ValueError("not a digest")
-    return value

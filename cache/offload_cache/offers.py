@@ -16,7 +16,7 @@ from offload_core.aio import TaskSet
 from offload_core.digest import sha256_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Sequence
+    from collections.abc import Coroutine, Iterable, Sequence
     from concurrent.futures import ThreadPoolExecutor
     from typing import Any
 
@@ -175,23 +175,14 @@ class OfferDesk:
             self._start(self._renew(view), "unify")
         return offer
 
-    def awaits_news(self, read_scopes: Sequence[str]) -> bool:
+    def awaits_news(self, read_scopes: Iterable[str]) -> bool:
         """Return whether the shared store may have something new of these scopes."""
-        objects = self._store.objects
-        return (
-            objects is not None
-            and objects.reachable
-            and any(self._scopes.listing_age(scope) > _NEWS_SECONDS for scope in read_scopes)
-        )
+        return bool(self._stale(read_scopes))
 
     def expect(self) -> None:
         """Hear that a build is on its way here: ask for news of the scopes that builds use."""
-        objects = self._store.objects
-        if objects is None or not objects.reachable:
-            return
-        for scope in {scope for view in self._in_use() for scope in view.scopes}:
-            if self._scopes.listing_age(scope) > _NEWS_SECONDS:
-                self._refresh(scope)
+        for scope in self._stale({scope for view in self._in_use() for scope in view.scopes}):
+            self._refresh(scope)
 
     def _view(self, read_scopes: tuple[str, ...], key: str) -> _View:
         name = (read_scopes, key)
@@ -237,16 +228,22 @@ class OfferDesk:
 
     # -- the shared store
 
-    async def _wait_for_shared(self, view: _View, *, patient: bool) -> None:
+    def _stale(self, scopes: Iterable[str]) -> list[str]:
+        """Return the scopes that a reachable store was not asked about for a moment."""
         objects = self._store.objects
-        members = [member for scope in view.scopes for member in self._scopes.members(scope)]
-        ages = {scope: self._scopes.listing_age(scope) for scope in view.scopes}
-        stale = [scope for scope, age in ages.items() if age > _NEWS_SECONDS]
-        if not stale or objects is None or not objects.reachable:
+        if objects is None or not objects.reachable:
+            return []
+        return [scope for scope in scopes if self._scopes.listing_age(scope) > _NEWS_SECONDS]
+
+    async def _wait_for_shared(self, view: _View, *, patient: bool) -> None:
+        stale = self._stale(view.scopes)
+        if not stale:
             return
+        members = [member for scope in view.scopes for member in self._scopes.members(scope)]
+        age = max(map(self._scopes.listing_age, stale))
         if not members:
             wait_seconds = _UNKNOWN_WAIT_SECONDS
-        elif max(ages.values()) > _STALE_SECONDS or not any(m.key == view.key for m in members):
+        elif age > _STALE_SECONDS or not any(m.key == view.key for m in members):
             # A build of which nothing is known has more to lose by old news than by a short wait.
             wait_seconds = _STALE_WAIT_SECONDS
         else:

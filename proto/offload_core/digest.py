@@ -13,6 +13,17 @@ def is_digest(text: str) -> bool:
     return _SHA256.fullmatch(text) is not None
 
 
+def check_digest(value: object) -> str:
+    """Return a value of a document that has to be a digest.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(value, str) or not is_digest(value):
+        raise ValueError("not a digest")
+    return value
+
+
 def sha256_digest(data: bytes | bytearray | memoryview) -> str:
     """Return the OCI digest of `data`."""
     return "sha256:" + hashlib.sha256(data).hexdigest()

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import structlog
 
+from offload_core.smallfile import replace_small_file
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -90,10 +92,8 @@ class ExportLedger:
             self._save()
 
     def _save(self) -> None:
-        draft = self._path.with_suffix(".new")
         try:
-            draft.write_text(json.dumps(list(self._owed)))
-            draft.replace(self._path)
+            replace_small_file(self._path, json.dumps(list(self._owed)).encode())
         except OSError as error:  # an export that is lost with the node is made at the next change
             log.warning("cache.exports.not_noted", path=str(self._path), error=repr(error))
 

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from offload_core.smallfile import replace_small_file
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
@@ -28,8 +30,6 @@ log = structlog.get_logger(__name__)
 FILE_NAME = "own-results.json"
 MAX_CONTRIBUTIONS = 4096
 _VERSION = 1
-
-
 _PASSING = "local source for "
 """How BuildKit describes its view of a local source for one build (source/local/source.go)."""
 
@@ -120,16 +120,13 @@ class OwnResults:
             "contributions": list(self._contributions),
             "records": sorted(self._records),
         }
-        scratch = self._path.with_name(f"{FILE_NAME}.new")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            scratch.write_text(json.dumps(document), "utf-8")
-            scratch.replace(self._path)
+            replace_small_file(self._path, json.dumps(document).encode())
         except OSError as error:
             self._whole = False
             # Without a file the state counts as one that may have imported.
             with contextlib.suppress(OSError):
-                scratch.unlink(missing_ok=True)
                 self._path.unlink(missing_ok=True)
             log.warning("buildkit.results.not_kept", path=str(self._path), cause=str(error))
 

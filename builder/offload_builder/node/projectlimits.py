@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import structlog
+
+from offload_core.smallfile import replace_small_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -88,16 +88,9 @@ class LimitBook:
             listener()
 
     def _write(self) -> None:
-        scratch = self._path.with_name(f"{self._path.name}.new")
         document = {name: asdict(limit) for name, limit in self._limits.items()}
         try:
-            with scratch.open("w", encoding="utf-8") as file:
-                json.dump(document, file)
-                file.flush()
-                os.fsync(file.fileno())
-            scratch.replace(self._path)
+            replace_small_file(self._path, json.dumps(document).encode(), durable=True)
         except OSError as error:
             # The gateway tells them again at the next start.
             log.warning("project.limits.not_kept", path=str(self._path), cause=str(error))
-            with contextlib.suppress(OSError):
-                scratch.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 
 from offload_cache.keys import check_contribution_id
-from offload_core.digest import is_digest
+from offload_core.digest import check_digest
 from offload_core.errors import UsageError
 
 MAX_DOCUMENT_BYTES = 16 << 20
@@ -62,7 +62,7 @@ class LeaseDocument:
             return cls(
                 str(raw["holder"]),
                 float(raw["seconds"]),
-                frozenset(_digest(digest) for digest in raw["digests"]),
+                frozenset(check_digest(digest) for digest in raw["digests"]),
                 frozenset(
                     (str(scope), check_contribution_id(i)) for scope, i in raw["contributions"]
                 ),
@@ -112,8 +112,8 @@ class CondemnedDocument:
             return cls(
                 str(raw["holder"]),
                 float(raw["seconds"]),
-                frozenset(_digest(digest) for digest in raw["blobs"]),
-                frozenset(_digest(digest) for digest in raw["images"]),
+                frozenset(check_digest(digest) for digest in raw["blobs"]),
+                frozenset(check_digest(digest) for digest in raw["images"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError("a list of condemned blobs is damaged") from error
@@ -134,9 +134,3 @@ def read_document(data: bytes, what: str) -> dict[str, Any]:
     if version != _VERSION:
         raise UnknownDocumentError(f"a {what} has the unknown version {version!r}")
     return dict(raw)
-
-
-def _digest(value: Any) -> str:
-    if not isinstance(value, str) or not is_digest(value):
-        raise ValueError("not a digest")
-    return value

@@ -6,6 +6,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from offload_cache.packs.layout import SHA256_BYTES
+from offload_core.smallfile import replace_small_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,9 +67,7 @@ class PendingBlobs:
             if not snapshot:
                 self._path.unlink(missing_ok=True)
                 return
-            draft = self._path.with_suffix(".new")
-            draft.write_bytes(snapshot)
-            draft.replace(self._path)
+            replace_small_file(self._path, snapshot)
         except OSError:
             # They are then not shared; their builds are not concerned.
             return
