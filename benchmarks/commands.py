@@ -31,7 +31,7 @@ _CACHED = re.compile(r"^#(\d+) (?:CACHED|sha256:[0-9a-f]{64} )", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Finished:
-    """A command that has ended with 0."""
+    """A command that has ended as it should."""
 
     seconds: float
     output: str
@@ -90,8 +90,16 @@ def run(
     environment: Mapping[str, str],
     folder: Path,
     place: Place = nullcontext,
+    tolerated: str = "",
 ) -> Finished:
     """Run a command from process start to exit; its output is no terminal.
+
+    Args:
+        command: program and arguments.
+        environment: all of it.
+        folder: working directory.
+        place: where it runs.
+        tolerated: a failure whose output has this text is none.
 
     Raises:
         BenchmarkError: it failed or took too long; with its output.
@@ -109,25 +117,26 @@ def run(
             start_new_session=True,
         )
         # Not wait(timeout): that polls, and adds up to 50 ms to what is measured.
-        limit = threading.Timer(TIMEOUT_SECONDS, _kill, (process.pid,))
+        limit = threading.Timer(TIMEOUT_SECONDS, kill_group, (process.pid,))
         limit.start()
         try:
             code = process.wait()
             seconds = time.perf_counter() - began
         except BaseException:
-            _kill(process.pid)
+            kill_group(process.pid)
             process.wait()
             raise
         finally:
             limit.cancel()
         output.seek(0)
         text = output.read().decode(errors="replace")
-    if code != 0:
+    if code != 0 and not (tolerated and tolerated in text):
         line = " ".join(str(part) for part in command)
         raise BenchmarkError(f"{line} ended with {code}:\n{text}")
     return Finished(seconds, text)
 
 
-def _kill(pid: int) -> None:
+def kill_group(pid: int) -> None:
+    """Kill a command and what it has started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)

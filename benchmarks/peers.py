@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING
 from benchmarks.commands import Finished, Place, run
 from benchmarks.daemons import TOOLS, tool_environment
 from benchmarks.model import BenchmarkError
+from benchmarks.terminal import run_on_terminal
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from benchmarks.buildkitport import TlsFiles
+    from benchmarks.terminal import Reader
 
-# Our builds make no provenance attestation either; leaving it out makes both do the same work.
+# Our builds make a provenance attestation for pushed images only; leaving it out makes both do the
+# same work.
 SAME_WORK = ("--provenance=false",)
 
 
@@ -45,20 +48,51 @@ class Buildx:
         self._run("create", "--name", builder, "--driver", "remote", *options, address)
 
     def build(
-        self, builder: str, context: Path, *arguments: str, docker_host: str = ""
+        self,
+        builder: str,
+        context: Path,
+        *arguments: str,
+        docker_host: str = "",
+        tolerated: str = "",
     ) -> Finished:
-        """Run `docker buildx build`."""
+        """Run `docker buildx build`; see `commands.run` for `tolerated`."""
         more = {"DOCKER_HOST": docker_host} if docker_host else {}
         return self._run(
-            "build", "--builder", builder, *SAME_WORK, *arguments, str(context), **more
+            *("build", "--builder", builder, *SAME_WORK, *arguments, str(context)),
+            tolerated=tolerated,
+            **more,
         )
 
-    def _run(self, *arguments: str, **environment: str) -> Finished:
+    def build_on_terminal(
+        self,
+        builder: str,
+        context: Path,
+        *arguments: str,
+        reader: Reader,
+        tolerated: str = "",
+    ) -> Finished:
+        """Run `docker buildx build` on a terminal; see `commands.run` for `tolerated`."""
+        return run_on_terminal(
+            [self._docker, "buildx", "build", "--builder", builder, *SAME_WORK, *arguments,
+             str(context)],
+            environment=self._environment,
+            folder=self._home,
+            reader=reader,
+            place=self._place,
+            tolerated=tolerated,
+        )  # fmt: skip
+
+    def help(self) -> Finished:
+        """Run `docker buildx build --help`."""
+        return self._run("build", "--help")
+
+    def _run(self, *arguments: str, tolerated: str = "", **environment: str) -> Finished:
         return run(
             [self._docker, "buildx", *arguments],
             environment=self._environment | environment,
             folder=self._home,
             place=self._place,
+            tolerated=tolerated,
         )
 
 

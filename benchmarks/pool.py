@@ -20,9 +20,11 @@ from benchmarks.commands import Finished, Place, run
 from benchmarks.daemons import Daemon, tool_environment
 from benchmarks.model import BenchmarkError
 from benchmarks.settle import wait_quiet
+from benchmarks.terminal import run_on_terminal
 from tests.fixtures.minio import free_port
 
 if TYPE_CHECKING:
+    from benchmarks.terminal import Reader
     from tests.fixtures.minio import MinioServer
 
 BIN = Path(sys.executable).parent
@@ -131,6 +133,10 @@ class Pool:
         """Wait until gateway and nodes rest."""
         wait_quiet([self._gateway.pid, *(node.pid for node in self._nodes.values())])
 
+    def gateway_pid(self) -> int:
+        """Return the process id of the gateway."""
+        return self._gateway.pid
+
     def node_pid(self, name: str) -> int:
         """Return the process id of a node's agent; its BuildKit is a child of it."""
         return self._nodes[name].pid
@@ -208,6 +214,25 @@ class Member:
         return run(
             [BIN / "offload-build", *arguments, str(context)],
             environment=environment,
+            folder=self._home,
+            place=self._place,
+        )
+
+    def build_on_terminal(self, context: Path, *arguments: str, reader: Reader) -> Finished:
+        """Run `offload-build` on a terminal."""
+        return run_on_terminal(
+            [BIN / "offload-build", *arguments, str(context)],
+            environment=self.environment,
+            folder=self._home,
+            reader=reader,
+            place=self._place,
+        )
+
+    def help(self) -> Finished:
+        """Run `offload-build --help`."""
+        return run(
+            [BIN / "offload-build", "--help"],
+            environment=self.environment,
             folder=self._home,
             place=self._place,
         )

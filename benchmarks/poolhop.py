@@ -73,7 +73,7 @@ def pool_hop(session: Session) -> None:
         pairs: dict[str, tuple[Callable[[int], float], Callable[[int], float]]] = {
             "pool-hop-again": (to_pool, lambda _: stage.peer("-o", stage.pushed(known))),
             "pool-hop-push": (
-                lambda _: stage.ours("--push", "-t", stage.image()),
+                lambda _: stage.ours("--push", "--provenance=false", "-t", stage.image()),
                 lambda _: stage.peer("--push", "-t", stage.image()),
             ),
             "pool-hop-oci": (

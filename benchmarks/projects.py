@@ -71,6 +71,34 @@ RUN md5sum < /last > /checked
 """12 steps, three stages, layers of up to 240 MB: 580 MB in all, 280 MB in the final image."""
 
 
+LOG = """\
+FROM scratch
+COPY busybox /bin/busybox
+COPY salt /salt
+RUN ["/bin/busybox", "seq", "1", "{lines}"]
+"""
+
+
+UNBUFFERED_LOG = """\
+FROM scratch
+COPY busybox /bin/busybox
+RUN ["/bin/busybox", "--install", "-s", "/bin"]
+COPY salt /salt
+RUN i=0; while [ $i -lt {lines} ]; do i=$((i+1)); echo $i; done
+"""
+
+
+def log_project(folder: Path, lines: int, *, unbuffered: bool = False) -> Path:
+    """Make a project with a step that prints numbered lines, as fast as it can.
+
+    Args:
+        folder: for it.
+        lines: how many.
+        unbuffered: each line is a write of its own.
+    """
+    return _project(folder, (UNBUFFERED_LOG if unbuffered else LOG).format(lines=lines))
+
+
 def layers_project(folder: Path) -> Path:
     """Make a project as the cache meets it: several stages, large layers, some of it noise.
 

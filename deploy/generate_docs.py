@@ -1,4 +1,4 @@
-"""Write the generated parts of docs/ from the code, or check that they are up to date.
+"""Write the generated parts of docs/ and the help texts, or check that they are up to date.
 
 A generated part stands between two lines, and nothing else of the file is touched:
 
@@ -64,6 +64,8 @@ def option_form(hint: Any, unit: str) -> str:
     inner = [part for part in typing.get_args(hint) if part not in (type(None), Ellipsis)]
     if typing.get_origin(hint) in (list, tuple):
         return "list of texts"
+    if typing.get_origin(hint) is dict:
+        return "table of lists of texts"
     names = {str: "text", int: "whole number", float: "number", bool: "true or false", Path: "path"}
     return names[inner[0] if inner else hint]
 
@@ -75,7 +77,7 @@ def default_text(field: dataclasses.Field[Any]) -> str:
         value = field.default_factory()
     if value is dataclasses.MISSING:
         return "required"
-    if value is None or value in ("", [], ()):
+    if value is None or value in ("", [], (), {}):
         return "none"
     if unit := field.metadata["unit"]:
         text = with_unit(value, SIZES if unit == "size" else DURATIONS)
@@ -93,6 +95,19 @@ def with_unit(value: float, units: tuple[tuple[int, str], ...]) -> str:
         if value and value % size == 0:
             return f"{value / size:.0f}{unit}"
     return f"{value * 1000:.0f}ms" if units is DURATIONS else f"{value}B"
+
+
+def registry_table() -> str:
+    """Return the keys of the file that registry_config names."""
+    from offload_builder.node.registryfile import LOGIN_KEYS, REGISTRY_KEYS
+
+    forms = {bool: "true or false", str: "text", list: "list of texts"}
+    rows = [
+        (f"`{name}`", place, forms[key.kind], sentence(key.about))
+        for place, keys in (("registry", REGISTRY_KEYS), ("registry or login", LOGIN_KEYS))
+        for name, key in keys.items()
+    ]
+    return table(("Key", "In", "Form", "Meaning"), rows)
 
 
 # --- Errors.
@@ -131,11 +146,17 @@ def import_all(package: str) -> None:
 def command_help() -> str:
     """Return the help of every command."""
     from offload_builder.cli.entry import main as builder
+    from offload_client.cli.bake import bake_command
     from offload_client.cli.build import build_command
     from offload_client.cli.offload import offload
 
     parts = []
-    for command, name in ((build_command, "offload-build"), (offload, "offload")):
+    clients = (
+        (build_command, "offload-build"),
+        (bake_command, "offload-build bake"),
+        (offload, "offload"),
+    )
+    for command, name in clients:
         parts += list(help_texts(command, name, None))
     parts += list(help_texts(builder, "offload-builder", None))
     return "\n\n".join(parts)
@@ -153,6 +174,40 @@ def help_texts(command: click.Command, name: str, parent: click.Context | None) 
             found = command.get_command(context, child)
             if found is not None:
                 yield from help_texts(found, child, context)
+
+
+def flag_table() -> str:
+    """Return every flag of `offload-build`, hidden ones too, and what becomes of it."""
+    from offload_client.cli.build import build_command
+    from offload_client.cli.furtherflags import LEGACY, NOTES, OWN
+
+    rows = []
+    for option in build_command.params:
+        if not isinstance(option, click.Option):
+            continue
+        long = max(option.opts, key=len)
+        short = next((f"`{name}`" for name in option.opts if name != long), "")
+        state = "accepted without effect" if long in LEGACY else "honoured"
+        if long in OWN:
+            state = "our own"
+        if long in NOTES:
+            state = NOTES[long] if long in ("--builder", "--policy") else f"{state}; {NOTES[long]}"
+        rows.append((f"`{long}`", short, sentence(option.help or ""), sentence(state)))
+    return table(("Flag", "Short", "Meaning", "What becomes of it"), rows)
+
+
+def ready_help() -> dict[Path, str]:
+    """Return the files that `offload-build --help` prints, with their content."""
+    from offload_client.cli.build import build_command
+    from offload_client.cli.readyhelp import WIDTHS, help_file
+
+    files = {}
+    for columns in WIDTHS:
+        # click leaves two columns free.
+        settings = {**build_command.context_settings, "terminal_width": columns - 2}
+        context = click.Context(build_command, info_name="offload-build", **settings)
+        files[Path(help_file(columns))] = build_command.get_help(context) + "\n"
+    return files
 
 
 # --- Writing.
@@ -178,8 +233,10 @@ def parts() -> dict[str, Callable[[], str]]:
     return {
         "gateway-config": lambda: config_table(GatewayConfig, ENVIRONMENT_PREFIX),
         "node-config": lambda: config_table(NodeConfig, "OFFLOAD_NODE"),
+        "registry-keys": registry_table,
         "errors": error_table,
         "cli": command_help,
+        "flags": flag_table,
     }
 
 
@@ -199,24 +256,27 @@ def main() -> int:
         return f"{match['head']}\n{available[name]()}\n\n{match['end']}"
 
     outdated = 0
-    for path in sorted(DOCS.rglob("*.md")):
-        old = path.read_text("utf-8")
-        new = BLOCK.sub(generate, old)
+    files = {
+        path: BLOCK.sub(generate, path.read_text("utf-8")) for path in sorted(DOCS.rglob("*.md"))
+    }
+    for path, new in (files | ready_help()).items():
+        old = path.read_text("utf-8") if path.exists() else ""
         if new == old:
             continue
         outdated += 1
+        name = str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
         if check:
-            name = str(path.relative_to(ROOT))
             sys.stderr.writelines(difflib.unified_diff(
                 old.splitlines(keepends=True), new.splitlines(keepends=True), name, "generated", n=1
             ))  # fmt: skip
         else:
+            path.parent.mkdir(exist_ok=True)
             path.write_text(new, "utf-8")
-            print(f"wrote {path.relative_to(ROOT)}")
+            print(f"wrote {name}")
     if unused := sorted(set(available) - set(used)):
         raise SystemExit(f"no file in docs/ has the generated part {', '.join(unused)}")
     if check and outdated:
-        print(f"{outdated} files in docs/ are outdated; run: make docs", file=sys.stderr)
+        print(f"{outdated} generated files are outdated; run: make docs", file=sys.stderr)
     return int(check and outdated > 0)
 
 

@@ -74,6 +74,8 @@ if [ ! -x "$tools/minio" ]; then
 fi
 if [ "$what" = test ]; then
   go_tool buildctl deploy/tools github.com/moby/buildkit/cmd/buildctl
+  go_tool dockerfile-frontend deploy/tools \
+    github.com/moby/buildkit/frontend/dockerfile/cmd/dockerfile-frontend
   go_tool buildx deploy/tools/buildx github.com/docker/buildx/cmd/buildx
   go_tool dockerd deploy/tools/engine github.com/moby/moby/v2/cmd/dockerd
   if [ ! -x "$tools/versitygw" ]; then

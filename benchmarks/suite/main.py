@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import secrets
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from benchmarks.model import Benchmark, BenchmarkError, Case
-from benchmarks.peers import Buildx, buildctl
-from benchmarks.pool import Member, Pool
+from benchmarks.onenode import BUILDER, BUILDX, start_parts, warm_contestants
+from benchmarks.peers import buildctl
 from benchmarks.poolhop import CASES as POOL_HOP_CASES
 from benchmarks.poolhop import pool_hop
 from benchmarks.projects import data_project, small_project
 from tests.fixtures.engine import DockerEngine, StoreKind
-from tests.fixtures.minio import MinioServer
 
 if TYPE_CHECKING:
+    from benchmarks.onenode import Parts
     from benchmarks.session import Session
-
-BUILDX = "docker buildx, remote driver"
-NODE = "node-1"
-BUILDER = "peer"
 
 WARM = (
     Case("warm-noop", "offload-build", BUILDX, goal=1.0),
@@ -42,22 +37,11 @@ IMAGE_BYTES = 35_000_000
 STORES: tuple[StoreKind, ...] = ("containerd", "graphdriver")
 
 
-@dataclass(frozen=True)
-class Parts:
-    """One node's BuildKit, and everybody who builds on it."""
-
-    pool: Pool
-    member: Member
-    buildx: Buildx
-    address: str
-    """Of that BuildKit."""
-
-
 def run(session: Session) -> None:
     """Measure the cases that the session wants, each group on daemons of its own."""
     if session.wants(*(case.name for case in (*WARM, *COLD, *LOAD))):
         with ExitStack() as stack:
-            _one_node(session, _parts(session, stack))
+            _one_node(session, start_parts(session, stack))
     if session.wants(*(case.name for case in POOL_HOP_CASES)):
         pool_hop(session)
 
@@ -72,52 +56,8 @@ def _one_node(session: Session, parts: Parts) -> None:
             _load(session, parts, case.name, kind)
 
 
-def _parts(session: Session, stack: ExitStack) -> Parts:
-    session.note("starting MinIO, gateway and node")
-    folder = session.work / "main"
-    folder.mkdir()
-    minio = stack.enter_context(MinioServer(folder / "minio"))
-    pool = stack.enter_context(Pool(folder, minio))
-    member = stack.enter_context(pool.member("one"))
-    pool.start_node(NODE, member)
-    # The first build starts the node's BuildKit and the member's helper.
-    member.build(small_project(folder / "first"))
-    member.wait_helper()
-    address = pool.buildkit(NODE)
-    buildx = Buildx(folder / "buildx")
-    buildx.create(BUILDER, address)
-    return Parts(pool, member, buildx, address)
-
-
 def _warm(session: Session, parts: Parts) -> None:
-    context = small_project(session.work / "warm")
-    parts.member.build(context)
-    parts.member.wait_published()
-    home = session.work
-
-    def rested(seconds: float) -> float:
-        parts.pool.wait_quiet()
-        return seconds
-
-    def ours(_: int) -> float:
-        parts.member.wait_helper()
-        return rested(parts.member.build(context).require_cached())
-
-    def cold_cli(_: int) -> float:
-        return rested(parts.member.build(context, helper=False).require_cached())
-
-    def buildx(_: int) -> float:
-        return rested(parts.buildx.build(BUILDER, context).require_cached())
-
-    def plain_buildctl(_: int) -> float:
-        return rested(buildctl(home, parts.address, context).require_cached())
-
-    found = session.interleave(
-        "warm-noop",
-        {"ours": ours, "cold-cli": cold_cli, "buildx": buildx, "buildctl": plain_buildctl},
-        runs=16,
-        warmups=2,
-    )
+    found = session.interleave("warm-noop", warm_contestants(session, parts), runs=16, warmups=2)
     session.report("warm-noop", found["ours"], found["buildx"])
     session.report("warm-noop-buildctl", found["ours"], found["buildctl"])
     session.report("warm-noop-cold-cli", found["cold-cli"], found["buildx"])
@@ -131,24 +71,18 @@ def _cold(session: Session, parts: Parts) -> None:
         # The first step copies it, so that no step is cached, for nobody.
         (context / "salt").write_text(secrets.token_hex(16))
 
-    def rested(seconds: float) -> float:
-        # Our cache is published after the user has the result. The next one must not pay for it.
-        parts.member.wait_published()
-        parts.pool.wait_quiet()
-        return seconds
-
     def ours(_: int) -> float:
         parts.member.wait_helper()
         salt()
-        return rested(parts.member.build(context).require_executed())
+        return parts.published(parts.member.build(context).require_executed())
 
     def buildx(_: int) -> float:
         salt()
-        return rested(parts.buildx.build(BUILDER, context).require_executed())
+        return parts.published(parts.buildx.build(BUILDER, context).require_executed())
 
     def plain_buildctl(_: int) -> float:
         salt()
-        return rested(buildctl(session.work, parts.address, context).require_executed())
+        return parts.published(buildctl(session.work, parts.address, context).require_executed())
 
     found = session.interleave(
         "cold-small", {"ours": ours, "buildx": buildx, "buildctl": plain_buildctl}, runs=8
@@ -164,23 +98,18 @@ def _load(session: Session, parts: Parts, case: str, kind: StoreKind) -> None:
         data_project(context)
     with DockerEngine(kind) as engine:
 
-        def rested(seconds: float) -> float:
-            parts.member.wait_published()
-            parts.pool.wait_quiet()
-            return seconds
-
         def ours(_: int) -> float:
             parts.member.wait_helper()
             done = parts.member.build(
                 context, "--load", "-t", "bench:ours", docker_host=engine.host
             )
-            return rested(done.seconds)
+            return parts.published(done.seconds)
 
         def buildx(_: int) -> float:
             done = parts.buildx.build(
                 BUILDER, context, "--load", "-t", "bench:buildx", docker_host=engine.host
             )
-            return rested(done.seconds)
+            return parts.published(done.seconds)
 
         # The warm-up brings the image into the engine; from then on it does not change.
         found = session.interleave(case, {"ours": ours, "buildx": buildx}, runs=8)

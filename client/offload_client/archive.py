@@ -75,7 +75,7 @@ class _Unpacker:
     def run(self, pipe: BytePipe) -> UnpackStats:
         current = self._root
         try:
-            self._root.mkdir(parents=True, exist_ok=True)
+            make_private(self._root)
             # The pipe has the one method that tarfile's stream mode calls.
             stream = cast("IO[bytes]", pipe)
             with tarfile.open(fileobj=stream, mode="r|", bufsize=_COPY_BYTES) as archive:
@@ -225,3 +225,14 @@ def _explain(path: Path, error: OSError) -> str:
     if isinstance(error, FileExistsError | NotADirectoryError):
         return f"{named} is in the way of the output: it is not a directory"
     return f"cannot write the output to {named}: {error.strerror}"
+
+
+def make_private(folder: Path) -> None:
+    """Make a directory and those above it that are missing, for its owner only, as buildx does.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    missing = [path for path in folder.parents if not path.exists()]
+    for path in (*reversed(missing), folder):
+        path.mkdir(mode=0o700, exist_ok=True)

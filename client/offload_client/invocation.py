@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import io
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from offload_client.interrupts import Interrupts
 from offload_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class Invocation:
     stderr: TextIO
     resident: bool = False
     """The command runs in the resident helper, not in a process of its own."""
+    interrupts: Interrupts = field(default_factory=Interrupts, compare=False)
 
     @classmethod
     def of_process(cls, arguments: Sequence[str]) -> Invocation:

@@ -134,7 +134,8 @@ def _plain(raw: Any, hint: Any) -> Any:
     if origin in (list, tuple):
         return origin(_plain(item, typing.get_args(hint)[0]) for item in _items(raw))
     if origin is dict:
-        return _checked(raw, dict)
+        inner = typing.get_args(hint)[1]
+        return {str(key): _plain(value, inner) for key, value in _table(raw).items()}
     if hint is Path:
         return Path(_checked(raw, str)).expanduser()
     if hint is str:
@@ -163,6 +164,16 @@ def _items(raw: Any) -> list[Any]:
     return list(_checked(raw, list))
 
 
+def _table(raw: Any) -> dict[str, Any]:
+    """Return a table, in a variable written as `KEY=VALUE;KEY=VALUE`."""
+    if not isinstance(raw, str):
+        return dict(_checked(raw, dict))
+    pairs = [part.partition("=") for part in raw.split(";") if part.strip()]
+    if not all(equals and key.strip() for key, equals, _ in pairs):
+        raise ValueError(raw)
+    return {key.strip(): value for key, _, value in pairs}
+
+
 def _boolean(raw: Any) -> bool:
     if isinstance(raw, bool):
         return raw
@@ -182,4 +193,6 @@ def _type_name(hint: Any) -> str:
         str: "a text",
         Path: "a path",
     }
+    if typing.get_origin(hint) is dict:
+        return "a table of lists"
     return names.get(hint, str(hint))

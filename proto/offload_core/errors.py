@@ -2,13 +2,16 @@
 
     OffloadError
     ├── BuildFailedError          a step, the Dockerfile or an export failed          exit 1
+    │   └── StepMemoryError       a step used more memory than it may                 exit 9
     ├── UsageError                the command line cannot be understood               exit 125
     │   └── InvalidValueError     a flag or argument has a wrong value                exit 1
+    │       └── BakeError         a bake file is wrong                                exit 1
     ├── ConfigError               a configuration file or variable is wrong           exit 3
     │   └── ContextError          the build context cannot be read                    exit 1
     ├── AuthenticationError       who are you                                         exit 4
     ├── AccessDeniedError         you may not                                         exit 4
     ├── NotFoundError             no such build, project, node                        exit 5
+    │   └── PlatformUnavailableError  no node of the pool builds a platform           exit 5
     ├── QuotaExceededError        a limit is reached                                  exit 6
     ├── QueueTimeoutError         waited too long for a node                          exit 6
     ├── GatewayUnreachableError   no answer from the gateway                          exit 7
@@ -72,6 +75,13 @@ class BuildFailedError(OffloadError):
     exit_code = 1
 
 
+class StepMemoryError(BuildFailedError):
+    """A step was ended because it used more memory than its limit, or than the node has."""
+
+    reason = "OUT_OF_MEMORY"
+    exit_code = 9
+
+
 class UsageError(OffloadError):
     """The command line or a request cannot be understood."""
 
@@ -85,6 +95,12 @@ class InvalidValueError(UsageError):
 
     reason = "VALUE_INVALID"
     exit_code = 1
+
+
+class BakeError(InvalidValueError):
+    """A bake file is wrong, or does not have what is asked for."""
+
+    reason = "BAKE_FILE_INVALID"
 
 
 class ConfigError(OffloadError):
@@ -124,6 +140,12 @@ class NotFoundError(OffloadError):
     status_code = 5
     reason = "NOT_FOUND"
     exit_code = 5
+
+
+class PlatformUnavailableError(NotFoundError):
+    """No node of the pool builds a platform that is wanted, natively or emulated."""
+
+    reason = "PLATFORM_UNAVAILABLE"
 
 
 class QuotaExceededError(OffloadError):

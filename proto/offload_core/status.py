@@ -12,6 +12,7 @@ from offload_core.errors import (
     AccessDeniedError,
     AuthenticationError,
     BuildCanceledError,
+    GatewayUnreachableError,
     InternalError,
     NotFoundError,
     OffloadError,
@@ -20,12 +21,14 @@ from offload_core.errors import (
     VersionError,
     error_for_reason,
 )
+from offload_core.transport import certificate_problem, short_reason
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 DOMAIN = "offload"
 TRAILER = "grpc-status-details-bin"
+GATEWAY_HINT = "check the address and your network, and that the gateway runs ('offload status')"
 MAX_MESSAGE_CHARACTERS = 1000
 """A message travels twice, escaped and in base64; gRPC refuses more than 8 KiB of trailers."""
 
@@ -110,8 +113,19 @@ def error_from_rpc(
     code = getattr(failure.code(), "value", (2, "unknown"))[0]
     text = failure.details() or "no reason given"
     if code in (4, 14):
-        return unreachable(f"{peer} does not answer: {text}")
+        return _unreachable(peer, text, unreachable)
     if code == 12:
         return VersionError(f"{peer} does not know this call; it is older than this command")
     cls = _BY_CODE.get(code, InternalError)
     return cls(f"{peer} answered: {text}")
+
+
+def _unreachable(peer: str, text: str, unreachable: type[OffloadError]) -> OffloadError:
+    if not issubclass(unreachable, GatewayUnreachableError):
+        return unreachable(f"{peer} does not answer: {short_reason(text)}")
+    certificate = certificate_problem(text)
+    if certificate is not None:
+        return AuthenticationError(
+            f"the certificate of {peer} {certificate.problem}", hint=certificate.hint
+        )
+    return unreachable(f"{peer} does not answer: {short_reason(text)}", hint=GATEWAY_HINT)

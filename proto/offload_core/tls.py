@@ -33,6 +33,8 @@ CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.enable_http_proxy", 0),
+    # How long a connection may take to be made; 20 s unless said. Source: grpc_types.h.
+    ("grpc.min_reconnect_backoff_ms", 8_000),
 )
 
 SERVER_OPTIONS: tuple[tuple[str, Any], ...] = (

@@ -34,6 +34,16 @@ def format_size(size_bytes: float) -> str:
     return f"{value:.4g}TB"
 
 
+def format_memory(size_bytes: float) -> str:
+    """Return bytes of memory, which people count in powers of 1024: "64MiB", "1.5GiB"."""
+    value = float(size_bytes)
+    for unit in ("B", "KiB", "MiB"):
+        if abs(value) < 1024:
+            return f"{value:.4g}{unit}"
+        value /= 1024
+    return f"{value:.4g}GiB"
+
+
 def parse_duration(text: str) -> float:
     """Return the seconds of "30s", "1h30m", "250ms", "7d".
 

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from tests.fixtures.pool import Member
 
 LOST_BYTES = 4 << 20
+CALLS_BYTES = 128 << 10
+"""Names of pages and pieces, and handshakes, also those of coming back."""
 """On the way when a connection breaks, at most."""
 
 
@@ -100,7 +102,7 @@ def test_cut_upload_goes_on_in_the_resident_helper(
         result = user.build("-o", f"type=tar,dest={tmp_path}/out.tar", context)
         assert result.returncode == 0, result.stderr
         assert relayed.relay.cuts == 1
-        assert relayed.relay.up_bytes <= DATA_TREE_BYTES + LOST_BYTES
+        assert relayed.relay.up_bytes <= DATA_TREE_BYTES + LOST_BYTES + CALLS_BYTES
         assert of_tar(tmp_path / "out.tar") == of_directory(context / "data")
 
 
@@ -111,6 +113,7 @@ def test_node_that_cannot_be_reached_any_more_is_one_sentence(
     target = relayed.relay.target
     relayed.relay.cut_after(3_000_000)
     relayed.relay.rate = 20e6
+    member.environment["OFFLOAD_RECONNECT_SECONDS"] = "5"
     building = member.start(context)
     try:
         while relayed.relay.pending_cuts:
@@ -136,18 +139,37 @@ def test_connection_lost_while_results_are_fetched_leaves_no_half_result(
         assert building.poll() is None, building.communicate()
     relayed.relay.cut()
     _, errors = building.communicate(timeout=60)
-    if building.returncode == 0:
-        assert of_tar(target) == of_directory(context / "data")
-    else:
-        assert building.returncode == 7, errors
-        assert len(re.findall(r"^ERROR: ", errors, re.MULTILINE)) == 1, errors
-        assert target.read_text() == "of an earlier build"
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "out.tar"]
+    assert building.returncode == 0, errors
+    assert of_tar(target) == of_directory(context / "data")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "out.tar"]
     relayed.relay.reset()
     result = member.build("-o", f"type=tar,dest={target}", context)
     assert result.returncode == 0, result.stderr
     assert of_tar(target) == of_directory(context / "data")
     assert relayed.relay.up_bytes < 1_000_000
+
+
+def test_output_that_went_into_a_pipe_is_not_written_twice(
+    relayed: RelayedPool, member: Member, tmp_path: Path
+) -> None:
+    context = data_tree(tmp_path / "c", "piped")
+    relayed.relay.rate = 10e6
+    with (tmp_path / "errors").open("w") as errors:
+        building = subprocess.Popen(
+            member.command("offload-build", "--progress", "plain", "-o", "-", context),
+            stdout=subprocess.PIPE, stderr=errors, env=member.environment, cwd=member.home,
+        )  # fmt: skip
+        with building:
+            assert building.stdout is not None
+            # Part of the archive is in the pipe.
+            assert len(building.stdout.read(2_000_000)) == 2_000_000
+            relayed.relay.cut()
+            rest = building.stdout.read()
+    shown = (tmp_path / "errors").read_text()
+    assert building.returncode == 7, shown
+    assert 2_000_000 + len(rest) < DATA_TREE_BYTES
+    assert "a part of its output is written already; run it again" in shown
+    assert len(re.findall(r"^ERROR: ", shown, re.MULTILINE)) == 1, shown
 
 
 def grow(path: Path) -> None:

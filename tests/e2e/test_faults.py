@@ -204,7 +204,7 @@ def test_buildkitd_killed_in_the_middle_fails_the_build_with_the_cause(
 
 def test_node_killed_is_heard_by_client_and_gateway(tmp_path: Path) -> None:
     with Pool(1) as pool:
-        member = pool.member()
+        member = pool.member(OFFLOAD_REPEATS="0")
         context = make_context(tmp_path / "c", "RUN echo begun && sleep 600\n")
         building = member.start(context)
         wait_for_text(building, "begun")
@@ -213,6 +213,7 @@ def test_node_killed_is_heard_by_client_and_gateway(tmp_path: Path) -> None:
         assert building.returncode == 7, errors
         assert "Traceback" not in errors
         assert re.search(r"^ERROR: .*node", errors, re.MULTILINE)
+        assert "again" in errors
         member.wait_state("lost", timeout=30)
         # `up` starts the node again, and its BuildKit left nothing behind that stands in the way.
         result = member.build(make_context(tmp_path / "next", "RUN echo alive\n"))

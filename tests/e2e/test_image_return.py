@@ -120,7 +120,10 @@ def test_push_uses_the_docker_login_of_the_user(
     context = make_context(tmp_path / "c", "RUN echo pushed > /pushed\n")
     result = member.build("-t", f"{registry.address}/team/app:1", "--push", context)
     assert result.returncode == 0, result.stderr
-    manifest = registry.get("/v2/team/app/manifests/1")
+    index = registry.get("/v2/team/app/manifests/1")
+    image, attestation = index["manifests"]
+    assert attestation["annotations"]["vnd.docker.reference.digest"] == image["digest"]
+    manifest = registry.get(f"/v2/team/app/manifests/{image['digest']}")
     assert len(manifest["layers"]) == 3
 
 

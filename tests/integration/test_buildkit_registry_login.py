@@ -14,6 +14,8 @@ from tests.fixtures.buildkit import build, dockerfile_source, running_daemon
 
 
 class Logins:
+    authority = bytes(32)
+
     def __init__(self, answer) -> None:
         self.answer = answer
         self.asked: list[str] = []
@@ -23,6 +25,9 @@ class Logins:
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
+
+    async def token(self, request):
+        raise AssertionError(f"{request} has no token service")
 
 
 @pytest.fixture

@@ -171,6 +171,35 @@ async def test_build_waits_with_place_and_reason_until_a_node_comes(gateway, cli
     assert build.started_at.seconds
 
 
+async def test_build_of_another_project_is_nowhere(gateway, client):
+    await gateway.create_project("shop")
+    token = await gateway.create_token("eve", identity_pb.ROLE_MEMBER, "shop")
+    eve = await client_of(gateway, token)
+    async with await node_of(gateway):
+        build_id = (await client.assigned()).build_id
+        for wanted in (build_id, build_id[:6]):
+            for method, request in (
+                ("Locate", builds_pb.LocateRequest(build_id=wanted)),
+                ("Get", builds_pb.GetRequest(build_id=wanted)),
+                ("Cancel", builds_pb.CancelRequest(build_id=wanted)),
+            ):
+                with pytest.raises(NotFoundError):
+                    await eve.call(method, request)
+        found = await client.call("Locate", builds_pb.LocateRequest(build_id=build_id))
+        assert found.build.build_id == build_id
+
+
+async def test_names_of_a_build_steer_nobodys_terminal(gateway, client):
+    async with await node_of(gateway) as node:
+        names = {"name": "x\x1b]0;y\x07", "target": "a\nb", "dockerfile_path": "\u202ed"}
+        assigned = await client.assigned(**names)
+        node.update(assigned.build_id, FAILED, error="one\n\x1b[2Jtwo")
+        build = await client.until(assigned.build_id, FAILED)
+    shown = (build.name, build.target, build.dockerfile_path)
+    assert shown == ("x\ufffd]0;y\ufffd", "a\ufffdb", "\ufffdd")
+    assert build.error == "one\n\ufffd[2Jtwo"
+
+
 async def test_builds_move_up_when_one_ends(gateway, client):
     async with await node_of(gateway) as node:
         running = await client.assigned()

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 import grpc
 import pytest
 
+from offload_core.versions import call_metadata
 from offload_proto.v1 import builds_service_pb2 as builds_pb
 from offload_proto.v1 import node_service_pb2 as node_pb
+from offload_proto.v1.builds_service_pb2_grpc import BuildsServiceStub
 from tests.fixtures.contentclients import batch
 from tests.fixtures.node import NodePool, RawClient, wait_free
 
@@ -63,7 +65,33 @@ async def in_step(client: RawClient) -> None:
     await client.until_text(b"begun")
 
 
-STAGES = [at_once, at_context_request, in_upload, in_step]
+STAGES = [at_once, at_context_request, in_upload]
+
+
+async def test_build_that_needs_its_client_no_more_ends_by_a_cancel_only(pool):
+    agent = await pool.start_node(slots=1)
+    client = await client_of(pool, STEPS)
+    await in_step(client)
+    client.vanish()
+    await asyncio.sleep(0.5)
+    assert client.assigned.build_id in agent._builds
+    stub = BuildsServiceStub(await pool.gateway.channel(pool.keys))
+    request = builds_pb.CancelRequest(build_id=client.assigned.build_id)
+    began = time.monotonic()
+    await stub.Cancel(request, metadata=call_metadata(), timeout=10)
+    await pool.wait_state(client.assigned.build_id, builds_pb.BUILD_STATE_CANCELED)
+    assert time.monotonic() - began < 3
+    await wait_free(agent)
+
+
+async def test_client_that_cancels_in_a_step_leaves_nothing_behind(pool):
+    agent = await pool.start_node(slots=1)
+    client = await client_of(pool, STEPS)
+    await in_step(client)
+    await client.send(cancel=node_pb.CancelRun(reason="by the user"))
+    assert (await client.until("result")).failure.message == "by the user"
+    await client.done()
+    await wait_free(agent)
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)

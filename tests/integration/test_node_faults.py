@@ -132,18 +132,19 @@ async def test_draining_node_lets_its_build_end_and_takes_no_other(pool):
     assert build.cache_state == builds_pb.CACHE_STATE_PUBLISHED
 
 
-async def test_drain_that_takes_too_long_cancels_and_everybody_hears_why(pool):
+async def test_drain_that_takes_too_long_loses_the_build_and_everybody_hears_why(pool):
     await pool.start_node(drain_timeout=0.5)
     client = await client_of(pool, "RUN echo begun; sleep 100\n")
     await client.start()
     await client.until_text(b"begun")
     stopping = asyncio.ensure_future(pool.stop_node())
     result = await client.until("result")
-    assert result.failure.kind == node_pb.Failure.KIND_CANCELED
-    assert result.failure.message == "the node is shutting down"
+    assert result.failure.kind == node_pb.Failure.KIND_NODE
+    assert result.failure.node_lost
+    assert "the node was stopped" in result.failure.message
     await client.done()
     await stopping
-    await pool.wait_state(client.assigned.build_id, builds_pb.BUILD_STATE_CANCELED)
+    await pool.wait_state(client.assigned.build_id, builds_pb.BUILD_STATE_LOST)
 
 
 async def test_client_that_comes_while_the_node_drains_can_start_again(pool):

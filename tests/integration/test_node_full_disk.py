@@ -44,8 +44,8 @@ async def test_journal_on_a_full_disk_has_a_gap_and_no_damage(tmp_path):
     with small_disk(tmp_path, "size=256k") as disk, Journal(disk / "log") as journal:
         assert journal.append(batch(b"first" * 10))
         (disk / "filler").write_bytes(bytes(200 << 10))
-        assert not journal.append(batch(bytes(100 << 10)))
-        assert not journal.append(batch(bytes(100 << 10)))
+        assert not journal.append(batch(os.urandom(100 << 10)))
+        assert not journal.append(batch(os.urandom(100 << 10)))
         assert journal.lost_batches == 2
         (disk / "filler").unlink()
         assert journal.append(batch(b"second"))

@@ -18,6 +18,7 @@ import pytest
 from minio import Minio
 
 from offload_proto.v1 import builds_service_pb2 as builds_pb
+from offload_proto.v1 import node_service_pb2 as node_pb
 from tests.fixtures.contexts import make_context
 from tests.fixtures.minio import MinioServer
 from tests.fixtures.node import TOOLS, NodePool, RawClient, wait_free
@@ -207,7 +208,9 @@ async def poison(pool: NodePool, agent: NodeAgent, context: Path, digest: str) -
     assert done.returncode != 0
     assert "unexpected commit digest" in done.stderr
     await asyncio.sleep(1.5)  # its own clean-up is over
-    open_build.vanish()
+    await open_build.send(cancel=node_pb.CancelRun())
+    await open_build.until("result")
+    await open_build.done()
 
 
 async def test_a_poisoned_download_is_removed_and_the_cache_is_used_again(

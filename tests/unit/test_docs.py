@@ -14,6 +14,7 @@ import click
 import pytest
 
 from offload_builder.cli.entry import main as offload_builder
+from offload_client.cli.bake import bake_command
 from offload_client.cli.build import build_command
 from offload_client.cli.offload import offload
 from offload_core import VERSION
@@ -111,6 +112,8 @@ def test_commands_and_their_flags_exist(document: Path) -> None:
 
 def check_command(command: click.Command, words: list[str], line: str) -> None:
     """Fail when a command line names a command or a flag that is not there."""
+    if command is build_command and words[:1] == ["bake"]:
+        command, words = bake_command, words[1:]
     context = click.Context(command)
     while isinstance(command, click.Group):
         assert words, line
@@ -198,7 +201,7 @@ def test_outdated_part_is_told_and_made_anew(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     script = tmp_path / "deploy" / "generate_docs.py"
     script.write_text((ROOT / "deploy" / "generate_docs.py").read_text("utf-8"))
-    names = ("cli", "errors", "gateway-config", "node-config")
+    names = ("cli", "errors", "flags", "gateway-config", "node-config", "registry-keys")
     page = tmp_path / "docs" / "page.md"
     page.write_text("".join(f"<!-- generated: {name} -->\nold\n<!-- end -->\n" for name in names))
 

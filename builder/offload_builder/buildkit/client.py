@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
+from offload_builder.buildkit.buildrecord import forget_record, read_provenance
 from offload_builder.buildkit.failure import SolveFailure, failure_from_status
+from offload_builder.buildkit.frontendcall import ask_frontend
 from offload_builder.buildkit.h2.client import GrpcClient
 from offload_builder.buildkit.h2.messages import CANCELLED, UNAVAILABLE, GrpcError
 from offload_builder.buildkit.solve import SolveResult, solve_request
@@ -173,10 +175,58 @@ class BuildkitClient:
                 task.cancel()
             await asyncio.gather(call, lost, return_exceptions=True)
 
+    async def ask(
+        self, spec: SolveSpec, session: BkSession | None = None
+    ) -> dict[str, bytes] | SolveFailure:
+        """Ask the frontend of `spec` what its "requestid" says; nothing is built.
+
+        Returns:
+            The notes of the answer by name, such as "result.json", or why there is none.
+
+        Raises:
+            OffloadError: as `solve`.
+        """
+        waiting = replace(spec, frontend="", frontend_attributes={}, exporters=())
+        solving = asyncio.ensure_future(self.solve(waiting, session))
+        asking = asyncio.ensure_future(
+            ask_frontend(self._grpc, spec.ref, spec.frontend, spec.frontend_attributes)
+        )
+        try:
+            await asyncio.wait((solving, asking), return_when=asyncio.FIRST_COMPLETED)
+            if asking.done() and (error := asking.exception()) and not isinstance(error, GrpcError):
+                raise error
+            # It has the better words for what went wrong.
+            outcome = await solving
+            return outcome if isinstance(outcome, SolveFailure) else await asking
+        except (GrpcError, TimeoutError) as error:
+            raise await self.lost_error("answer a call", str(error)) from error
+        finally:
+            for task in (solving, asking):
+                task.cancel()
+            await asyncio.gather(solving, asking, return_exceptions=True)
+
+    async def take_provenance(self, ref: str) -> dict[str, bytes]:
+        """Return the provenance that was recorded of a build, and forget the record.
+
+        Returns:
+            JSON by platform; "" for a build for one.
+
+        Raises:
+            NodeLostError: the daemon went away.
+            InternalError: it refuses.
+        """
+        try:
+            found = await read_provenance(self._grpc, ref)
+            await forget_record(self._grpc, ref)
+        except GrpcError as error:
+            raise await self._translated("tell the provenance of a build", error) from error
+        return found
+
     async def status(self, ref: str) -> AsyncGenerator[ProgressBatch]:
         """Follow a build until it is over; the batches carry no sequence numbers.
 
-        May be called before `solve`: the daemon waits some seconds for the build to begin.
+        May be called before `solve`: the daemon waits some seconds for the build to begin. What
+        it told while nobody looked is one batch.
 
         Raises:
             NodeLostError: the daemon went away.
@@ -184,9 +234,11 @@ class BuildkitClient:
         """
         request = control.StatusRequest(Ref=ref).SerializeToString()
         try:
-            async with aclosing(self._grpc.stream(f"{_SERVICE}Status", request)) as messages:
-                async for message in messages:
-                    yield progress_batch(message)
+            async with aclosing(self._grpc.stream_runs(f"{_SERVICE}Status", request)) as runs:
+                async for messages in runs:
+                    # Messages in a row read as one message with the items of all of them
+                    # (protobuf.dev, encoding, last one wins).
+                    yield progress_batch(b"".join(messages))
         except GrpcError as error:
             raise await self._translated("report progress", error) from error
 

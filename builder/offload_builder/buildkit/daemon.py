@@ -17,6 +17,7 @@ from offload_builder.buildkit.daemon_config import (
     daemon_toml,
     find_buildkitd,
     find_runc,
+    log_environment,
 )
 from offload_builder.buildkit.daemon_exit import DaemonExit, count_oom_kills
 from offload_builder.buildkit.daemon_leftovers import end_leftovers, end_previous_daemon
@@ -27,7 +28,7 @@ from offload_core.aio import TaskSet, finish
 from offload_core.errors import ConfigError, NodeLostError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
 _log = structlog.get_logger(__name__)
@@ -157,7 +158,11 @@ class BuildkitDaemon:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
-            env={**inherited_environment(os.environ), **settings.environment},
+            env={
+                **inherited_environment(os.environ, settings.withheld),
+                **log_environment(settings),
+                **settings.environment,
+            },
             start_new_session=True,
         )
         self._process = process
@@ -255,16 +260,20 @@ class BuildkitDaemon:
         return self._exit.result().describe() if self._exit.done() else ""
 
 
-def inherited_environment(environment: Mapping[str, str]) -> dict[str, str]:
+def inherited_environment(
+    environment: Mapping[str, str], withheld: Collection[str] = ()
+) -> dict[str, str]:
     """Return what a daemon may know of our environment.
 
-    Not our settings, among them the keys of the shared store; and not the keys of a cloud, which
-    BuildKit's own S3 and Azure caches would use for anybody who names a bucket.
+    Not our settings, among them the keys of the shared store; not logins at registries; and not
+    the keys of a cloud, which BuildKit's own S3 and Azure caches would use for anybody who names a
+    bucket.
     """
     return {
         name: value
         for name, value in environment.items()
-        if not name.startswith(("OFFLOAD_", "AWS_", "AZURE_"))
+        if not name.startswith(("OFFLOAD_", "AWS_", "AZURE_", "DOCKER_AUTH_CONFIG"))
+        and name not in withheld
     }
 
 

@@ -58,7 +58,9 @@ class DaemonSettings:
         cni_config_path: configuration for "cni".
         cni_binary_dir: programs for "cni".
         nameservers: name servers of steps; empty for the machine's.
+        step_log_max_bytes: output of one step that is passed on; 0 for all of it.
         environment: variables on top of ours, such as HTTP_PROXY.
+        withheld: variables of ours that the daemon must not know.
         log_level: "info", "debug" or "trace".
     """
 
@@ -81,7 +83,9 @@ class DaemonSettings:
     cni_config_path: Path | None = None
     cni_binary_dir: Path | None = None
     nameservers: Sequence[str] = ()
+    step_log_max_bytes: int = 0
     environment: Mapping[str, str] = field(default_factory=dict)
+    withheld: frozenset[str] = frozenset()
     log_level: str = "info"
 
 
@@ -128,6 +132,18 @@ def find_runc(configured: Path | None) -> Path:
         if (found := shutil.which(name, path=path)) is not None:
             return Path(found)
     raise ConfigError("runc was not found", hint="install the package runc")
+
+
+def log_environment(settings: DaemonSettings) -> dict[str, str]:
+    """Return the variables that bound the output of a step.
+
+    Without them BuildKit drops what exceeds 2 MiB in all or 200 KiB per second
+    (util/progress/logs).
+    """
+    return {
+        "BUILDKIT_STEP_LOG_MAX_SIZE": str(settings.step_log_max_bytes or -1),
+        "BUILDKIT_STEP_LOG_MAX_SPEED": "-1",
+    }
 
 
 def daemon_toml(settings: DaemonSettings, socket: Path, runc: Path) -> str:

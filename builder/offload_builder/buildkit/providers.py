@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager
 
     from offload_builder.buildkit.contentstore import LayoutBlobs
 
@@ -98,14 +99,61 @@ class LocalSource(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class TokenRequest:
+    """A token that BuildKit wants for a registry.
+
+    Attributes:
+        host: of the registry; Docker Hub is "registry-1.docker.io".
+        realm: URL of the token service.
+        service: name of the registry there.
+        scopes: rights, as "repository:NAME:pull,push".
+    """
+
+    host: str
+    realm: str
+    service: str
+    scopes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class TokenAnswer:
+    """A token.
+
+    Attributes:
+        token: sent as a bearer token.
+        life_seconds: how long it is good from now; BuildKit asks again after nine tenths of it.
+    """
+
+    token: str
+    life_seconds: int
+
+
+class TokenDeniedError(Exception):
+    """There is no token; the text is for BuildKit and holds no secret."""
+
+
 class CredentialSource(Protocol):
     """Logins at registries."""
+
+    @property
+    def authority(self) -> bytes:
+        """32 random bytes: sessions that have them in common share their tokens."""
+        ...
 
     async def credentials(self, host: str) -> tuple[str, str]:
         """Return user name and password for a registry; two empty strings for none.
 
-        An identity token is returned as the password of an empty user name. Docker Hub is
-        "registry-1.docker.io". BuildKit waits for 60 seconds.
+        Asked of registries without a token service only. Docker Hub is "registry-1.docker.io".
+        BuildKit waits for 60 seconds.
+        """
+        ...
+
+    async def token(self, request: TokenRequest) -> TokenAnswer:
+        """Return a token for a registry, so that BuildKit never has the login.
+
+        Raises:
+            TokenDeniedError: there is none.
         """
         ...
 
@@ -115,6 +163,34 @@ class SecretSource(Protocol):
 
     async def get(self, secret_id: str) -> bytes | None:
         """Return a secret, or None if there is none of this name."""
+        ...
+
+
+class AgentConnection(Protocol):
+    """One connection to an SSH agent."""
+
+    async def ask(self, request: bytes) -> bytes:
+        """Return the reply to a request; both are whole frames of the agent's protocol.
+
+        Raises:
+            OffloadError: the agent cannot be reached.
+        """
+        ...
+
+
+class AgentSource(Protocol):
+    """The SSH agents that the build may use."""
+
+    def has(self, agent_id: str) -> bool:
+        """Return whether there is an agent of a name."""
+        ...
+
+    def connect(self, agent_id: str) -> AbstractAsyncContextManager[AgentConnection]:
+        """Open a connection for as long as the block runs.
+
+        Raises:
+            OffloadError: the agent cannot be reached.
+        """
         ...
 
 
@@ -154,5 +230,6 @@ class SessionProviders:
     source: LocalSource | None = None
     credentials: CredentialSource | None = None
     secrets: SecretSource | None = None
+    agents: AgentSource | None = None
     outputs: OutputSink | None = None
     layouts: LayoutBlobs | None = None

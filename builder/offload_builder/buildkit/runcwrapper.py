@@ -1,4 +1,4 @@
-"""The runc that BuildKit starts: it takes CAP_NET_RAW away from build steps.
+"""The runc that BuildKit starts: it takes CAP_NET_RAW away, and tells of memory that ran out.
 
 Steps may share a network namespace with BuildKit. Its plain HTTP to the node's registry, with the
 secret names of all builds' repositories in it, could then be read by any step that opens a packet
@@ -17,7 +17,10 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from typing import TYPE_CHECKING
+
+from offload_builder.buildkit.outofmemory import FOLDER, SHELL
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,15 +31,17 @@ specification of this step needs no change more."""
 
 _SCRIPT = r"""#!/bin/sh
 # Nothing of these comes from the environment: it could answer for the gate.
-bundle= file= previous= answer=
+bundle= file= previous= answer= verb=
 for word do
     case $previous in
         --bundle) bundle=$word file=$word/config.json ;;
         --process) file=$word ;;
     esac
+    case $word in delete) verb=delete ;; esac
     previous=$word
 done
 @GATE@
+@MEMORY@
 # Inside texts of the file every quotation mark has a backslash, so only the object itself matches.
 if [ -n "$file" ] && [ "$answer" != "@DROPPED@ $$" ]; then
     LC_ALL=C sed -i -e ':a' \
@@ -64,7 +69,11 @@ def write_runc_wrapper(folder: Path, runc: Path, gate: str = "") -> Path:
         OSError: it cannot be written.
     """
     text = _SCRIPT.replace("@GATE@\n", gate)
+    memory = SHELL.format(folder=shlex.quote(str(folder / FOLDER)), root=shlex.quote(str(folder)))
+    text = text.replace("@MEMORY@\n", memory)
     text = text.replace("@DROPPED@", DROPPED).replace("@RUNC@", shlex.quote(str(runc)))
+    shutil.rmtree(folder / FOLDER, ignore_errors=True)
+    (folder / FOLDER).mkdir(mode=0o700)
     path = folder / "runc"
     # A new file: the old one may be busy, and a half-written script must never run.
     fresh = folder / "runc.new"

@@ -1,17 +1,18 @@
-"""The small services of a session: health, logins, secrets, and results on their way back.
+"""The small services of a session: health, secrets, and results on their way back.
 
-Source: BuildKit's session/auth, session/secrets and session/filesync; gRPC's health protocol.
+Source: BuildKit's session/secrets and session/filesync; gRPC's health protocol.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from offload_builder.buildkit.agents import agent_services
+from offload_builder.buildkit.authservice import auth_services
 from offload_builder.buildkit.contentstore import content_services
 from offload_builder.buildkit.filesync import serve_diff_copy
 from offload_builder.buildkit.h2.messages import CANCELLED, NOT_FOUND, GrpcError
 from offload_core.aio import finish
-from offload_proto.buildkit.auth_pb2 import CredentialsRequest, CredentialsResponse
 from offload_proto.buildkit.filesync_pb2 import BytesMessage
 from offload_proto.buildkit.secrets_pb2 import GetSecretRequest, GetSecretResponse
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
     from offload_builder.buildkit.h2.server import ServerCall
     from offload_builder.buildkit.providers import (
-        CredentialSource,
         OutputSink,
         SecretSource,
         SessionProviders,
@@ -35,24 +35,20 @@ _ABORT_SECONDS = 10.0
 
 
 def session_services(providers: SessionProviders) -> dict[str, Handler]:
-    """Return the handlers of a session by method name.
-
-    Only Credentials is offered of the Auth service: without the token methods the daemon logs in
-    by itself, which works with every registry.
-    """
+    """Return the handlers of a session by method name."""
     handlers: dict[str, Handler] = {"/grpc.health.v1.Health/Check": _serve_health}
     source, credentials = providers.source, providers.credentials
     secrets, outputs = providers.secrets, providers.outputs
     if source is not None:
         handlers["/moby.filesync.v1.FileSync/DiffCopy"] = lambda call: serve_diff_copy(call, source)
     if credentials is not None:
-        handlers["/moby.filesync.v1.Auth/Credentials"] = lambda call: _serve_credentials(
-            call, credentials
-        )
+        handlers |= auth_services(credentials)
     if secrets is not None:
         handlers["/moby.buildkit.secrets.v1.Secrets/GetSecret"] = lambda call: _serve_secret(
             call, secrets
         )
+    if providers.agents is not None:
+        handlers |= agent_services(providers.agents)
     if outputs is not None:
         handlers["/moby.filesync.v1.FileSend/DiffCopy"] = lambda call: _serve_output(call, outputs)
     if providers.layouts is not None:
@@ -63,13 +59,6 @@ def session_services(providers: SessionProviders) -> dict[str, Handler]:
 async def _serve_health(call: ServerCall) -> None:
     await call.receive_one()
     await call.send([_SERVING])
-
-
-async def _serve_credentials(call: ServerCall, source: CredentialSource) -> None:
-    request = CredentialsRequest.FromString(await call.receive_one())
-    username, secret = await source.credentials(request.Host)
-    answer = CredentialsResponse(Username=username, Secret=secret)
-    await call.send([answer.SerializeToString()])
 
 
 async def _serve_secret(call: ServerCall, source: SecretSource) -> None:

@@ -8,7 +8,13 @@ from offload_proto.buildkit.control_pb2 import StatusResponse
 from offload_proto.v1 import events_pb2 as events
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from offload_proto.buildkit import control_pb2 as control
+
+MERGED_NANOSECONDS = 1_000_000
+"""Times of output are shown with three decimals."""
+MERGED_BYTES = 64 << 10
 
 
 def progress_batch(message: bytes) -> events.ProgressBatch:
@@ -19,10 +25,7 @@ def progress_batch(message: bytes) -> events.ProgressBatch:
         _add_vertex(batch, vertex)
     for counter in response.statuses:
         _add_status(batch, counter)
-    for log in response.logs:
-        added = batch.logs.add(vertex=log.vertex, stream=log.stream, data=log.msg)
-        if log.HasField("timestamp"):
-            added.timestamp.CopyFrom(log.timestamp)
+    _add_logs(batch, response.logs)
     for warning in response.warnings:
         _add_warning(batch, warning)
     return batch
@@ -62,6 +65,46 @@ def _add_status(batch: events.ProgressBatch, counter: control.VertexStatus) -> N
         added.completed_at.CopyFrom(counter.completed)
 
 
+def _add_logs(batch: events.ProgressBatch, logs: Iterable[control.VertexLog]) -> None:
+    """Add output; writes in quick succession become one piece.
+
+    A program that does not buffer writes each line by itself, and what a piece costs on its way
+    depends little on its size.
+    """
+    first: control.VertexLog | None = None
+    parts: list[bytes] = []
+    size = 0
+    until_ns = 0
+    for log in logs:
+        data, moment_ns = log.msg, _nanoseconds(log)
+        if (
+            first is not None
+            and moment_ns < until_ns
+            and size + len(data) <= MERGED_BYTES
+            and log.stream == first.stream
+            and log.vertex == first.vertex
+        ):
+            parts.append(data)
+            size += len(data)
+            continue
+        if first is not None:
+            _add_log(batch, first, parts)
+        first, parts, size = log, [data], len(data)
+        until_ns = moment_ns + MERGED_NANOSECONDS
+    if first is not None:
+        _add_log(batch, first, parts)
+
+
+def _add_log(batch: events.ProgressBatch, first: control.VertexLog, parts: Sequence[bytes]) -> None:
+    added = batch.logs.add(vertex=first.vertex, stream=first.stream, data=b"".join(parts))
+    if first.HasField("timestamp"):
+        added.timestamp.CopyFrom(first.timestamp)
+
+
+def _nanoseconds(log: control.VertexLog) -> int:
+    return log.timestamp.seconds * 1_000_000_000 + log.timestamp.nanos
+
+
 def _add_warning(batch: events.ProgressBatch, warning: control.VertexWarning) -> None:
     added = batch.warnings.add(
         vertex=warning.vertex,
@@ -71,6 +114,7 @@ def _add_warning(batch: events.ProgressBatch, warning: control.VertexWarning) ->
         url=warning.url,
         source_filename=warning.info.filename,
         source_data=warning.info.data,
+        source_language=warning.info.language,
     )
     for place in warning.ranges:
         added.ranges.add(

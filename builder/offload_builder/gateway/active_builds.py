@@ -55,6 +55,8 @@ class ActiveBuild:
     """Reasons by node, as long as the node is not asked again."""
     changed: Pulse = field(default_factory=Pulse)
     platforms: tuple[str, ...] = ()
+    last_choice: str = ""
+    """Node with which an earlier run of it was lost."""
     queue_timer: asyncio.TimerHandle | None = None
     grace_timer: asyncio.TimerHandle | None = None
 

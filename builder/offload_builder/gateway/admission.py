@@ -16,7 +16,15 @@ import structlog
 from offload_builder.gateway.cachetrust import MAX_NAME
 from offload_builder.gateway.history import BuildRecord
 from offload_builder.gateway.offers import Offers
-from offload_builder.gateway.scheduler import QueuedBuild, fair_order, plan, waiting_reason
+from offload_builder.gateway.plaintext import plain_line
+from offload_builder.gateway.platforms import PoolPlatforms
+from offload_builder.gateway.scheduler import (
+    QueuedBuild,
+    fair_order,
+    normalise_platform,
+    plan,
+    waiting_reason,
+)
 from offload_builder.gateway.tokens import random_id
 from offload_core.errors import (
     AccessDeniedError,
@@ -31,7 +39,7 @@ from offload_core.units import format_duration
 from offload_proto.v1 import builds_service_pb2 as builds_pb
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
     from offload_builder.gateway.active_builds import ActiveBuild, ActiveBuilds
     from offload_builder.gateway.config import GatewayConfig
@@ -47,6 +55,9 @@ ARRIVAL_GRACE_SECONDS = 5.0
 CANCEL_GRACE_SECONDS = 10.0
 """How long a node may take to end a build."""
 
+QUEUE_HINT = "try again later, or ask the administrator for more nodes"
+MAX_PLATFORMS = 33
+"""32 that are wanted, and that of the client."""
 _LONG_QUEUE = 100
 _LONG_QUEUE_PAUSE_SECONDS = 0.05
 
@@ -78,13 +89,24 @@ class Admission:
         self._turns = 0
         self._stopping = False
         self._offers = Offers(config, builds, self.wake, self._accepted)
+        self._platforms = PoolPlatforms(nodes, config.restart_grace)
 
     def wake(self) -> None:
         """Look at the queue again soon."""
         self._wake.set()
 
-    async def submit(self, request: builds_pb.CreateRequest, token: TokenRecord) -> ActiveBuild:
+    async def submit(
+        self,
+        request: builds_pb.CreateRequest,
+        token: TokenRecord,
+        lost: BuildRecord | None = None,
+    ) -> ActiveBuild:
         """Put a build into the queue, or find the one that the same request has made before.
+
+        Args:
+            request: the build.
+            token: of who asks.
+            lost: the build of the same member and project that this one repeats.
 
         Raises:
             UsageError: the request cannot be understood, or its build has ended.
@@ -108,19 +130,25 @@ class Admission:
             member=token.name,
             token_id=token.token_id,
             role=token.role,
-            name=request.name[:500],
+            name=plain_line(request.name, 500),
             state=builds_pb.BUILD_STATE_QUEUED,
             created_at=datetime.now(UTC),
-            dockerfile_path=request.dockerfile_path[:4096],
-            target=request.target[:500],
-            platforms=tuple(request.platforms),
+            dockerfile_path=plain_line(request.dockerfile_path, 4096),
+            target=plain_line(request.target, 500),
+            platforms=tuple(plain_line(item, 64) for item in request.platforms),
             vcs_branch=request.vcs_branch[:MAX_NAME],
-            vcs_revision=request.vcs_revision[:200],
+            vcs_revision=plain_line(request.vcs_revision, 200),
             vcs_target_branch=request.vcs_target_branch[:MAX_NAME],
             cache_choice=request.cache.SerializeToString(),
+            group_id=request.group_id,
+            preferred_platform="" if request.platforms else request.preferred_platform,
+            repeat_of=lost.build_id if lost is not None else "",
         )
+        if problem := self._platforms.refusal(record.project_id, record.platforms):
+            raise problem
         # In memory first: the same request may come a second time while this one is written.
         build = self._builds.add(record)
+        build.last_choice = lost.node_id if lost is not None else ""
         try:
             written = await self._builds.history.insert(record)
         except BaseException:
@@ -131,12 +159,15 @@ class Admission:
             self._builds.forget(build, error)
             raise error
         build.written = True
+        if lost is not None:
+            self._builds.history.change(lost.build_id, repeated_by=record.build_id)
         self._start_queue_timer(build, self._config.queue_timeout)
         log.info(
             "build.admitted",
             build_id=build.build_id,
             project_id=record.project_id,
             member=record.member,
+            repeat_of=record.repeat_of,
         )
         return build
 
@@ -259,6 +290,7 @@ class Admission:
 
     async def run(self) -> None:
         """Hand out builds until cancelled."""
+        self._platforms.begin(self.wake)
         try:
             while True:
                 await self._wake.wait()
@@ -285,6 +317,7 @@ class Admission:
             for build in self._builds.all()
             if build.queued and build.watchers > 0 and build.written
         }
+        waiting = {key: build for key, build in waiting.items() if not self._refuse(build)}
         order = fair_order([_snapshot(build) for build in waiting.values()], self._served)
         asked = {build_id for build_id, build in waiting.items() if build.asked_node}
         open_builds = [item for item in order if item.build_id not in asked]
@@ -299,14 +332,40 @@ class Admission:
         for position, item in enumerate(order, start=1):
             build = waiting[item.build_id]
             # While a node is being asked there is nothing to tell: the answer takes milliseconds.
-            reason = "" if build.asked_node else _reason(build, waiting_reason(item, views))
+            reason = "" if build.asked_node else self._why_waiting(build, item, views)
             if (build.position, build.reason) != (position, reason):
                 build.position, build.reason = position, reason
                 build.changed.fire()
         return len(order)
 
+    def _refuse(self, build: ActiveBuild) -> bool:
+        """End a build that waits for a node which will not come."""
+        if build.asked_node or not self._platforms.is_far(build.record.project_id, build.platforms):
+            return False
+        problem = self._platforms.refusal(build.record.project_id, build.record.platforms)
+        if problem is None:
+            return False
+        self._builds.end(
+            build, builds_pb.BUILD_STATE_FAILED, error=problem.message, outcome=problem
+        )
+        return True
+
+    def plan_platforms(self, project_id: str, platforms: Sequence[str]) -> list[tuple[str, ...]]:
+        """Return which platforms of a build one node can build together.
+
+        Raises:
+            UsageError: they are too many or too long.
+            PlatformUnavailableError: no node of the pool builds one of them.
+        """
+        _check_platforms(platforms)
+        return self._platforms.groups(project_id, platforms)
+
     def _views(self) -> list[NodeView]:
         return [node.view(self._builds.load(node.node_id)) for node in self._nodes.connected()]
+
+    def _why_waiting(self, build: ActiveBuild, item: QueuedBuild, views: list[NodeView]) -> str:
+        away = self._platforms.awaited(item, views)
+        return away or _reason(build, waiting_reason(item, views))
 
     def node_changed(self, node_id: str) -> None:
         """A node has changed: ask it again."""
@@ -329,7 +388,10 @@ class Admission:
         if build.reason:
             text += f": {build.reason}"
         self._builds.end(
-            build, builds_pb.BUILD_STATE_FAILED, error=text, outcome=QueueTimeoutError(text)
+            build,
+            builds_pb.BUILD_STATE_FAILED,
+            error=text,
+            outcome=QueueTimeoutError(text, hint=QUEUE_HINT),
         )
 
     def _client_is_gone(self, build: ActiveBuild) -> None:
@@ -358,7 +420,9 @@ def _snapshot(build: ActiveBuild) -> QueuedBuild:
         project_id=build.record.project_id,
         arrival=build.arrival,
         platforms=build.platforms,
+        preferred=normalise_platform(build.record.preferred_platform),
         declined_by=frozenset(build.declined),
+        last_choice=build.last_choice,
     )
 
 
@@ -372,7 +436,13 @@ def _reason(build: ActiveBuild, reason: str) -> str:
 def _check_request(request: builds_pb.CreateRequest) -> None:
     if not 1 <= len(request.request_id) <= 128:
         raise UsageError("a build request needs a request_id of at most 128 characters")
-    if len(request.platforms) > 32 or any(len(item) > 64 for item in request.platforms):
+    _check_platforms((*request.platforms, request.preferred_platform))
+    if len(request.group_id) > 64:
+        raise UsageError("a build request has a group_id of at most 64 characters")
+
+
+def _check_platforms(platforms: Sequence[str]) -> None:
+    if len(platforms) > MAX_PLATFORMS or any(len(item) > 64 for item in platforms):
         raise UsageError("a build request names at most 32 platforms of at most 64 characters")
 
 

@@ -30,6 +30,7 @@ from offload_builder.gateway.identity_service import (
     IdentityService,
 )
 from offload_builder.gateway.log_book import LogBook
+from offload_builder.gateway.logretention import LogRetention
 from offload_builder.gateway.members import DEFAULT_PROJECT, Members
 from offload_builder.gateway.nodes import NodeRegistry
 from offload_builder.gateway.nodes_service import NodesService
@@ -158,7 +159,12 @@ class Gateway:
         nodes.listen(tracking)
         await tracking.restore()
         credentials = RenewingCredentials(authority)
-        housekeeping = Housekeeping(credentials, members, nodes, history, config.history_retention)
+        retention = LogRetention(
+            store, keep_bytes=config.logs_keep, retention_seconds=config.logs_retention
+        )
+        housekeeping = Housekeeping(
+            credentials, members, nodes, history, retention, config.history_retention
+        )
         bounds = BoundsFeed(BoundsTable(store), nodes)
         tasks.start(logs.run(), name="log-book")
         tasks.start(bounds.run(), name="project-bounds")
@@ -193,6 +199,7 @@ class Gateway:
                 builds,
                 history,
                 logs,
+                nodes,
                 self._relay_address,
             ),
             api,

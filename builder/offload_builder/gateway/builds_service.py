@@ -12,6 +12,13 @@ import structlog
 from offload_builder.gateway.admission import Placed
 from offload_builder.gateway.cachetrust import CacheMember, CacheTrust
 from offload_builder.gateway.history import build_message
+from offload_builder.gateway.repeats import lost_build
+from offload_builder.gateway.savedimages import (
+    image_node,
+    image_ticket,
+    may_give_image,
+    sign_image,
+)
 from offload_builder.gateway.tickets import CacheWish, cache_scopes, sign
 from offload_builder.gateway.tokens import role_name
 from offload_core.errors import OffloadError, UsageError
@@ -29,9 +36,11 @@ if TYPE_CHECKING:
     from offload_builder.gateway.active_builds import ActiveBuild, ActiveBuilds
     from offload_builder.gateway.admission import Admission
     from offload_builder.gateway.config import GatewayConfig
-    from offload_builder.gateway.history import History
+    from offload_builder.gateway.history import BuildRecord, History
     from offload_builder.gateway.log_book import LogBook
     from offload_builder.gateway.members import Members
+    from offload_builder.gateway.nodes import AttachedNode, NodeRegistry
+    from offload_builder.gateway.tokens import TokenRecord
 
 log = structlog.get_logger(__name__)
 
@@ -55,6 +64,7 @@ class BuildsService(BuildsServiceServicer):
         builds: ActiveBuilds,
         history: History,
         logs: LogBook,
+        nodes: NodeRegistry,
         relay_address: Callable[[], str],
     ) -> None:
         self._config = config
@@ -66,6 +76,7 @@ class BuildsService(BuildsServiceServicer):
         self._builds = builds
         self._history = history
         self._logs = logs
+        self._nodes = nodes
         self._relay_address = relay_address
 
     async def Create(  # noqa: N802
@@ -84,7 +95,8 @@ class BuildsService(BuildsServiceServicer):
             CacheWish(request.vcs_branch, request.vcs_target_branch, request.cache),
             self._trust,
         )
-        build = await self._admission.submit(request, caller.token)
+        lost = await lost_build(self._history, request, caller.token)
+        build = await self._admission.submit(request, caller.token, lost)
         started = asyncio.get_running_loop().time()
         async with aclosing(self._admission.updates(build)) as updates:
             async for update in updates:
@@ -147,17 +159,64 @@ class BuildsService(BuildsServiceServicer):
         )
         hold = timedelta(seconds=self._config.slot_hold)
         ticket.expires_at.FromDatetime(datetime.now(UTC) + hold + TICKET_SKEW)
+        return builds_pb.Assigned(
+            build_id=record.build_id,
+            ticket=sign(self._ticket_key, ticket),
+            endpoints=self._endpoints(node),
+            server_name=node.node_id + NODE_SUFFIX,
+            node_id=node.node_id,
+        )
+
+    def _endpoints(self, node: AttachedNode) -> list[str]:
         endpoints = list(node.hello.endpoints)
         relay = self._relay_address()
         if node.hello.relay_endpoint and relay:
             endpoints.append(relay)
-        return builds_pb.Assigned(
-            build_id=record.build_id,
-            ticket=sign(self._ticket_key, ticket),
-            endpoints=endpoints,
-            server_name=node.node_id + NODE_SUFFIX,
-            node_id=node.node_id,
+        return endpoints
+
+    async def Locate(  # noqa: N802
+        self, request: builds_pb.LocateRequest, context: aio.ServicerContext[Any, Any]
+    ) -> builds_pb.LocateResponse:
+        """Say where a build is; the node decides who may take it up."""
+        caller = await self._access.member(context)
+        record = await self._history.resolve(request.build_id, caller.visible_projects())
+        response = builds_pb.LocateResponse(build=build_message(record))
+        node = self._nodes.find(record.node_id) if record.node_id else None
+        if record.node_id:
+            response.server_name = record.node_id + NODE_SUFFIX
+        if node is not None and node.connection is not None:
+            response.endpoints.extend(self._endpoints(node))
+        if request.saved_image:
+            self._place_image(response, record, caller.token)
+        return response
+
+    async def PlanPlatforms(  # noqa: N802
+        self, request: builds_pb.PlanPlatformsRequest, context: aio.ServicerContext[Any, Any]
+    ) -> builds_pb.PlanPlatformsResponse:
+        """Say which platforms of a build one node can build together."""
+        caller = await self._access.member(context)
+        caller.token.check_project(request.project_id)
+        await self._members.project(request.project_id, visible_to=caller.token)
+        groups = self._admission.plan_platforms(request.project_id, request.platforms)
+        return builds_pb.PlanPlatformsResponse(
+            groups=[builds_pb.PlatformGroup(platforms=group) for group in groups]
         )
+
+    def _place_image(
+        self, response: builds_pb.LocateResponse, record: BuildRecord, token: TokenRecord
+    ) -> None:
+        """Say which node can give a saved image, when its own cannot."""
+        now = datetime.now(UTC)
+        if not may_give_image(record, token, now):
+            return
+        node = image_node(record, self._nodes.connected())
+        if node is None:
+            return
+        ticket = image_ticket(record, node.node_id, now)
+        response.saved_image.node_id = node.node_id
+        response.saved_image.endpoints.extend(self._endpoints(node))
+        response.saved_image.server_name = node.node_id + NODE_SUFFIX
+        response.saved_image.ticket.CopyFrom(sign_image(self._ticket_key, ticket))
 
     async def List(  # noqa: N802
         self, request: builds_pb.ListRequest, context: aio.ServicerContext[Any, Any]

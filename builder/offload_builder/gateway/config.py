@@ -9,6 +9,11 @@ from offload_core.config import option
 from offload_core.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "OFFLOAD_GATEWAY"
+_MEANING_OF_ZERO = {
+    "history_retention": "keeps builds for ever",
+    "logs_keep": "sets no bound",
+    "logs_retention": "keeps output as long as its build",
+}
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,20 @@ class GatewayConfig:
         90 * 86400.0, "How long ended builds are kept; 0 for ever.", unit="duration"
     )
     max_log_bytes_per_build: int = option(
-        64 << 20, "Output of one build that the history keeps.", unit="size"
+        2 << 30,
+        "Output of one build that the history keeps, before it is compressed.",
+        unit="size",
+    )
+    logs_keep: int = option(
+        20 << 30,
+        "Compressed output of all builds that the history keeps; the output of those that ended "
+        "first goes first, 0 for no such bound.",
+        unit="size",
+    )
+    logs_retention: float = option(
+        30 * 86400.0,
+        "How long the output of ended builds is kept; 0 for as long as the builds.",
+        unit="duration",
     )
     max_connections: int = option(4096, "Connections at the public port at once.")
     handshake_timeout: float = option(
@@ -105,8 +123,9 @@ class GatewayConfig:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be greater than 0")
-        if self.history_retention < 0:
-            raise ConfigError("history_retention must not be negative; 0 keeps builds for ever")
+        for name, zero in _MEANING_OF_ZERO.items():
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative; 0 {zero}")
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise ConfigError(
                 f'log_level "{self.log_level}" is unknown; use debug, info, warning or error'

@@ -29,6 +29,9 @@ FINAL_STATES = frozenset(
     }
 )
 
+START_AGAIN = "; start the build again"
+"""End of what is said of a lost build, as long as nobody has."""
+
 _BUILD_ID = re.compile(r"[a-z2-7]{1,12}")
 _PAGE_TOKEN = re.compile(r"(\d{1,18})-([a-z2-7]{12})")
 _SWEEP_BUILDS = 200
@@ -56,6 +59,10 @@ class BuildRecord:
     vcs_target_branch: str = ""
     cache_choice: bytes = b""
     """A serialised CacheChoice."""
+    group_id: str = ""
+    """The same for all parts of one image; empty for a build that is whole."""
+    preferred_platform: str = ""
+    """Of the client; only where it names no platforms."""
     node_id: str = ""
     started_at: datetime | None = None
     completed_at: datetime | None = None
@@ -63,6 +70,11 @@ class BuildRecord:
     stats: bytes = b""
     image_digest: str = ""
     cache_state: builds_pb.CacheState.ValueType = builds_pb.CACHE_STATE_UNSPECIFIED
+    repeat_of: str = ""
+    """The lost build that this one repeats."""
+    repeated_by: str = ""
+    image_saved: bool = False
+    """The shared store keeps the image."""
 
     def row(self) -> dict[str, Any]:
         """Return the values of the table's columns."""
@@ -117,7 +129,7 @@ class History:
         """
         missing = NotFoundError(
             f'there is no build "{prefix[:40]}"',
-            hint="list the builds with: offload-build ls",
+            hint="list the builds with: offload builds",
         )
         if _BUILD_ID.fullmatch(prefix) is None:
             raise missing
@@ -233,6 +245,9 @@ class History:
 
 def build_message(record: BuildRecord) -> builds_pb.Build:
     """Return a build as the API shows it."""
+    error = record.error
+    if record.repeated_by:
+        error = error.removesuffix(START_AGAIN)
     message = builds_pb.Build(
         build_id=record.build_id,
         project_id=record.project_id,
@@ -240,7 +255,7 @@ def build_message(record: BuildRecord) -> builds_pb.Build:
         name=record.name,
         state=record.state,
         node_id=record.node_id,
-        error=record.error,
+        error=error,
         image_digest=record.image_digest,
         cache_state=record.cache_state,
         dockerfile_path=record.dockerfile_path,
@@ -248,6 +263,10 @@ def build_message(record: BuildRecord) -> builds_pb.Build:
         platforms=record.platforms,
         vcs_branch=record.vcs_branch,
         vcs_revision=record.vcs_revision,
+        group_id=record.group_id,
+        repeat_of=record.repeat_of,
+        repeated_by=record.repeated_by,
+        image_saved=record.image_saved,
     )
     message.created_at.FromDatetime(record.created_at)
     if record.started_at is not None:
@@ -261,9 +280,14 @@ def build_message(record: BuildRecord) -> builds_pb.Build:
 
 def _build(row: sa.Row[Any]) -> BuildRecord:
     values = dict(row._mapping)
-    # Builds that were written before version 2 have neither.
+    # Builds that an older version wrote have none of these.
     values["vcs_target_branch"] = row.vcs_target_branch or ""
+    values["repeat_of"] = row.repeat_of or ""
+    values["repeated_by"] = row.repeated_by or ""
+    values["image_saved"] = bool(row.image_saved)
     values["cache_choice"] = row.cache_choice or b""
+    values["group_id"] = row.group_id or ""
+    values["preferred_platform"] = row.preferred_platform or ""
     return BuildRecord(**values | {"platforms": tuple(row.platforms)})
 
 

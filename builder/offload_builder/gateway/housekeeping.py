@@ -13,6 +13,7 @@ from offload_core.errors import AuthenticationError, OffloadError
 if TYPE_CHECKING:
     from offload_builder.gateway.credentials import RenewingCredentials
     from offload_builder.gateway.history import History
+    from offload_builder.gateway.logretention import LogRetention
     from offload_builder.gateway.members import Members
     from offload_builder.gateway.nodes import NodeRegistry
 
@@ -33,12 +34,14 @@ class Housekeeping:
         members: Members,
         nodes: NodeRegistry,
         history: History,
+        log_retention: LogRetention,
         retention_seconds: float,
     ) -> None:
         self._credentials = credentials
         self._members = members
         self._nodes = nodes
         self._history = history
+        self._log_retention = log_retention
         self._retention_seconds = retention_seconds
 
     async def run(self) -> None:
@@ -50,6 +53,7 @@ class Housekeeping:
                 if loop.time() >= next_slow_turn:
                     next_slow_turn = loop.time() + SLOW_TURN_SECONDS
                     await self._forget_old_builds()
+                    await self._log_retention.sweep()
                     if self._credentials.renew():
                         log.info("gateway.certificate.renewed")
                 await self._check_node_tokens()

@@ -47,6 +47,9 @@ class AttachedNode:
     token: TokenRecord
     hello: nodes_pb.Hello
     platforms: frozenset[str]
+    emulated: frozenset[str] = frozenset()
+    surveyed: bool = False
+    """It has said what its BuildKit can build beside its own platform."""
     heartbeat: nodes_pb.Heartbeat = field(default_factory=nodes_pb.Heartbeat)
     connection: Connection | None = None
     last_seen_at: datetime = field(default_factory=lambda: datetime.now(UTC))
@@ -86,7 +89,15 @@ class AttachedNode:
         if future is not None and not future.done():
             future.set_result(reply)
 
-    def view(self, load: int) -> NodeView:
+    def take_platforms(self, found: nodes_pb.NodePlatforms) -> bool:
+        """Note what it builds; return whether that is news."""
+        before = self.platforms, self.emulated, self.surveyed
+        self.platforms = frozenset(normalise_platform(item) for item in found.native)
+        emulated = frozenset(normalise_platform(item) for item in found.emulated)
+        self.emulated, self.surveyed = emulated - self.platforms, True
+        return before != (self.platforms, self.emulated, self.surveyed)
+
+    def view(self, load: int = 0) -> NodeView:
         """Return what the scheduler needs to know.
 
         Args:
@@ -97,6 +108,7 @@ class AttachedNode:
             slots=self.hello.slots,
             load=max(load, self.heartbeat.running),
             platforms=self.platforms,
+            emulated=self.emulated,
             draining=self.heartbeat.draining,
             project_ids=frozenset(self.token.project_ids),
         )
@@ -177,6 +189,7 @@ class NodeRegistry:
             node.drop_offers()
             node.connection.close(NodeLostError("the node has attached again"))
         node.token, node.hello, node.platforms = token, hello, platforms
+        node.emulated, node.surveyed = frozenset(), False
         node.heartbeat = nodes_pb.Heartbeat(running=len(hello.running_build_ids))
         node.connection = Connection()
         node.lost = False
@@ -218,6 +231,8 @@ class NodeRegistry:
                 node.heartbeat.draining,
             )
             node.heartbeat = heartbeat
+            if heartbeat.HasField("platforms") and node.take_platforms(heartbeat.platforms):
+                changed = True
             if changed:
                 self._tell_changed(node)
 
@@ -234,6 +249,10 @@ class NodeRegistry:
         """Return the nodes that cannot be asked now, but may come back."""
         nodes = self._nodes.values()
         return [node for node in nodes if node.connection is None and not node.lost]
+
+    def known(self) -> list[AttachedNode]:
+        """Return all nodes, those that were lost within the last hour as well."""
+        return list(self._nodes.values())
 
     def disconnect_token(self, token_id: str, error: OffloadError) -> None:
         """End the streams of all nodes of a token."""
@@ -257,7 +276,8 @@ class NodeRegistry:
             state=state,
             running=0 if node.lost else node.heartbeat.running,
             slots=node.hello.slots,
-            platforms=node.hello.platforms,
+            platforms=node.heartbeat.platforms.native or node.hello.platforms,
+            emulated_platforms=node.heartbeat.platforms.emulated,
             version=node.hello.version,
             buildkit_version=node.hello.buildkit_version,
             disk_free_bytes=node.heartbeat.disk_free_bytes,

@@ -1,9 +1,10 @@
 """Who runs where, as pure functions over snapshots.
 
 Order of the queue: round robin over projects, the one that was served longest ago first; within
-a project first come, first served. Place of a build: rendezvous hashing gives each project its
-own ranking of the nodes, so that its caches stay warm on the same few, with bounded loads so that
-a busy project spills over before its first node is full (Thaler and Ravishankar, "Using
+a project first come, first served. Place of a build: nodes that have the least to emulate of what
+is wanted; as long as one of them is attached, others get nothing. Among these, rendezvous hashing
+gives each project its own ranking, so that its caches stay warm on the same few, with bounded loads
+so that a busy project spills over before its first node is full (Thaler and Ravishankar, "Using
 name-based mappings to increase hit rates", 1998; Mirrokni, Thorup and Zadimoghaddam, "Consistent
 hashing with bounded loads", 2018).
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import zip_longest
 from typing import TYPE_CHECKING
@@ -34,8 +35,12 @@ class QueuedBuild:
     """Grows with every build that enters the queue."""
     platforms: tuple[str, ...] = ()
     """Normalised; empty for any."""
+    preferred: str = ""
+    """Normalised platform of the client, where it wants none; empty for unknown."""
     declined_by: frozenset[str] = frozenset()
     """Nodes that are not asked again for now."""
+    last_choice: str = ""
+    """Node that is asked when no other one has room: an earlier run was lost with it."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,9 @@ class NodeView:
     load: int
     """Builds that run there or have a slot reserved."""
     platforms: frozenset[str]
-    """Normalised."""
+    """What it builds natively, normalised."""
+    emulated: frozenset[str] = frozenset()
+    """What it builds with emulation, normalised."""
     draining: bool = False
     project_ids: frozenset[str] = field(default_factory=frozenset)
     """Projects that it serves; empty for all."""
@@ -58,7 +65,17 @@ class NodeView:
 
     def suits(self, build: QueuedBuild) -> bool:
         """Return whether it could run this build if it were free."""
-        return self.serves(build.project_id) and self.platforms.issuperset(build.platforms)
+        return self.serves(build.project_id) and self.builds(build.platforms)
+
+    def builds(self, platforms: Iterable[str]) -> bool:
+        """Return whether it builds all these platforms, natively or not."""
+        return all(item in self.platforms or item in self.emulated for item in platforms)
+
+    def strangeness(self, build: QueuedBuild) -> int:
+        """Return how many platforms of a build it would have to emulate."""
+        if not build.platforms and build.preferred:
+            return int(build.preferred not in self.platforms)
+        return sum(item not in self.platforms for item in build.platforms)
 
     def serves(self, project_id: str) -> bool:
         """Return whether it runs builds of a project."""
@@ -121,9 +138,12 @@ def candidates(
 ) -> list[str]:
     """Return the nodes that may be asked to run a build, best first.
 
-    Every node with a free slot that suits is in the list; nodes above the bound come last.
+    Every node with a free slot that suits, and of these the ones that have the least to emulate, is
+    in the list; nodes above the bound come last.
     """
-    usable = {node.node_id: node for node in nodes if not node.draining and node.suits(build)}
+    suiting = [node for node in nodes if not node.draining and node.suits(build)]
+    least = min((node.strangeness(build) for node in suiting), default=0)
+    usable = {node.node_id: node for node in suiting if node.strangeness(build) == least}
     slots = sum(node.slots for node in usable.values())
     load = sum(node.load for node in usable.values())
     within: list[str] = []
@@ -134,7 +154,7 @@ def candidates(
             continue
         bound = math.ceil(load_factor * (load + 1) * node.slots / slots)
         (within if node.load < bound else above).append(node_id)
-    return within + above
+    return sorted(within + above, key=lambda node_id: node_id == build.last_choice)
 
 
 def plan(
@@ -156,14 +176,7 @@ def plan(
         if not best:
             continue
         node = views[best[0]]
-        views[node.node_id] = NodeView(
-            node.node_id,
-            node.slots,
-            node.load + 1,
-            node.platforms,
-            node.draining,
-            node.project_ids,
-        )
+        views[node.node_id] = replace(node, load=node.load + 1)
         result[build.build_id] = node.node_id
         free -= 1
     return result
@@ -187,6 +200,11 @@ def waiting_reason(build: QueuedBuild, nodes: Sequence[NodeView]) -> str:
     if all(node.draining for node in suiting):
         return _all(suiting, which, "draining")
     active = [node for node in suiting if not node.draining]
+    least = min(node.strangeness(build) for node in active)
+    active = [node for node in active if node.strangeness(build) == least]
+    if not least and len(active) < len(suiting):
+        wanted = wanted or build.preferred
+        which = f" that build{'s' if len(active) == 1 else ''} {wanted} natively"
     if not any(node.free() for node in active):
         return _all(active, which, "busy")
     if all(node.node_id in build.declined_by for node in active if node.free()):

@@ -7,7 +7,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Older databases get the columns that they lack; newer ones are refused."""
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -108,6 +108,12 @@ builds = sa.Table(
     sa.Column("vcs_target_branch", sa.Text),
     # A serialised CacheChoice.
     sa.Column("cache_choice", sa.LargeBinary),
+    sa.Column("group_id", sa.String(64)),
+    sa.Column("preferred_platform", sa.String(64)),
+    # The lost build that this one repeats, and the one that repeats this.
+    sa.Column("repeat_of", sa.String(12)),
+    sa.Column("repeated_by", sa.String(12)),
+    sa.Column("image_saved", sa.Boolean),
     # A request of one token is one build, also when it is repeated after a restart.
     sa.UniqueConstraint("token_id", "request_id", name="one_build_per_request"),
     sa.Index("builds_by_time", "created_at", "build_id"),

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from offload_builder.gateway.history import FINAL_STATES, BuildRecord
+from offload_builder.gateway.history import FINAL_STATES, START_AGAIN, BuildRecord
+from offload_builder.gateway.plaintext import plain_line, plain_text
 from offload_proto.v1 import builds_service_pb2 as builds_pb
 from offload_proto.v1 import nodes_service_pb2 as nodes_pb
 
@@ -22,7 +23,6 @@ LATE_NEWS_SECONDS = 5.0
 """How long a node that is back may take to say how a build ended that it no longer runs."""
 
 _RUNNING = builds_pb.BUILD_STATE_RUNNING
-_ENDED_AT_NODE = FINAL_STATES - {builds_pb.BUILD_STATE_LOST}
 
 
 class BuildTracking:
@@ -139,7 +139,7 @@ class BuildTracking:
         if build.node_id != node.node_id:
             log.warning("build.update.refused", build_id=update.build_id, node_id=node.node_id)
             return
-        if update.state in _ENDED_AT_NODE:
+        if update.state in FINAL_STATES:
             # The next heartbeat says so too, but the slot is free now.
             node.heartbeat.running = max(0, node.heartbeat.running - 1)
             error = _error(update) or (
@@ -163,7 +163,7 @@ class BuildTracking:
         values = _columns(update)
         if record.state == builds_pb.BUILD_STATE_LOST and update.state == _RUNNING:
             self._revive(record)
-        elif record.state == builds_pb.BUILD_STATE_LOST and update.state in _ENDED_AT_NODE:
+        elif record.state == builds_pb.BUILD_STATE_LOST and update.state in FINAL_STATES:
             values |= {"state": update.state, "error": _error(update)}
         if values:
             self._builds.history.change(update.build_id, **values)
@@ -184,11 +184,11 @@ class BuildTracking:
         self._admission.node_changed(node_id)
 
     def _lose(self, build: ActiveBuild, why: str) -> None:
-        self._builds.end(build, builds_pb.BUILD_STATE_LOST, error=f"{why}; start the build again")
+        self._builds.end(build, builds_pb.BUILD_STATE_LOST, error=f"{why}{START_AGAIN}")
 
 
 def _error(update: nodes_pb.BuildUpdate) -> str:
-    return update.error[:4000]
+    return plain_text(update.error, 4000)
 
 
 def _columns(update: nodes_pb.BuildUpdate) -> dict[str, Any]:
@@ -197,7 +197,9 @@ def _columns(update: nodes_pb.BuildUpdate) -> dict[str, Any]:
     if update.HasField("stats"):
         values["stats"] = update.stats.SerializeToString()
     if update.image_digest:
-        values["image_digest"] = update.image_digest[:80]
+        values["image_digest"] = plain_line(update.image_digest, 80)
+    if update.image_saved:
+        values["image_saved"] = True
     if update.cache_state:
         values["cache_state"] = update.cache_state
     return values

@@ -14,21 +14,28 @@ from typing import TYPE_CHECKING, Self
 
 import structlog
 
+from offload_builder.node.buildlogs import BuildLogs, build_update
 from offload_builder.node.cachedesk import CacheDesk
 from offload_builder.node.cachetasks import CacheTasks
 from offload_builder.node.clientlink import ClientLink
+from offload_builder.node.departure import AWAY, ClientSeat
+from offload_builder.node.endedbuilds import EndedBuild, EndedBuilds
 from offload_builder.node.exportturns import ExportTurns, builds_crowd
 from offload_builder.node.faults import storage_error
 from offload_builder.node.gatewaylink import GatewayLink
+from offload_builder.node.imagekeeping import ImageKeeping
 from offload_builder.node.job import BuildJob
-from offload_builder.node.journal import Journal
+from offload_builder.node.outcomes import STOPPING, interrupted
 from offload_builder.node.projectlimits import LimitBook
 from offload_builder.node.projectpool import ProjectPool
 from offload_builder.node.registries import Registries
+from offload_builder.node.savedimages import SavedImages
+from offload_builder.node.steprights import StepRights
 from offload_builder.node.tickets import TicketVerifier
 from offload_cache.collection.collector import Collector
 from offload_cache.collection.loop import CollectionLoop
 from offload_cache.collection.plan import Limits
+from offload_cache.mirror.upstream import origin_address
 from offload_cache.nodebounds import NodeBounds
 from offload_cache.nodestore import NodeStore
 from offload_cache.registry.grants import Registry
@@ -40,6 +47,7 @@ from offload_core.aio import TaskSet, finish
 from offload_core.errors import NodeLostError, NotFoundError, OffloadError, QueueTimeoutError
 from offload_core.trust import join_address, split_address
 from offload_proto.v1.builds_service_pb2 import BuildState
+from offload_proto.v1.node_service_pb2 import Failure, Result
 from offload_proto.v1.nodes_service_pb2 import BuildUpdate, Heartbeat, Hello
 
 if TYPE_CHECKING:
@@ -48,13 +56,13 @@ if TYPE_CHECKING:
 
     from offload_builder.node.config import NodeConfig
     from offload_builder.node.enrolment import NodeIdentity
+    from offload_cache.mirror.connection import Endpoint
     from offload_proto.v1.builds_service_pb2 import Ticket
-    from offload_proto.v1.node_service_pb2 import Result, Start
+    from offload_proto.v1.node_service_pb2 import Start
     from offload_proto.v1.nodes_service_pb2 import CacheTask, CacheTaskReply, ProjectLimits
 
 log = structlog.get_logger(__name__)
 
-LOG_SECONDS = 300.0
 CANCEL_SECONDS = 10.0
 CONCLUDE_SECONDS = 2.0
 LEAVE_SECONDS = 5.0
@@ -87,10 +95,12 @@ class NodeAgent:
         self._listening = config.listen
         self._builds: dict[str, _Running] = {}
         self._reserved: dict[str, float] = {}
+        self._logs = BuildLogs(self.link)
         self._draining = False
         self._empty = asyncio.Event()
         self._empty.set()
         self._background = TaskSet(self._crashed)
+        self._working = TaskSet(self._crashed)
         self._publishing = TaskSet(self._crashed)
         self._concluding = TaskSet(self._crashed)
         # As many exports as builds; more would only slow each other down, and the next builds.
@@ -101,15 +111,18 @@ class NodeAgent:
         self._store: NodeStore
         self._bounds: NodeBounds
         self._registry_server: RegistryServer
+        self._registries: Registries
+        self.ended: EndedBuilds
+        self.saved: SavedImages
+        self._keeping: ImageKeeping
         self._projects: ProjectPool
 
     async def __aenter__(self) -> Self:
-        registries = Registries(self.config.registry_config)
+        registries = self._registries = Registries(self.config.registry_config)
         objects = None
         if self.config.s3_endpoint:
             objects = S3Store(self.config.shared_store(), statistics=self.statistics)
         async with AsyncExitStack() as stack:
-            shutil.rmtree(self.config.data / "journals", ignore_errors=True)
             self._store = await stack.enter_async_context(
                 NodeStore(
                     self.config.data / "cache",
@@ -119,6 +132,7 @@ class NodeAgent:
                     holder=self.identity.node_id,
                 )
             )
+            self.saved = SavedImages(self.tickets, self._store)
             self._bounds = NodeBounds(
                 self._store,
                 keep_bytes=self.config.blobs_keep_all,
@@ -141,11 +155,28 @@ class NodeAgent:
                     partial(registries.serve, mirrors, self._registry_server.address),
                 )
             )
+            self.ended = EndedBuilds(
+                self.config.data / "journals",
+                self._store,
+                keep_seconds=self.config.ended_keep,
+                keep_builds=self.config.ended_keep_builds,
+                keep_bytes=self.config.blobs_keep // 2,
+            )
+            stack.callback(self.ended.close)
             stack.push_async_callback(self._background.close)
+            stack.push_async_callback(self._working.close)
             stack.push_async_callback(self._publishing.close)
             stack.push_async_callback(self._concluding.close)
             self._background.start(self._projects.reap(), name="projects.reap")
             self._background.start(self._bounds.run(), name="node.bounds")
+            self._background.start(self._projects.survey.run(self.link.beat), name="platforms")
+            for left in await self.ended.restore():
+                self._background.start(
+                    self._logs.send_late(left, self.ended), name=f"late.{left.build_id}"
+                )
+            self._keeping = ImageKeeping(self._store, self.ended, self.link)
+            self._background.start(self._keeping.confirm_left(), name="images.saved")
+            self._background.start(self.ended.run(self._in_use), name="builds.ended")
             CacheTasks(
                 self.identity.node_id,
                 self.config,
@@ -216,7 +247,11 @@ class NodeAgent:
         if free < MIN_DISK_FREE_BYTES:
             health = f"only {free >> 20} MiB are free on the disk"
         return Heartbeat(
-            running=self._busy(), draining=self._draining, disk_free_bytes=free, health=health
+            running=self._busy(),
+            draining=self._draining,
+            disk_free_bytes=free,
+            health=health,
+            platforms=self._projects.survey.found,
         )
 
     def _busy(self) -> int:
@@ -284,7 +319,7 @@ class NodeAgent:
         self._listening = address
 
     async def admit(self, start: Start, *, member: str) -> BuildJob:
-        """Redeem a ticket and make the build known.
+        """Redeem a ticket and start the build.
 
         Raises:
             AccessDeniedError: the ticket is not valid.
@@ -307,9 +342,10 @@ class NodeAgent:
             job = running.job = await self._open(ticket, start)
         except BaseException as error:
             self._forget(ticket.build_id)
+            self.ended.drop(ticket.build_id)
             state, reason = BuildState.BUILD_STATE_FAILED, str(error)
             if isinstance(error, asyncio.CancelledError):
-                state, reason = BuildState.BUILD_STATE_CANCELED, "the client went away"
+                state, reason = BuildState.BUILD_STATE_CANCELED, AWAY
             self.link.report(BuildUpdate(build_id=ticket.build_id, state=state, error=reason))
             raise
         self.link.beat()
@@ -320,8 +356,12 @@ class NodeAgent:
             project_id=ticket.project_id,
             member=member,
             trust_domain=ticket.trust_domain,
+            # Their names only, for who asks later which build had what.
+            given=[*start.spec.secret_ids, *(f"ssh:{name}" for name in start.spec.ssh_ids)],
+            entitlements=list(start.spec.entitlements),
         )
         self._report(job, BuildState.BUILD_STATE_RUNNING)
+        self._working.start(self._work(job), name=f"build.{job.build_id}")
         return job
 
     async def _open(self, ticket: Ticket, start: Start) -> BuildJob:
@@ -329,19 +369,32 @@ class NodeAgent:
             runtime = await self._projects.runtime(ticket.project_id, ticket.trust_domain)
         except (OSError, sqlite3.Error) as error:
             raise storage_error("open the project", error) from error
-        journal = Journal(self.config.data / "journals" / ticket.build_id)
-        return BuildJob(
+        # Refused before anything is opened for it.
+        rights = StepRights(start.spec, ticket, runtime.policy)
+        link = ClientLink()
+        job = BuildJob(
             ticket,
             start,
             runtime,
             self.registry,
             self._registry_server.address,
-            ClientLink(),
-            journal,
+            link,
+            self.ended.journal(ticket.build_id, ticket.project_id, ticket.member),
+            rights,
         )
+        job.seat = ClientSeat(
+            job.build_id,
+            link,
+            job.needs,
+            self.config.rejoin_wait,
+            partial(self.cancel, job.build_id),
+            job.repeated,
+            detached=start.detach,
+        )
+        return job
 
     def job(self, build_id: str, *, member: str) -> BuildJob:
-        """Return a build that is here.
+        """Return a build that is here and whose client has not left after its end.
 
         Raises:
             NotFoundError: there is none, or it belongs to somebody else.
@@ -350,6 +403,58 @@ class NodeAgent:
         if running is None or running.job is None or running.job.member != member:
             raise NotFoundError(f"there is no build {build_id} of yours on this node")
         return running.job
+
+    def find(self, build_id: str, *, member: str | None) -> BuildJob | EndedBuild:
+        """Return a build that is here, or is kept after its end.
+
+        Args:
+            build_id: the build.
+            member: who started it; None for anybody.
+
+        Raises:
+            NotFoundError: there is none, or it belongs to somebody else.
+        """
+        running = self._builds.get(build_id)
+        found = running.job if running is not None else self.ended.find(build_id)
+        if found is None or member not in (None, found.member):
+            raise NotFoundError(
+                f"there is no build {build_id} of yours on this node, or it ended too long ago"
+            )
+        return found
+
+    def registry_endpoint(self, host: str) -> Endpoint:
+        """Return where and how a registry is reached, by its name in image names."""
+        return self._registries.reach(origin_address(host))
+
+    async def _work(self, job: BuildJob) -> None:
+        """Run a build to its end, whoever looks on."""
+        try:
+            result, reason = await self.execute(job)
+            self.finished(job, result, reason)
+        except asyncio.CancelledError:
+            self.finished(job, None, STOPPING)
+            raise
+        except BaseException:
+            failure = Failure(kind=Failure.KIND_NODE, message="the node failed; its log says more")
+            self.finished(job, Result(failure=failure), "")
+            raise
+        finally:
+            self.visited(job)
+
+    def visited(self, build: BuildJob | EndedBuild) -> None:
+        """Hear that a call of a client has ended; after the end of a build the last one counts."""
+        running = self._builds.get(build.build_id)
+        if running is None:
+            # It is kept for clients that come back, or was until now.
+            self._sweep()
+        elif isinstance(build, BuildJob) and running.over and build.seat.empty:
+            self.release(build)
+
+    def _in_use(self, build_id: str) -> bool:
+        return build_id in self._builds or self._logs.is_sending(build_id)
+
+    def _sweep(self) -> None:
+        self.ended.sweep(self._in_use)
 
     async def execute(self, job: BuildJob) -> tuple[Result | None, str]:
         """Run a build; return its result, or None and why it was cancelled."""
@@ -361,7 +466,7 @@ class NodeAgent:
         try:
             await asyncio.wait((work,))
         except asyncio.CancelledError:
-            # The client went away, and its build goes with it.
+            # The node stops.
             work.cancel()
             await finish(asyncio.wait((work,)), CANCEL_SECONDS)
             raise
@@ -381,14 +486,15 @@ class NodeAgent:
         self._builds_changed()
         publish = False
         if result is None:
-            ending = (BuildState.BUILD_STATE_CANCELED, reason)
+            result, ending = interrupted(reason, job.stats)
         elif result.HasField("success"):
             publish = job.will_publish()
             ending = (BuildState.BUILD_STATE_SUCCEEDED, "")
         else:
             ending = (BuildState.BUILD_STATE_FAILED, result.failure.message)
         job.ending = ending
-        job.journal.finish()
+        job.conclude(result)
+        self.ended.keep(job, result, *ending)
         self._concluding.start(self._conclude(job, *ending), name=f"conclude.{job.build_id}")
         log.info("build.finished", build_id=job.build_id, publish=publish, reason=reason)
         if publish:
@@ -404,6 +510,8 @@ class NodeAgent:
                 await job.log_sent.wait()
         self._report(job, state, error=error)
         await job.save_record()
+        if (saved := self.ended.unsaved(job.build_id)) is not None:
+            self._publishing.start(self._keeping.confirm(saved), name=f"save.{job.build_id}")
 
     async def _publish(self, job: BuildJob) -> None:
         try:
@@ -422,10 +530,10 @@ class NodeAgent:
             self._report(job, BuildState.BUILD_STATE_SUCCEEDED)
 
     def release(self, job: BuildJob) -> None:
-        """Forget a build whose client has left; what it holds goes when its cache is exported."""
-        self.finished(job, None, "the client went away")
+        """Let go of a build that has ended; what it holds goes when its cache is exported."""
+        job.lose(NodeLostError(AWAY))
         self._forget(job.build_id)
-        job.journal.finish()
+        self._sweep()
         self._background.start(self._close(job), name=f"close.{job.build_id}")
 
     def _forget(self, build_id: str) -> None:
@@ -450,30 +558,12 @@ class NodeAgent:
 
     async def _send_log(self, job: BuildJob) -> None:
         try:
-            # The journal goes away only after its build has ended and its log was sent, or could
-            # not be sent for a while.
-            sending = asyncio.ensure_future(self.link.send_log(job.build_id, job.journal))
-            try:
-                await job.journal.finished.wait()
-                await asyncio.wait((sending,), timeout=LOG_SECONDS)
-            finally:
-                sending.cancel()
+            await self._logs.send(job, self.ended)
         finally:
-            job.log_sent.set()
-            job.journal.remove()
+            self._sweep()
 
     def _report(self, job: BuildJob, state: BuildState.ValueType, *, error: str = "") -> None:
-        self.link.report(
-            BuildUpdate(
-                build_id=job.build_id,
-                state=state,
-                error=error,
-                stats=job.stats,
-                image_digest=job.image_digest,
-                cache_state=job.cache_state,
-                steps=job.step_times(),
-            )
-        )
+        self.link.report(build_update(job, state, error))
 
     async def drain(self) -> None:
         """Accept nothing more; wait for running builds and for the cache of finished ones.
@@ -491,7 +581,7 @@ class NodeAgent:
         except TimeoutError:
             log.warning("node.drain.timed_out", builds=len(self._builds))
         for build_id in list(self._builds):
-            self.cancel(build_id, "the node is shutting down")
+            self.cancel(build_id, STOPPING)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LEAVE_SECONDS):
                 await self._empty.wait()

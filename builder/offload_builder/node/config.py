@@ -7,6 +7,8 @@ import re
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
+from offload_builder.node.entitlements import check_configured
+from offload_builder.node.steplimits import StepBounds
 from offload_cache.collection.timing import MIN_GRACE_SECONDS
 from offload_cache.s3config import S3Config
 from offload_core.config import option
@@ -17,14 +19,24 @@ _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _IPV4 = re.compile(r"[0-9]+(?:\.[0-9]+){3}")
 _MEANING_OF_ZERO = {
     "warm_projects": "starts none",
+    "step_log_max": "keeps everything",
     "blobs_keep_all": "sets no bound",
     "blobs_idle": "sets no bound",
     "cache_shared_pool_keep": "sets no bound",
     "drain_timeout": "stops at once",
+    "step_memory": "gives step_memory_max",
+    "step_memory_max": "sets no bound",
+    "step_cpus": "gives step_cpus_max",
+    "step_cpus_max": "sets no bound",
+    "rejoin_wait": "waits for nobody",
+    "ended_keep": "keeps nothing",
+    "ended_keep_builds": "keeps none",
     "base_images_recheck": "asks a registry each time",
     "base_images_stale": "builds with nothing that a registry does not confirm",
     "cache_mount_interval": "stores after each build",
 }
+MAX_STEP_LOG_BYTES = 2047 << 20
+"""BuildKit reads its bound as a number of 32 bits with a sign."""
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -47,7 +59,16 @@ class NodeConfig:
         "address of this machine that leads to the gateway",
     )
     slots: int = option(4, "builds that may run at once")
-    platforms: list[str] = option([], "platforms that the node builds; its own when empty")
+    platforms: list[str] = option(
+        [],
+        "platforms that the node builds natively, and the only ones beside emulated_platforms; "
+        "when empty, what the machine runs, and with emulation what QEMU (binfmt_misc) adds",
+    )
+    emulated_platforms: list[str] = option(
+        [],
+        "further platforms that the node accepts when no other node builds them natively, for "
+        "example for Dockerfiles that cross-compile",
+    )
     buildkitd: Path | None = option(None, "path of buildkitd; searched when not set")
     buildkit_idle: float = option(
         900.0, "stop a project's BuildKit after so long without a build", unit="duration"
@@ -61,6 +82,12 @@ class NodeConfig:
         20 * 1024**3,
         "bytes of BuildKit's own cache to keep per project; where branches are protected, as much "
         "again for the builds that write them",
+        unit="size",
+    )
+    step_log_max: int = option(
+        1024**3,
+        "bytes of output of one step that are shown and kept, at most 2047MiB; of what is longer, "
+        "all but the last 256 KiB of the rest is left out; 0 keeps everything",
         unit="size",
     )
     untrusted_keep: int = option(
@@ -78,6 +105,28 @@ class NodeConfig:
     registry_config: Path | None = option(
         None,
         "TOML file with a [registry] table per host: mirrors, CAs, plain HTTP, the pool's login",
+    )
+    entitlements: list[str] = option(
+        [],
+        "rights that builds get when they ask with --allow: network.host, security.insecure, "
+        "device; each lets a step out of a part of its isolation from the node",
+    )
+    project_entitlements: dict[str, list[str]] = option(
+        {},
+        "the same for single projects: a project that fits one of these names or patterns has the "
+        "rights listed there, and none of `entitlements`",
+    )
+    step_memory: int = option(
+        0, "memory of each step of a build that asks for none; 0 for step_memory_max", unit="size"
+    )
+    step_memory_max: int = option(
+        0, "most memory that a build can give a step; 0 for no bound", unit="size"
+    )
+    step_cpus: float = option(
+        0.0, "processors of each step of a build that asks for none; 0 for step_cpus_max"
+    )
+    step_cpus_max: float = option(
+        0.0, "most processors that a build can give a step; 0 for no bound"
     )
     base_images: bool = option(
         True, "keep base images of Docker Hub and of the hosts in registry_config for the pool"
@@ -191,6 +240,21 @@ class NodeConfig:
         "bucket does by itself",
     )
     s3_kms_key: str = option("", "id or ARN of the key for `kms`")
+    rejoin_wait: float = option(
+        60.0,
+        "how long a build waits for a lost client that it still needs, before it is cancelled; "
+        "builds that need nothing more from their client go on without it",
+        unit="duration",
+    )
+    ended_keep: float = option(
+        3600.0,
+        "how long the log, the result and the image of a build are kept for clients that come "
+        "back after its end",
+        unit="duration",
+    )
+    ended_keep_builds: int = option(
+        100, "builds that are kept after their end at most, the oldest go first"
+    )
     drain_timeout: float = option(
         60.0, "how long running builds may go on after a stop was asked for", unit="duration"
     )
@@ -223,6 +287,10 @@ class NodeConfig:
         for name, zero in _MEANING_OF_ZERO.items():
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative; 0 {zero}")
+        if self.step_log_max > MAX_STEP_LOG_BYTES:
+            raise ConfigError("step_log_max must be 2047MiB or less; 0 keeps everything")
+        check_configured(self.entitlements, self.project_entitlements)
+        StepBounds.of(self).check()
         if self.cache_grace < MIN_GRACE_SECONDS:
             raise ConfigError("cache_grace must be an hour or more")
         if self.log_level not in LOG_LEVELS:
@@ -274,7 +342,7 @@ class NodeConfig:
         return join_address(*split_address(self.gateway))
 
     def native_platforms(self) -> list[str]:
-        """Return the platforms to offer, the machine's own first."""
+        """Return the platforms to offer, the machine's own first; see `node.platforms` for more."""
         return list(self.platforms) or [machine_platform()]
 
     def enrolment_token(self) -> str:

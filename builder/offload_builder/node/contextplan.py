@@ -91,6 +91,15 @@ def layout_stores(spec: BuildSpec) -> dict[str, str]:
     }
 
 
+def layout_images(spec: BuildSpec) -> dict[str, str]:
+    """Return the digests of the images in a request's OCI layouts, as `layout_stores`."""
+    return {
+        store_id(name): value.rpartition("@")[2]
+        for name, value in spec.named_contexts.items()
+        if value.startswith(_LAYOUT)
+    }
+
+
 def store_id(name: str) -> str:
     """Return a name for a layout that BuildKit takes for the repository of an image."""
     return hashlib.sha256(name.encode()).hexdigest()[:20]

@@ -116,8 +116,15 @@ class GatewayLink:
         self._cache_slots = asyncio.Semaphore(CACHE_TASKS)
 
     def report(self, update: BuildUpdate) -> None:
-        """Send an update as soon as there is a connection."""
-        self._updates[update.build_id] = update
+        """Send an update as soon as there is a connection.
+
+        What a former one says that was not sent yet, and this one does not, is sent with it.
+        """
+        waiting = self._updates.setdefault(update.build_id, update)
+        if waiting is not update:
+            if update.steps:
+                del waiting.steps[:]
+            waiting.MergeFrom(update)
         self._changed.set()
 
     def beat(self) -> None:

@@ -26,6 +26,10 @@ class ImageFiles:
         self._store = store
         self._media_types: dict[str, str] = {}
         self._sizes: dict[str, int] = {}
+        self._below: dict[str, list[tuple[str, int]]] = {}
+        self._children: dict[str, list[str]] = {}
+        self.publication: int | None = None
+        """Number of its way to the shared store; None without one."""
 
     async def admit(self, digest: str) -> str:
         """Add an image; return the media type of its manifest or index.
@@ -49,14 +53,38 @@ class ImageFiles:
         self._sizes[digest] = len(body)
         try:
             blobs = [blob for blob in (manifest.get("config"), *manifest.get("layers", ())) if blob]
-            self._sizes |= {str(blob["digest"]): int(blob["size"]) for blob in blobs}
+            below = {str(blob["digest"]): int(blob["size"]) for blob in blobs}
+            self._sizes |= below
             images = [str(child["digest"]) for child in children or ()]
         except (KeyError, TypeError, ValueError) as error:
             raise InternalError(f"the manifest {digest} names content in a wrong way") from error
+        self._below[digest], self._children[digest] = list(below.items()), images
         for image in images:
             if image not in self._media_types:
                 await self.admit(image)
         return media_type
+
+    def children(self, digest: str) -> list[str]:
+        """Return the manifests below an admitted one, each behind those that it names."""
+        found: dict[str, None] = {}
+        for child in self._children.get(digest, ()):
+            found |= dict.fromkeys((*self.children(child), child))
+        return list(found)
+
+    def below(self, digest: str) -> list[tuple[str, int]]:
+        """Return the blobs of an admitted image with their bytes, those of its children as well."""
+        names = (*self.children(digest), digest)
+        return [blob for name in names for blob in self._below.get(name, ())]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of everything that belongs to the image, by digest."""
+        return dict(self._sizes)
+
+    @property
+    def store(self) -> ProjectStore:
+        """Where its content is."""
+        return self._store
 
     def size(self, digest: str) -> int:
         """Return the size of a blob or manifest of the image.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 import structlog
@@ -13,6 +13,7 @@ from offload_builder.buildkit.failure import SolveFailure
 from offload_builder.buildkit.providers import SessionProviders
 from offload_builder.buildkit.session import BkSession
 from offload_builder.buildkit.solve import Attributed, SolveResult, SolveSpec
+from offload_builder.node.buildprogress import BuildProgress
 from offload_builder.node.cacheplan import (
     cache_stores,
     local_export_index,
@@ -20,16 +21,24 @@ from offload_builder.node.cacheplan import (
     other_imports,
 )
 from offload_builder.node.content import BuildContent
-from offload_builder.node.contextplan import layout_stores
+from offload_builder.node.contextplan import layout_images, layout_stores
 from offload_builder.node.faults import storage_error
+from offload_builder.node.gitcommits import GitCommits
 from offload_builder.node.imagefiles import ImageFiles
 from offload_builder.node.localsource import BuildContext
-from offload_builder.node.logins import ClientLogins
+from offload_builder.node.logins import BuildLogins
 from offload_builder.node.mounts.usage import BuildMounts
+from offload_builder.node.nearimages import NearImages
+from offload_builder.node.needs import LOGINS, SECRETS, ClientNeeds, ContextWatch, lasting_needs
 from offload_builder.node.ocilayout import ClientLayouts
 from offload_builder.node.outcomes import error_of, failure_of
 from offload_builder.node.outputs import Outputs
+from offload_builder.node.provenance import note_provenance
+from offload_builder.node.pushtargets import push_targets
+from offload_builder.node.registrytrouble import explain_failure
+from offload_builder.node.registrywatch import RegistryWatch
 from offload_builder.node.repeats import RepeatFilter
+from offload_builder.node.secretstore import BuildSecrets
 from offload_builder.node.solveplan import (
     EXPORT_ATTRIBUTES,
     NameRewriter,
@@ -40,16 +49,13 @@ from offload_builder.node.solveplan import (
     likeness,
     shared_key_base,
 )
+from offload_builder.node.sshagents import ClientAgents
 from offload_builder.node.steps import StepTally
 from offload_builder.node.why.record import BuildRecord
 from offload_cache.contributions import Writer
 from offload_cache.registry.grants import EXPORT_TAG, IMAGE, IMPORT_TAG, Grant
-from offload_core.aio import finish
-from offload_core.errors import (
-    NodeLostError,
-    OffloadError,
-    find_offload_error,
-)
+from offload_core.aio import TaskSet, finish
+from offload_core.errors import NodeLostError, OffloadError, find_offload_error
 from offload_proto.v1.build_spec_pb2 import ImageDescriptor
 from offload_proto.v1.builds_service_pb2 import BuildState, BuildStats, CacheState
 from offload_proto.v1.node_service_pb2 import Failure, Result, Success
@@ -59,19 +65,18 @@ if TYPE_CHECKING:
 
     from offload_builder.buildkit.client import BuildkitClient
     from offload_builder.node.clientlink import ClientLink
+    from offload_builder.node.departure import ClientSeat
     from offload_builder.node.journal import Journal
     from offload_builder.node.project import ProjectRuntime
+    from offload_builder.node.steprights import StepRights
     from offload_cache.offers import Offer
     from offload_cache.registry.grants import Registry
     from offload_proto.v1.builds_service_pb2 import Ticket
-    from offload_proto.v1.events_pb2 import ProgressBatch
-    from offload_proto.v1.node_service_pb2 import Start
+    from offload_proto.v1.node_service_pb2 import RunResponse, Start
     from offload_proto.v1.nodes_service_pb2 import StepTime
 
 log = structlog.get_logger(__name__)
 
-STATUS_SECONDS = 5.0
-"""BuildKit ends the progress stream with the build; this bounds a stream that does not end."""
 CLOSE_SECONDS = 10.0
 PUBLISH_SECONDS = 600.0
 EXPORT_SECONDS = 1800.0
@@ -94,9 +99,11 @@ class BuildJob:
         registry_address: str,
         link: ClientLink,
         journal: Journal,
+        rights: StepRights,
     ) -> None:
         self.build_id = ticket.build_id
         self.member = ticket.member
+        self.project_id = ticket.project_id
         self.link = link
         self.journal = journal
         self.stats = BuildStats()
@@ -116,7 +123,18 @@ class BuildJob:
         self._steps = StepTally()
         self._repeats = RepeatFilter()
         self._record = BuildRecord(ticket, start)
-        self._credentials = ClientLogins(link)
+        self._rights = rights
+        self._secrets = BuildSecrets(link, start.spec.secret_ids)
+        self._commits = GitCommits(start.spec)
+        self._agents = ClientAgents(link, start.spec.ssh_ids) if start.spec.ssh_ids else None
+        self.pool_logins = runtime.pool_logins
+        self._credentials = BuildLogins(link, self.pool_logins)
+        self._stack.push_async_callback(self._credentials.close)
+        self._pushes = push_targets(start.spec)
+        self._registries = RegistryWatch(
+            link, runtime.pool_logins, [host for host, _ in self._pushes]
+        )
+        self._stack.push_async_callback(self._registries.close)
         self._client: BuildkitClient
         self._session: BkSession
         self._source: BuildContext | None = None
@@ -126,6 +144,26 @@ class BuildJob:
         self._rewrite: NameRewriter
         self._has_own_key = False
         self._imports = False
+        self.needs = ClientNeeds()
+        self.seat: ClientSeat
+        """Of its client; set by the agent."""
+        self._watch = ContextWatch(self.needs, start.spec)
+        for need in lasting_needs(start.spec):
+            self.needs.begin(need)
+        if self._pushes:
+            self.needs.begin(LOGINS)
+        if start.spec.secret_ids:
+            self.needs.begin(SECRETS)
+        self._progress = BuildProgress(
+            journal,
+            link,
+            (self._steps.add, self._registries.see, self._repeats.apply, self._watch.take),
+            self._clean,
+            (self._record.add, self._commits.see),
+        )
+        self.result: Result | None = None
+        self.over = asyncio.Event()
+        """Set when there is a result."""
         self.ending: tuple[BuildState.ValueType, str] | None = None
         """State and error, once it has ended."""
         self.log_sent = asyncio.Event()
@@ -160,32 +198,34 @@ class BuildJob:
                 raise
             outcome = failure_of(known)
         finally:
+            self._secrets.forget_steps()
             if isinstance(outcome, Failure):
                 outcome.message = self._clean(outcome.message)
-                self._explain(outcome)
+                explain_failure(outcome, self._credentials, self._runtime.base_images)
             if self._outputs is not None:
                 self._outputs.settle(error_of(outcome))
             if self._source is not None:
                 self._record.read(self._source.told())
             self.stats.steps_total = self._steps.total
             self.stats.steps_cached = self._steps.cached
+            self.stats.warnings = self._progress.warnings
         if isinstance(outcome, Failure):
             return Result(failure=outcome, stats=self.stats)
         return Result(success=outcome, stats=self.stats)
 
-    def _explain(self, failure: Failure) -> None:
-        """Add why a base image could not be had, which BuildKit does not tell."""
-        bases = self._runtime.base_images
-        trouble = bases.explain(failure.message) if bases is not None else None
-        if trouble is not None:
-            failure.message += f"\n{trouble}"
-            if trouble.denied and not self._credentials.given:
-                failure.kind = Failure.KIND_REGISTRY_AUTH
-
     async def _run(self) -> Success | Failure:
         spec = self._start.spec
         check_spec(spec)
+        self._stack.push_async_callback(self._secrets.close)
+        self._secrets.fetch()
+        prefetching = TaskSet()
+        self._stack.push_async_callback(prefetching.close)
+        prefetching.start(self._prefetch(), name=f"prefetch.{self.build_id}")
         await self._prepare()
+        if spec.save_image and self._runtime.uploads is None:
+            await self.link.notice(
+                "this pool has no shared store: the image is kept at its node for a while only"
+            )
         plan = exporters(spec, f"{self._registry_address}/{self._capability}/image")
         self._outputs = Outputs(self.link, plan)
         self._source = BuildContext(
@@ -196,10 +236,14 @@ class BuildJob:
             self._start.inline_files,
             self._shared_key,
             self.stats,
+            self.needs,
         )
         self._stack.push_async_callback(self._source.close)
         if stores := layout_stores(spec) | cache_stores(spec):
-            self._layouts = ClientLayouts(stores, self._source.open_tree)
+            near = NearImages(
+                self._runtime.images, self.member, self._runtime.cache.store, layout_images(spec)
+            )
+            self._layouts = ClientLayouts(stores, self._source.open_tree, near)
             self._stack.push_async_callback(self._layouts.close)
         self._session = await self._stack.enter_async_context(
             BkSession(
@@ -208,6 +252,8 @@ class BuildJob:
                 SessionProviders(
                     source=self._source,
                     credentials=self._credentials,
+                    secrets=self._secrets,
+                    agents=self._agents,
                     outputs=self._outputs,
                     layouts=self._layouts,
                 ),
@@ -219,17 +265,31 @@ class BuildJob:
             build_id=self.build_id,
             tell=self.link.notice,
         )
+        if spec.call:
+            return await self._ask()
         with self._runtime.building(mounts):
             outcome = await self._solve_and_repair(
                 [Attributed(item.type, item.attributes) for item in plan]
             )
             mounts.worked = isinstance(outcome, SolveResult)
         if isinstance(outcome, SolveFailure):
-            return outcome.to_message()
+            failure = outcome.to_message()
+            await self._rights.explain(failure)
+            return failure
         success = Success(exporter_response=self._rewrite.response(outcome.exporter_response))
         await self._note_image(success)
         await self._note_layouts(success)
         return success
+
+    async def _prefetch(self) -> None:
+        """Ask for what will be needed of the client when it may have left."""
+        if self._pushes:
+            self._credentials.prefetch(self._pushes)
+            await self._credentials.prefetched()
+            self.needs.end(LOGINS)
+        if self._start.spec.secret_ids:
+            await self._secrets.wait_complete()
+            self.needs.end(SECRETS)
 
     async def _prepare(self) -> None:
         spec, ticket = self._start.spec, self._ticket
@@ -257,6 +317,7 @@ class BuildJob:
         )
         self._stack.push_async_callback(self._registry.revoke, self._capability)
         self._rewrite = NameRewriter(self._registry_address, self._capability)
+        self._progress.secret = self._capability
         # What is known is enough for now: BuildKit asks later, and hears the news.
         offering = asyncio.ensure_future(self._offer(patient=False))
         try:
@@ -291,11 +352,10 @@ class BuildJob:
 
     async def _offer(self, *, after_fault: bool = False, patient: bool = True) -> Offer | None:
         """Return what can be imported; whatever goes wrong with the cache is a miss."""
-        scopes = tuple(self._ticket.read_scopes)
+        offers, scopes = self._runtime.cache.offers, tuple(self._ticket.read_scopes)
+        wish = {"after_fault": after_fault, "patient": patient}
         try:
-            return await self._runtime.cache.offers.offer(
-                scopes, self._entry_key, after_fault=after_fault, patient=patient
-            )
+            return await offers.offer(scopes, self._entry_key, **wish)
         except Exception as error:
             log.error("cache.offer.failed", build_id=self.build_id, exc_info=error)
             return None
@@ -333,47 +393,36 @@ class BuildJob:
         self, plan: list[Attributed], imports: list[Attributed]
     ) -> SolveResult | SolveFailure:
         spec = SolveSpec(
-            frontend_attributes=frontend_attributes(self._start.spec),
+            frontend_attributes={
+                **frontend_attributes(self._start.spec),
+                **self._rights.attributes,
+            },
+            entitlements=self._rights.entitlements,
             exporters=plan,
             cache_imports=[*imports, *other_imports(self._start.spec)],
             cache_exports=other_exports(
                 self._start.spec, f"{self._registry_address}/{self._capability}/{IMAGE}"
             ),
             # The gateway keeps the history; BuildKit's own record would cost some 10 ms of
-            # synchronous writes at the end of each build.
-            internal=True,
+            # synchronous writes at the end of each build. Only there is the provenance.
+            internal=not self._start.spec.metadata_provenance,
         )
-        status = asyncio.ensure_future(self._follow(spec.ref))
-        try:
-            outcome = await self._client.solve(spec, self._session)
-            await asyncio.wait((status,), timeout=STATUS_SECONDS)
-            return outcome
-        finally:
-            if status.done() and not status.cancelled():
-                # The solve has said what is wrong; the progress stream would only repeat it.
-                status.exception()
-            status.cancel()
+        async with self._progress.following(self._client, spec.ref):
+            outcome = await self._registries.guard(self._client.solve(spec, self._session))
+        if not spec.internal and not await note_provenance(
+            self._client, spec.ref, outcome, self._start.spec.metadata_provenance, self._clean
+        ):
+            await self.link.notice("the provenance for the metadata file could not be read")
+        return outcome
 
-    async def _follow(self, ref: str) -> None:
-        async with aclosing(self._client.status(ref)) as batches:
-            async for batch in batches:
-                self._steps.add(batch)
-                self._repeats.apply(batch)
-                self._clean_batch(batch)
-                self._record.add(batch)
-                self.stats.warnings += len(batch.warnings)
-                if not self.journal.append(batch) and self.journal.lost_batches == 1:
-                    await self.link.notice(
-                        "the disk of the node is full: the output shown here has gaps"
-                    )
-
-    def _clean_batch(self, batch: ProgressBatch) -> None:
-        for vertex in batch.vertices:
-            vertex.name = self._clean(vertex.name)
-            vertex.error = self._clean(vertex.error)
-        for status in batch.statuses:
-            status.id = self._clean(status.id)
-            status.name = self._clean(status.name)
+    async def _ask(self) -> Success | Failure:
+        """Ask the frontend instead of building."""
+        spec = SolveSpec(frontend_attributes=frontend_attributes(self._start.spec), internal=True)
+        async with self._progress.following(self._client, spec.ref):
+            answer = await self._registries.guard(self._client.ask(spec, self._session))
+        if isinstance(answer, SolveFailure):
+            return answer.to_message()
+        return Success(call_result=answer)
 
     def _clean(self, text: str) -> str:
         return self._rewrite(text) if self._capability else text
@@ -383,6 +432,9 @@ class BuildJob:
             if exported.repository == IMAGE and exported.reference == "result":
                 success.image.CopyFrom(await self._admit(exported.digest))
                 self.image_digest = exported.digest
+                self.image.publication = exported.publication
+                self._runtime.images.add(self.member, exported.digest)
+                self._stack.callback(self._runtime.images.remove, self.member, exported.digest)
 
     async def _note_layouts(self, success: Success) -> None:
         """Let the client read the caches that belong into its directories."""
@@ -399,16 +451,43 @@ class BuildJob:
             digest=digest, media_type=media_type, size_bytes=self.image.size(digest)
         )
 
+    @property
+    def image_saved(self) -> bool:
+        """Whether the shared store keeps the image beyond the time of this node."""
+        wanted = self._start.spec.save_image and bool(self.image_digest)
+        return wanted and self._runtime.uploads is not None
+
+    def repeated(self) -> list[RunResponse]:
+        """Return what a client that comes back is asked and told again."""
+        messages = self.link.repeated(context=self.needs.needs_context())
+        messages += self.content.blobs.repeated()
+        if self._outputs is not None:
+            messages += self._outputs.repeated()
+        return messages
+
+    def conclude(self, result: Result) -> None:
+        """Note how it ended; nothing is needed of the client any more. The first word holds."""
+        if self.result is None:
+            self.result = result
+            self.seat.close()
+            self.journal.finish()
+            self.over.set()
+
     def step_times(self) -> list[StepTime]:
         """Return how long the steps took; empty before the end."""
         return self._steps.times(self._entry_key) if self.ending is not None else []
 
     async def save_record(self) -> None:
-        """Keep what explains later which steps ran, and why."""
+        """Keep what explains later which steps ran, and why; a call runs none."""
+        if self._start.spec.call:
+            return
         await self._record.save(self._runtime.traces)
 
     def will_publish(self) -> bool:
         """Say whether this build has records that others lack, and set `cache_state`."""
+        if self._start.spec.call:
+            self.cache_state = CacheState.CACHE_STATE_SKIPPED
+            return False
         scope, key, ledger = self._ticket.write_scope, self._entry_key, self._runtime.exports
         if self._steps.total != self._steps.cached:
             ledger.ran(key)
@@ -442,7 +521,11 @@ class BuildJob:
         """
         reference = f"{self._registry_address}/{self._capability}/cache:{EXPORT_TAG}"
         spec = SolveSpec(
-            frontend_attributes=frontend_attributes(self._start.spec, use_cache=False),
+            frontend_attributes={
+                **frontend_attributes(self._commits.pinned(), use_cache=False),
+                **self._rights.attributes,
+            },
+            entitlements=self._rights.entitlements,
             cache_exports=[Attributed("registry", {"ref": reference, **EXPORT_ATTRIBUTES})],
             internal=True,
         )
@@ -459,6 +542,8 @@ class BuildJob:
                     SessionProviders(
                         source=source,
                         credentials=self._credentials,
+                        secrets=self._secrets,
+                        agents=self._agents,
                         layouts=self._layouts,
                     ),
                 ) as session,

@@ -66,8 +66,17 @@ class ListingFeed:
     One task may read the announcements and one the pages.
     """
 
-    def __init__(self, request_id: int, send: Send, expect: Expect) -> None:
+    def __init__(
+        self, request_id: int, send: Send, expect: Expect, request: RunResponse | None = None
+    ) -> None:
+        """Prepare a listing that the client was asked for with `request`."""
         self.request_id = request_id
+        self._request = request or RunResponse()
+        self._names = bytearray()
+        """Digests of all pages that were announced."""
+        self._again: int | None = None
+        """While a client that came back lists once more: the bytes of `_names` that it said."""
+        self._repeated = False
         self.on_close: Callable[[], object] = lambda: None
         self._send = send
         self._expect = expect
@@ -95,6 +104,26 @@ class ListingFeed:
         self._error = self._error or error
         self._news.set()
 
+    def repeat(self) -> tuple[RunResponse, RunResponse | None]:
+        """Return what a client that takes the place of another is asked: the listing, and pages.
+
+        It must list what the former one has listed.
+        """
+        self._again, self._repeated = 0, True
+        missing = sorted(set(self._asked) - set(self._arrived))
+        if not missing:
+            return self._request, None
+        return self._request, self._needed([(number, self._asked[number]) for number in missing])
+
+    def _needed(self, asked: Sequence[tuple[int, bool]]) -> RunResponse:
+        return RunResponse(
+            need_pages=NeedPages(
+                request_id=self.request_id,
+                pages=[number for number, data in asked if data],
+                times=[number for number, data in asked if not data],
+            )
+        )
+
     async def announced(self) -> list[bytes]:
         """Return the names of the next pages, waiting for some; [] after the last one.
 
@@ -115,15 +144,7 @@ class ListingFeed:
             room = self._window - len(self._asked)
             now, todo = todo[:room], todo[room:]
             self._asked.update(now)
-            await self._send(
-                RunResponse(
-                    need_pages=NeedPages(
-                        request_id=self.request_id,
-                        pages=[number for number, data in now if data],
-                        times=[number for number, data in now if not data],
-                    )
-                )
-            )
+            await self._send(self._needed(now))
 
     async def page(self, number: int) -> ArrivedPage:
         """Return a page that was or will be asked for, once, waiting for it.
@@ -180,20 +201,41 @@ class ListingFeed:
         Raises:
             UsageError: too many, or malformed.
         """
-        if self._ended:
-            raise UsageError("the client sent more of a build context that it had ended")
         data = message.pages
         if len(data) % SHA256_BYTES:
             raise UsageError("the client sent a damaged listing of the build context")
+        if self._again is not None:
+            data = self._compare(data, self._again, last=message.last)
+            if self._ended:
+                return
+        if self._ended:
+            raise UsageError("the client sent more of a build context that it had ended")
         self._page_count += len(data) // SHA256_BYTES
         if self._page_count > MAX_PAGES:
             raise too_large()
+        self._names += data
         if data:
             self._announced.append(
                 [data[at : at + SHA256_BYTES] for at in range(0, len(data), SHA256_BYTES)]
             )
         self._ended = message.last
         self._news.set()
+
+    def _compare(self, data: bytes, offset: int, *, last: bool) -> bytes:
+        """Return what is new in a listing that was begun before.
+
+        Raises:
+            ContextChangedError: it is not the one that was begun.
+        """
+        end, known = offset + len(data), len(self._names)
+        before = max(0, known - offset)
+        same = bytes(self._names[offset:end]) == data[:before]
+        if not same or (last and end < known) or (self._ended and end > known):
+            raise ContextChangedError(
+                "the build context changed while its client was away; build again"
+            )
+        self._again = None if last else end
+        return data[before:]
 
     def take_page(self, message: ContextPage) -> None:
         """Take a page, or its times.
@@ -202,6 +244,8 @@ class ListingFeed:
             UsageError: unasked, too large, or malformed.
         """
         number, data = message.page, message.data
+        if self._repeated and (number not in self._asked or number in self._arrived):
+            return  # it was asked for twice, of two clients
         if number not in self._asked or number in self._arrived:
             raise UsageError("the client sent a page of the build context that was not asked for")
         if bool(data) != self._asked[number]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from offload_builder.buildkit.providers import StatRun
@@ -15,6 +16,7 @@ from offload_builder.buildkit.statframes import stat_frames
 from offload_builder.node.contexttree import ContextTree
 from offload_builder.node.entries import check_path
 from offload_builder.node.listing import Listing
+from offload_builder.node.needs import CONTEXT, ClientNeeds
 from offload_builder.node.pagestore import PageStore
 from offload_builder.node.telling import Telling
 from offload_builder.node.toldtables import ListingKey
@@ -97,8 +99,11 @@ class BuildContext:
         inline: Sequence[InlineFile],
         shared_key: str,
         stats: BuildStats,
+        needs: ClientNeeds | None = None,
     ) -> None:
         """Prepare the sources.
+
+        While one is read that was not read before, the client is among the `needs`.
 
         Raises:
             UsageError: an inline file has a path that leaves its source.
@@ -111,6 +116,7 @@ class BuildContext:
             check_path(file.path)
         self._shared_key = shared_key
         self._stats = stats
+        self._needs = needs or ClientNeeds()
         self._pages = PageStore(store, content.blobs.shared)
         self._listings: dict[str, Listing] = {}
         self._turns: dict[str, asyncio.Lock] = {}
@@ -158,8 +164,12 @@ class BuildContext:
                 listing = await self._begin(name, include, exclude, follow)
                 self._listings[request] = listing
         opened = listing
+        need = ExitStack()
+        if not replayed or not opened.complete:
+            need.enter_context(self._needs.hold(CONTEXT))
 
         async def closed() -> None:
+            need.close()
             if replayed and self.on_replayed is not None:
                 await self.on_replayed()
             if not opened.users and not opened.complete:

@@ -50,6 +50,18 @@ class LayoutTree(Protocol):
         ...
 
 
+class NearBlobs(Protocol):
+    """Blobs of layouts that the node has anyway."""
+
+    async def size(self, layout: str, digest: str) -> int | None:
+        """Return the bytes of a blob, None when it is not here."""
+        ...
+
+    def read(self, layout: str, digest: str, offset: int, size: int) -> AsyncGenerator[bytes]:
+        """Yield a range of a blob that has a size."""
+        ...
+
+
 class _Place(NamedTuple):
     """Where a range of a blob begins that could be read next."""
 
@@ -62,15 +74,20 @@ class ClientLayouts:
     """The layouts of one build, as `LayoutBlobs`; closed by its owner."""
 
     def __init__(
-        self, stores: Mapping[str, str], open_tree: Callable[[str], Awaitable[LayoutTree]]
+        self,
+        stores: Mapping[str, str],
+        open_tree: Callable[[str], Awaitable[LayoutTree]],
+        near: NearBlobs | None = None,
     ) -> None:
         """Open nothing yet.
 
         Args:
             stores: local sources by the name that BuildKit uses.
             open_tree: returns the tree of a local source.
+            near: what is asked before the client.
         """
         self._stores = stores
+        self._near = near
         self._open_tree = open_tree
         self._trees: dict[str, LayoutTree] = {}
         self._opening = asyncio.Lock()
@@ -83,6 +100,8 @@ class ClientLayouts:
         Raises:
             OffloadError: the client cannot list the layout.
         """
+        if (size := await self._near_size(store, digest)) is not None:
+            return size
         found = await self._find(store, digest)
         return None if found is None else found[0].content_size(found[1])
 
@@ -95,6 +114,11 @@ class ClientLayouts:
             NotFoundError: the layout does not have it.
             OffloadError: the client cannot deliver it.
         """
+        if self._near is not None and await self._near_size(store, digest) is not None:
+            async with aclosing(self._near.read(store, digest, offset, size)) as pieces:
+                async for data in pieces:
+                    yield data
+            return
         reader = self._readers.pop(_Place(store, digest, offset), None)
         if reader is None:
             reader = await self._start(store, digest, offset)
@@ -119,6 +143,9 @@ class ClientLayouts:
                 stack.push_async_callback(self._trees.popitem()[1].close)
             while self._readers:
                 stack.push_async_callback(self._readers.popitem()[1].close)
+
+    async def _near_size(self, store: str, digest: str) -> int | None:
+        return None if self._near is None else await self._near.size(store, digest)
 
     async def _start(self, store: str, digest: str, offset: int) -> _BlobReader:
         found = await self._find(store, digest)

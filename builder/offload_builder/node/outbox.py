@@ -37,6 +37,12 @@ class Outbox:
             self._messages.append(message)
             self._news.set()
 
+    def put_now(self, message: RunResponse) -> None:
+        """Queue a message beyond the bound: for the few that must not be lost or late."""
+        if not self._dropped:
+            self._messages.append(message)
+            self._news.set()
+
     async def get(self) -> RunResponse | None:
         """Return the next message; None after the last one."""
         while not self._messages:

@@ -13,7 +13,7 @@ from offload_core.errors import BuildFailedError, NotFoundError, OffloadError, U
 from offload_proto.v1.node_service_pb2 import OutputReady, RunResponse
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
     from offload_builder.node.clientlink import ClientLink
     from offload_builder.node.solveplan import Exporter
@@ -37,6 +37,8 @@ class OutputStream:
         *,
         unopened_seconds: float = UNOPENED_SECONDS,
         stalled_seconds: float = STALLED_SECONDS,
+        announcement: OutputReady | None = None,
+        away: Callable[[], bool] = lambda: False,
     ) -> None:
         """Prepare a stream.
 
@@ -45,7 +47,11 @@ class OutputStream:
             verdict: how the solve ended; None is well. Not cancelled here.
             unopened_seconds: patience with a client that does not begin to read.
             stalled_seconds: patience with a client that stops reading.
+            announcement: what the client is told of it.
+            away: whether no client is there; a stream that was not begun waits for the next.
         """
+        self.announcement = announcement or OutputReady(output_index=index)
+        self._away = away
         self._index = index
         self._verdict = verdict
         self._patience = (unopened_seconds, stalled_seconds)
@@ -83,7 +89,7 @@ class OutputStream:
                 async with asyncio.timeout(self._patience[self._opened]):
                     await self._taken.wait()
             except TimeoutError:
-                if before == (self._opened, self._reads):
+                if before == (self._opened, self._reads) and not self._awaited:
                     self._break(self._unread())
         self._check()
 
@@ -104,11 +110,20 @@ class OutputStream:
                 async with asyncio.timeout(self._patience[opened]):
                     await self._pieces.put(piece)
             except TimeoutError:
-                if opened != self._opened:
-                    continue  # it has only just begun to read
+                if opened != self._opened or self._awaited:
+                    continue  # it has only just begun to read, or is not there
                 self._break(self._unread())
             self._check()
             return
+
+    @property
+    def _awaited(self) -> bool:
+        return not self._opened and self._away()
+
+    @property
+    def unread(self) -> bool:
+        """Whether a client may still begin to read it."""
+        return not self._opened and not self._taken.is_set()
 
     def _check(self) -> None:
         if self._broken is not None:
@@ -201,13 +216,20 @@ class Outputs:
         output_index = self._exporters[index].output_index
         if output_index in self._streams:
             raise UsageError(f"output {output_index} of the build has begun already")
-        stream = self._streams[output_index] = OutputStream(output_index, self._verdict)
-        await self._link.outbox.put(
-            RunResponse(
-                output_ready=OutputReady(output_index=output_index, metadata=dict(metadata))
-            )
+        ready = OutputReady(output_index=output_index, metadata=dict(metadata))
+        stream = self._streams[output_index] = OutputStream(
+            output_index, self._verdict, announcement=ready, away=lambda: self._link.away
         )
+        await self._link.outbox.put(RunResponse(output_ready=ready))
         return stream
+
+    def repeated(self) -> list[RunResponse]:
+        """Return what a client that comes back is told: the streams that nobody began to read."""
+        return [
+            RunResponse(output_ready=stream.announcement)
+            for stream in self._streams.values()
+            if stream.unread
+        ]
 
     def read(self, output_index: int) -> AsyncGenerator[bytes]:
         """Return the stream of an output.

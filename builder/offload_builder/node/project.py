@@ -15,10 +15,12 @@ from offload_builder.buildkit.daemon import BuildkitDaemon
 from offload_builder.buildkit.daemon_config import DaemonSettings
 from offload_builder.node.exportledger import ExportLedger
 from offload_builder.node.mounts.service import CacheMounts, open_cache_mounts
+from offload_builder.node.nearimages import HeldImages
 from offload_builder.node.ownresults import OwnResults
+from offload_builder.node.steprights import StepPolicy
 from offload_builder.node.stickytimes import StickyTimes
 from offload_builder.provider.process import tools_directory
-from offload_core.errors import OffloadError
+from offload_core.errors import NodeLostError, OffloadError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -65,6 +67,7 @@ class ProjectRuntime:
         self.project_id = domain.project_id
         self.cache = cache
         self.base_images = bases.images
+        self.pool_logins = bases.logins
         self.native_platform = config.native_platforms()[0]
         self.context_store = content.store
         self.arrivals = content.arrivals
@@ -84,15 +87,20 @@ class ProjectRuntime:
         self.mounts: CacheMounts | None = open_cache_mounts(
             cache.store, folder / "mounts", config, packing
         )
+        self.images = HeldImages()
         self.own_results = OwnResults(folder / "buildkit")
+        self.policy = StepPolicy.of(config, domain.project_id, folder / "buildkit")
         self._daemon = BuildkitDaemon(
             DaemonSettings(
                 root=folder / "buildkit",
+                entitlements=self.policy.permitted.names,
                 binary=config.buildkitd,
                 gate=self.mounts.gate if self.mounts is not None else "",
                 registries=bases.registries,
+                withheld=bases.withheld,
                 search=(tools_directory(),),
                 gc_max_used_bytes=domain.buildkit_keep(config),
+                step_log_max_bytes=config.step_log_max,
             )
         )
         self._stack = AsyncExitStack()
@@ -132,6 +140,13 @@ class ProjectRuntime:
     def idle_seconds(self) -> float:
         """For how long no build has used it; 0 while one does."""
         return 0.0 if self._users else time.monotonic() - self._idle_since
+
+    async def platforms(self) -> tuple[str, ...]:
+        """Return what BuildKit can build now; empty when it does not run or does not answer."""
+        with contextlib.suppress(NodeLostError):
+            if self._daemon.running:
+                return (await self._daemon.client.info()).platforms
+        return ()
 
     def touch(self) -> None:
         """Note that a build is about to use it."""

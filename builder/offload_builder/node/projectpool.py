@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 import structlog
 
 from offload_builder.node.contextshare import SharingThreads
+from offload_builder.node.platformsurvey import PlatformSurvey
 from offload_builder.node.project import ProjectRuntime
 from offload_builder.node.projectcontent import ProjectContent
 from offload_builder.node.trustdomain import (
@@ -75,6 +76,14 @@ class ProjectPool:
         self._opened: dict[TrustDomain, _Opened] = {}
         self._contents: dict[str, ProjectContent] = {}
         self._latest: dict[str, str] = {}
+        self.survey = PlatformSurvey(config, self._known_platforms)
+
+    async def _known_platforms(self) -> tuple[str, ...]:
+        """Return what a BuildKit that runs can build; empty while none does."""
+        for runtime in self.running():
+            if found := await runtime.platforms():
+                return found
+        return ()
 
     async def __aenter__(self) -> Self:
         self._stack.callback(self._threads.close)

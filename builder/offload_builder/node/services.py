@@ -1,4 +1,4 @@
-"""The gRPC services of a node: thin, the work is in `agent`, `job` and `uploads`."""
+"""The gRPC services of a node: thin, the work is in `agent`, `attending`, `job` and `uploads`."""
 
 from __future__ import annotations
 
@@ -7,26 +7,23 @@ import os
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
-import grpc
-import structlog
-
+from offload_builder.node.attending import attend
+from offload_builder.node.departure import Visit
+from offload_builder.node.endedbuilds import EndedBuild
+from offload_builder.node.indexpush import push_index
+from offload_builder.node.pushing import push_image
+from offload_builder.node.savedimages import TICKET_KEY
 from offload_builder.node.uploads import Upload
-from offload_core.aio import finish
 from offload_core.errors import (
     AccessDeniedError,
-    NodeLostError,
     NotFoundError,
-    OffloadError,
     QuotaExceededError,
     UsageError,
 )
 from offload_core.tls import peer_identity
 from offload_proto.v1.node_service_pb2 import (
     DownloadResponse,
-    Failure,
     ReadOutputResponse,
-    Result,
-    RunResponse,
 )
 from offload_proto.v1.node_service_pb2_grpc import (
     BlobsServiceServicer,
@@ -38,24 +35,27 @@ if TYPE_CHECKING:
 
     from offload_builder.node.agent import NodeAgent
     from offload_builder.node.job import BuildJob
+    from offload_builder.node.savedimages import SavedImage
+    from offload_core.tls import Identity
     from offload_proto.v1.node_service_pb2 import (
         DownloadRequest,
+        PushImageRequest,
+        PushImageResponse,
+        PushIndexRequest,
+        PushIndexResponse,
         ReadOutputRequest,
         RunRequest,
-        Start,
+        RunResponse,
         UploadRequest,
         UploadResponse,
     )
 
-log = structlog.get_logger(__name__)
-
 START_SECONDS = 30.0
-STOP_SECONDS = 15.0
-IDLE_SECONDS = 600.0
-"""A client that fetches nothing of a finished build for so long, and does not leave, is sent away.
-Docker may unpack a large layer for minutes without reading the next one."""
+ADMIN = "admin"
 MAX_UPLOADS = 8
 """Upload streams of one build at a time."""
+MAX_VISITS = 32
+"""Calls of clients to one build at a time; each may have some MB of output on its way."""
 CHUNK_BYTES = 1 << 20
 BUILD_ID_KEY = "offload-build-id"
 
@@ -63,7 +63,16 @@ Context = Any  # grpc.aio.ServicerContext with its two type parameters
 
 
 def member_name(context: Context) -> str:
-    """Return the name of the member who calls.
+    """Return the name of the member who calls; raises as `member_identity`."""
+    return member_identity(context).name
+
+
+def _build_id(context: Context) -> str:
+    return str(dict(context.invocation_metadata() or ()).get(BUILD_ID_KEY, ""))
+
+
+def member_identity(context: Context) -> Identity:
+    """Return who calls.
 
     Raises:
         AuthenticationError: there is no certificate of ours.
@@ -72,7 +81,7 @@ def member_name(context: Context) -> str:
     identity = peer_identity(context)
     if identity.kind != "member":
         raise AccessDeniedError("only members of the pool build; this is the certificate of a node")
-    return identity.name
+    return identity
 
 
 class NodeBuilds(NodeBuildsServiceServicer):
@@ -84,119 +93,63 @@ class NodeBuilds(NodeBuildsServiceServicer):
     async def Run(  # noqa: N802 - name of the RPC
         self, request_iterator: AsyncIterator[RunRequest], context: Context
     ) -> AsyncIterator[RunResponse]:
-        """Run one build; see the .proto file."""
+        """Start one build and be its client; see the .proto file."""
         member = member_name(context)
-        job = await self._agent.admit(await _start(request_iterator), member=member)
-        outbox = job.link.outbox
-        work = asyncio.ensure_future(self._work(job, request_iterator))
-        work.add_done_callback(lambda _: outbox.finish())
-        try:
-            while (message := await outbox.get()) is not None:
+        first = await _first(request_iterator, "start")
+        job = await self._agent.admit(first.start, member=member)
+        visit = job.seat.first()
+        async with aclosing(attend(self._agent, job, visit, request_iterator)) as messages:
+            async for message in messages:
                 yield message
-            await work
-        finally:
-            job.lose(NodeLostError("the client went away"))
-            outbox.drop()
-            work.cancel()
-            try:
-                await finish(asyncio.wait((work,)), STOP_SECONDS)
-            finally:
-                if work.done() and not work.cancelled():
-                    work.exception()
-                self._agent.release(job)
 
-    async def _work(self, job: BuildJob, requests: AsyncIterator[RunRequest]) -> None:
-        over = asyncio.Event()
-        listening = asyncio.ensure_future(self._listen(job, requests, over))
-        showing = asyncio.ensure_future(self._show(job))
-        try:
-            result, reason = await self._agent.execute(job)
-            self._agent.finished(job, result, reason)
-            if result is None:
-                failure = Failure(kind=Failure.KIND_CANCELED, message=reason)
-                result = Result(failure=failure, stats=job.stats)
-            await self._deliver(job, asyncio.ensure_future(self._tell(job, result, showing, over)))
-        except asyncio.CancelledError:
-            self._agent.finished(job, None, "the client went away")
-            raise
-        except BaseException:
-            failure = Failure(kind=Failure.KIND_NODE, message="the node failed; its log says more")
-            self._agent.finished(job, Result(failure=failure), "")
-            raise
-        finally:
-            listening.cancel()
-            showing.cancel()
-            await finish(asyncio.wait((listening, showing)), STOP_SECONDS)
+    async def Rejoin(  # noqa: N802 - name of the RPC
+        self, request_iterator: AsyncIterator[RunRequest], context: Context
+    ) -> AsyncIterator[RunResponse]:
+        """Take up a build that runs here or has ended; see the .proto file."""
+        identity = member_identity(context)
+        wish = (await _first(request_iterator, "rejoin")).rejoin
+        looks_on = wish.view_only and identity.role == ADMIN
+        build = self._agent.find(wish.build_id, member=None if looks_on else identity.name)
+        visit = Visit(view_only=wish.view_only)
+        calls = build.visits if isinstance(build, EndedBuild) else build.seat.visits
+        # Who takes the place of another is one more for a moment only.
+        if calls >= MAX_VISITS and (wish.view_only or build.over.is_set()):
+            raise QuotaExceededError(f"more than {MAX_VISITS} clients look at this build; end some")
+        if not isinstance(build, EndedBuild):
+            build.seat.rejoin(visit)
+        after = max(0, wish.resume_after)
+        call = attend(self._agent, build, visit, request_iterator, after)
+        async with aclosing(call) as messages:
+            async for message in messages:
+                yield message
 
-    @staticmethod
-    async def _tell(
-        job: BuildJob, result: Result, showing: asyncio.Task[None], over: asyncio.Event
-    ) -> None:
-        # Everything that was shown comes before the result.
-        await showing
-        await job.link.outbox.put(RunResponse(result=result))
-        await over.wait()
+    async def PushImage(  # noqa: N802 - name of the RPC
+        self, request: PushImageRequest, context: Context
+    ) -> PushImageResponse:
+        """Push the image of a build that has ended well; see the .proto file."""
+        build = await _with_image(self._agent, request.build_id, context)
+        return await push_image(build, request, self._agent.registry_endpoint)
 
-    @staticmethod
-    async def _deliver(job: BuildJob, telling: asyncio.Task[None]) -> None:
-        """Wait until the client has what it wants, for as long as it fetches something."""
-        try:
-            while not telling.done():
-                before = (job.link.outbox.taken, job.stats.returned_bytes)
-                await asyncio.wait((telling,), timeout=IDLE_SECONDS)
-                after = (job.link.outbox.taken, job.stats.returned_bytes)
-                if before == after and not telling.done():
-                    raise NodeLostError(
-                        f"the client fetched nothing for {IDLE_SECONDS:.0f} seconds; "
-                        "the results of its build are given up"
-                    )
-            telling.result()
-        finally:
-            telling.cancel()
-
-    @staticmethod
-    async def _show(job: BuildJob) -> None:
-        async with aclosing(job.journal.read()) as runs:
-            async for batches in runs:
-                for batch in batches:
-                    await job.link.outbox.put(RunResponse(progress=batch))
-
-    async def _listen(
-        self, job: BuildJob, requests: AsyncIterator[RunRequest], over: asyncio.Event
-    ) -> None:
-        link = job.link
-        try:
-            async for request in requests:
-                link.heard()
-                kind = request.WhichOneof("message")
-                if kind == "context_listing":
-                    link.context_listing(request.context_listing)
-                elif kind == "context_page":
-                    link.context_page(request.context_page)
-                elif kind == "context_failure":
-                    link.context_failure(request.context_failure)
-                elif kind == "credentials_reply":
-                    link.credentials_reply(request.credentials_reply)
-                elif kind == "blob_failure":
-                    job.content.blob_failure(request.blob_failure)
-                elif kind == "cancel":
-                    self._agent.cancel(job.build_id, request.cancel.reason[:200] or "canceled")
-                elif kind == "done":
-                    over.set()
-                else:
-                    raise UsageError("a build is started once per call")
-        except OffloadError as error:
-            log.warning("client.refused", build_id=job.build_id, reason=error.message)
-            job.lose(error)
-        except (grpc.RpcError, asyncio.InvalidStateError) as error:
-            log.debug("client.stream.broken", build_id=job.build_id, error=str(error))
-        finally:
-            # Half-closed or broken: nothing will be answered or fetched any more.
-            job.lose(NodeLostError("the client went away"))
-            over.set()
+    async def PushIndex(  # noqa: N802 - name of the RPC
+        self, request: PushIndexRequest, context: Context
+    ) -> PushIndexResponse:
+        """Push one index over what several nodes have pushed; see the .proto file."""
+        build = self._agent.find(request.build_id, member=member_name(context))
+        return await push_index(build, request, self._agent.registry_endpoint)
 
 
-async def _start(requests: AsyncIterator[RunRequest]) -> Start:
+async def _with_image(
+    agent: NodeAgent, build_id: str, context: Context
+) -> BuildJob | EndedBuild | SavedImage:
+    """Return the build whose image a client wants, or the image that it has a ticket for."""
+    member = member_name(context)
+    ticket = dict(context.invocation_metadata() or ()).get(TICKET_KEY, "")
+    if ticket:
+        return await agent.saved.open(str(ticket), build_id, member=member)
+    return agent.find(build_id, member=member)
+
+
+async def _first(requests: AsyncIterator[RunRequest], kind: str) -> RunRequest:
     try:
         async with asyncio.timeout(START_SECONDS):
             first = await anext(aiter(requests), None)
@@ -204,9 +157,9 @@ async def _start(requests: AsyncIterator[RunRequest]) -> Start:
         raise UsageError(
             f"the client sent nothing within {START_SECONDS:.0f} seconds of its call"
         ) from None
-    if first is None or first.WhichOneof("message") != "start":
-        raise UsageError("the first message of a build must be Start")
-    return first.start
+    if first is None or first.WhichOneof("message") != kind:
+        raise UsageError(f"the first message of this call must be {kind.capitalize()}")
+    return first
 
 
 class Blobs(BlobsServiceServicer):
@@ -216,8 +169,7 @@ class Blobs(BlobsServiceServicer):
         self._agent = agent
 
     def _job(self, context: Context) -> BuildJob:
-        build_id = dict(context.invocation_metadata() or ()).get(BUILD_ID_KEY, "")
-        return self._agent.job(str(build_id), member=member_name(context))
+        return self._agent.job(_build_id(context), member=member_name(context))
 
     async def Upload(  # noqa: N802 - name of the RPC
         self, request_iterator: AsyncIterator[UploadRequest], context: Context
@@ -239,7 +191,9 @@ class Blobs(BlobsServiceServicer):
         self, request: DownloadRequest, context: Context
     ) -> AsyncIterator[DownloadResponse]:
         """Give a blob of the build's image; see the .proto file."""
-        job = self._job(context)
+        job = await _with_image(self._agent, _build_id(context), context)
+        if isinstance(job, EndedBuild):
+            await job.know_image()
         total = job.image.size(request.digest)
         offset = request.offset_bytes
         if not 0 <= offset <= total:

@@ -16,6 +16,12 @@ from offload_builder.node.contextplan import (
     check_contexts,
     context_attributes,
 )
+from offload_builder.node.flagplan import (
+    attestation_attributes,
+    call_attributes,
+    check_flags,
+    flag_attributes,
+)
 from offload_core.errors import UsageError
 from offload_proto.v1.build_spec_pb2 import BuildSpec, Output
 
@@ -47,7 +53,11 @@ _STREAMS = {
     Output.TYPE_OCI: "oci",
     Output.TYPE_DOCKER: "docker",
 }
-_FRONTEND_ATTRIBUTES = {DOCKERFILE_KEY: frozenset(("dockerfile",))}
+_FRONTEND_ATTRIBUTES = {
+    DOCKERFILE_KEY: frozenset(("dockerfile",)),
+    # One platform of several: the image is an index, and files go into a directory per platform.
+    "multi-platform": frozenset(("true",)),
+}
 """Attributes that a client may set beside the named fields of BuildSpec, with their values."""
 
 
@@ -79,6 +89,7 @@ def check_spec(spec: BuildSpec) -> None:
             raise UsageError("an output with tar=false is not supported")
     check_contexts(spec)
     check_caches(spec)
+    check_flags(spec)
 
 
 def _is_false(text: str) -> bool:
@@ -91,7 +102,8 @@ def frontend_attributes(spec: BuildSpec, *, use_cache: bool = True) -> dict[str,
 
     Args:
         spec: the request.
-        use_cache: False forgets --no-cache, for a solve that exports what was just built.
+        use_cache: False forgets --no-cache and attestations, for a solve that exports the cache
+            of what was just built.
     """
     attributes = {"filename": spec.dockerfile_path, **spec.frontend_attributes}
     attributes |= context_attributes(spec)
@@ -105,7 +117,10 @@ def frontend_attributes(spec: BuildSpec, *, use_cache: bool = True) -> dict[str,
         attributes["image-resolve-mode"] = "pull"
     attributes |= {f"build-arg:{name}": value for name, value in spec.build_args.items()}
     attributes |= {f"label:{name}": value for name, value in spec.labels.items()}
-    return attributes
+    attributes |= flag_attributes(spec, use_cache=use_cache)
+    if spec.call:
+        return call_attributes(spec, attributes)
+    return attributes | attestation_attributes(spec) if use_cache else attributes
 
 
 def exporters(spec: BuildSpec, image_repository: str) -> list[Exporter]:
@@ -123,16 +138,22 @@ def exporters(spec: BuildSpec, image_repository: str) -> list[Exporter]:
         if output.type in _STREAMS:
             attributes = given
             if output.type in (Output.TYPE_OCI, Output.TYPE_DOCKER) and names:
-                attributes.setdefault("name", names)
+                attributes["name"] = names
             found.append(Exporter(_STREAMS[output.type], attributes, index, streams=True))
         elif output.type == Output.TYPE_REGISTRY:
-            attributes = {"name": names, **given, "push": "true", "store": "false"}
+            attributes = {**given, "push": "true", "store": "false"}
+            if names:
+                attributes["name"] = names
             found.append(Exporter("image", attributes, index, streams=False))
         elif output.type == Output.TYPE_IMAGE and not has_image:
             has_image = True
             given.pop("name", None)
             attributes = {**given, **IMAGE_ATTRIBUTES, "name": f"{image_repository}:result"}
+            attributes.setdefault("attestation-inline", "false")
             found.append(Exporter("image", attributes, index, streams=False))
+    if spec.save_image and not has_image:
+        attributes = {**IMAGE_ATTRIBUTES, "name": f"{image_repository}:result"}
+        found.append(Exporter("image", attributes, len(spec.outputs), streams=False))
     return found
 
 

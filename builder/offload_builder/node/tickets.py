@@ -11,12 +11,13 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from google.protobuf.message import DecodeError
 
 from offload_core.errors import AccessDeniedError, InternalError
-from offload_proto.v1.builds_service_pb2 import Ticket
+from offload_proto.v1.builds_service_pb2 import ImageTicket, Ticket
 
 if TYPE_CHECKING:
     from offload_proto.v1.builds_service_pb2 import SignedTicket
 
 SIGNATURE_CONTEXT = b"offload.v1.Ticket\n"
+IMAGE_CONTEXT = b"offload.v1.ImageTicket\n"
 
 
 class TicketVerifier:
@@ -44,12 +45,10 @@ class TicketVerifier:
         Raises:
             AccessDeniedError: forged, expired, for another node or member, or used before.
         """
-        if self._key is None:
-            raise AccessDeniedError("this node has not yet heard from its gateway; try again")
+        self._verify(signed, SIGNATURE_CONTEXT, "build ticket")
         try:
-            self._key.verify(signed.signature, SIGNATURE_CONTEXT + signed.payload)
             ticket = Ticket.FromString(signed.payload)
-        except (InvalidSignature, DecodeError):
+        except DecodeError:
             raise AccessDeniedError("the build ticket is not signed by this gateway") from None
         now = time.time()
         if ticket.expires_at.seconds <= now:
@@ -63,3 +62,34 @@ class TicketVerifier:
             raise AccessDeniedError("the build ticket has been used before; start the build again")
         self._used[ticket.build_id] = float(ticket.expires_at.seconds)
         return ticket
+
+    def image(self, signed: SignedTicket, *, member: str) -> ImageTicket:
+        """Return the right to a saved image; it may be used again until it expires.
+
+        Args:
+            signed: as the client sent it.
+            member: name in the client's certificate.
+
+        Raises:
+            AccessDeniedError: forged, expired, or for another node or member.
+        """
+        self._verify(signed, IMAGE_CONTEXT, "image ticket")
+        try:
+            ticket = ImageTicket.FromString(signed.payload)
+        except DecodeError:
+            raise AccessDeniedError("the image ticket is not signed by this gateway") from None
+        if ticket.expires_at.seconds <= time.time():
+            raise AccessDeniedError("the image ticket has expired; start the command again")
+        if ticket.node_id != self._node_id:
+            raise AccessDeniedError(f"the image ticket is for node {ticket.node_id}, not this one")
+        if ticket.member != member:
+            raise AccessDeniedError("the image ticket belongs to another member")
+        return ticket
+
+    def _verify(self, signed: SignedTicket, context: bytes, name: str) -> None:
+        if self._key is None:
+            raise AccessDeniedError("this node has not yet heard from its gateway; try again")
+        try:
+            self._key.verify(signed.signature, context + signed.payload)
+        except InvalidSignature:
+            raise AccessDeniedError(f"the {name} is not signed by this gateway") from None

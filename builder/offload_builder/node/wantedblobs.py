@@ -202,6 +202,11 @@ class WantedBlobs:
         for message in requests([self._pending[digest] for digest in wanted]):
             await self._link.outbox.put(RunResponse(need_blobs=message))
 
+    def repeated(self) -> list[RunResponse]:
+        """Return what a client that comes back is asked for again."""
+        asked = [place for digest, place in self._pending.items() if self._held[digest] & _ASKED]
+        return [RunResponse(need_blobs=message) for message in requests(sorted(asked))]
+
     def _task_failed(self, name: str, error: BaseException) -> None:
         if isinstance(error, OffloadError):
             self.fail(error)

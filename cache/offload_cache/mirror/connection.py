@@ -18,7 +18,7 @@ from offload_core import VERSION
 from offload_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import AsyncIterator, Mapping, Sequence
     from pathlib import Path
 
 CONNECT_SECONDS = 5.0
@@ -77,6 +77,28 @@ class Connection:
         """Whether an answer is the registry's, and not that of a place that it redirected to."""
         return _origin(str(answer.url)) == self._origin
 
+    def owns(self, url: str) -> bool:
+        """Whether a URL is one of the registry itself."""
+        return _origin(url) == self._origin
+
+    async def send(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        data: AsyncIterator[bytes] | bytes | None,
+        *,
+        seconds: float,
+    ) -> aiohttp.ClientResponse:
+        """Send a request with a body, follow no redirect, and return the answer to be read.
+
+        The caller releases it.
+
+        Raises:
+            AwayError: there is no answer in `seconds`.
+        """
+        return await self._send(method, url, headers=headers, data=data, seconds=seconds)
+
     async def open(
         self, method: str, url: str, headers: Mapping[str, str]
     ) -> aiohttp.ClientResponse:
@@ -107,7 +129,7 @@ class Connection:
         method: str,
         url: str,
         *,
-        query: Mapping[str, str] | None = None,
+        query: Sequence[tuple[str, str]] | None = None,
         form: Mapping[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> tuple[int, dict[str, Any]]:
@@ -133,17 +155,24 @@ class Connection:
         url: str,
         *,
         headers: Mapping[str, str],
-        query: Mapping[str, str] | None = None,
+        query: Sequence[tuple[str, str]] | None = None,
         form: Mapping[str, str] | None = None,
+        data: AsyncIterator[bytes] | bytes | None = None,
+        seconds: float | None = None,
     ) -> aiohttp.ClientResponse:
+        bound = HEADER_SECONDS if seconds is None else seconds
+        patience = aiohttp.ClientTimeout(
+            total=None, sock_connect=CONNECT_SECONDS, sock_read=max(READ_SECONDS, bound)
+        )
         try:
-            async with asyncio.timeout(HEADER_SECONDS):
+            async with asyncio.timeout(bound):
                 return await self._session.request(
                     method,
                     # A signed URL must arrive as it is written.
-                    URL(url, encoded=True) if query is None else URL(url).update_query(query),
+                    URL(url, encoded=True) if query is None else URL(url).extend_query(query),
                     headers={"Accept-Encoding": "identity", **headers},
-                    data=form,
+                    data=form if data is None else data,
+                    timeout=patience,
                     allow_redirects=False,
                     ssl=self._tls,
                     proxy=_proxy_for(url),

@@ -33,7 +33,9 @@ from offload_core.digest import is_digest
 from offload_core.errors import OffloadError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Collection, Sequence
+    from collections.abc import AsyncIterator, Callable, Collection, Sequence
+
+    import aiohttp
 
     from offload_cache.database import CacheDatabase
     from offload_cache.mirror.images import BasePolicy
@@ -54,7 +56,7 @@ class Mirrors:
     """The base images of a node's projects; an async context manager.
 
     Args:
-        sources: the registries whose images are cached.
+        sources: the registries whose images are cached, with the logins of a project.
         database: the node's index.
         policy: when upstream registries are asked.
 
@@ -63,19 +65,24 @@ class Mirrors:
     """
 
     def __init__(
-        self, sources: Sequence[RegistrySource], database: CacheDatabase, policy: BasePolicy
+        self,
+        sources: Callable[[str], Sequence[RegistrySource]],
+        database: CacheDatabase,
+        policy: BasePolicy,
     ) -> None:
         self._sources = sources
         self._database = database
         self._policy = policy
-        self._upstreams: dict[str, Upstream] = {}
+        self._session: aiohttp.ClientSession
         self._images: dict[str, BaseImages] = {}
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
-            session = await stack.enter_async_context(new_session())
-            self._upstreams = {item.host: Upstream(item, session) for item in self._sources}
+            self._session = await stack.enter_async_context(new_session())
+            # Certificates that cannot be read are told when the node starts.
+            for source in self._sources(""):
+                Upstream(source, self._session)
             self._stack = stack.pop_all()
         return self
 
@@ -83,9 +90,13 @@ class Mirrors:
         await self._stack.aclose()
 
     @property
-    def hosts(self) -> list[str]:
-        """The hosts whose images are cached."""
-        return [source.host for source in self._sources]
+    def session(self) -> aiohttp.ClientSession:
+        """For HTTP to registries, while this is open."""
+        return self._session
+
+    def hosts(self, project_id: str) -> list[str]:
+        """Return the hosts whose images are cached."""
+        return [source.host for source in self._sources(project_id)]
 
     @asynccontextmanager
     async def serve(
@@ -97,7 +108,11 @@ class Mirrors:
             The secret path, to which a host is added, and the project's base images.
         """
         secret = secrets.token_hex(_SECRET_BYTES)
-        upstreams = {host: item for host, item in self._upstreams.items() if host in hosts}
+        upstreams = {
+            source.host: Upstream(source, self._session)
+            for source in self._sources(store.project_id)
+            if source.host in hosts
+        }
         async with BaseImages(store, self._database, upstreams, self._policy) as images:
             self._images[secret] = images
             try:

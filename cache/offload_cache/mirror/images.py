@@ -66,8 +66,8 @@ class Trouble:
             return self.cause
         host = self.repository.partition("/")[0]
         return (
-            f"the pool may not read {self.repository}; check the name and, if the image is"
-            f" private, log in with `docker login {host}`"
+            f"the pool may not read {self.repository} ({self.cause}); check the name and, if the"
+            f" image is private, log in with `docker login {host}`"
         )
 
 

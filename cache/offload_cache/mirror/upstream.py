@@ -49,16 +49,21 @@ class RegistrySource:
 
     Attributes:
         host: as image names begin, for example "docker.io".
-        endpoints: mirrors first, at last the registry itself, each with the pool's login there.
+        endpoints: mirrors first, at last the registry itself, each with the pool's logins there.
     """
 
     host: str
-    endpoints: Sequence[tuple[Endpoint, LoginSource | None]]
+    endpoints: Sequence[tuple[Endpoint, Sequence[LoginSource]]]
 
 
 def origin_address(host: str) -> str:
     """Return where the registry of a host name is."""
     return _DOCKER_HUB_ADDRESS if host == DOCKER_HUB else host
+
+
+def helper_name(address: str) -> str:
+    """Return the name by which credential helpers know a registry."""
+    return _DOCKER_HUB_LOGIN if address == _DOCKER_HUB_ADDRESS else address
 
 
 class EndpointClient:
@@ -67,16 +72,16 @@ class EndpointClient:
     Args:
         host: as image names begin.
         connection: to the endpoint.
-        login: of the pool, None for none.
+        logins: of the pool; the first that covers a repository is used for it.
     """
 
-    def __init__(self, host: str, connection: Connection, login: LoginSource | None) -> None:
+    def __init__(self, host: str, connection: Connection, logins: Sequence[LoginSource]) -> None:
         address = connection.endpoint.address
         self._connection = connection
         self._is_origin = address == origin_address(host)
         self._host = host
-        known_as = _DOCKER_HUB_LOGIN if address == _DOCKER_HUB_ADDRESS else address
-        self._authorizer = Authorizer(connection, Logins(known_as, login))
+        known_as = helper_name(address)
+        self._authorizer = Authorizer(connection, [Logins(known_as, login) for login in logins])
         self._away_until = 0.0
         self._cause = ""
 
@@ -160,8 +165,8 @@ class Upstream:
     def __init__(self, source: RegistrySource, session: aiohttp.ClientSession) -> None:
         self.host = source.host
         self._clients = [
-            EndpointClient(source.host, Connection(endpoint, session), login)
-            for endpoint, login in source.endpoints
+            EndpointClient(source.host, Connection(endpoint, session), logins)
+            for endpoint, logins in source.endpoints
         ]
 
     async def first(self, ask: Callable[[EndpointClient], Awaitable[T]]) -> T:

@@ -94,6 +94,7 @@ class ContextFinder:
         """
         self._invocation = invocation
         self._given = options.file
+        self._text = options.dockerfile_inline
         self._url = options.path
         self._contexts = options.contexts
         self._input = standard_input
@@ -224,6 +225,8 @@ class ContextFinder:
 
     def _separate_dockerfile(self) -> InlineFile | None:
         """Return a Dockerfile that is neither in the context nor a file of this machine."""
+        if self._text is not None:
+            return inline_dockerfile(check_text("the Dockerfile", self._text).encode())
         if self._given == STANDARD_INPUT:
             return inline_dockerfile(read_text(self._input, MAX_INLINE_BYTES))
         if is_http_url(self._given):

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from offload_client.build.callerrors import node_error
 from offload_core.errors import NodeLostError
-from offload_core.status import error_from_rpc
 from offload_proto.v1.node_service_pb2 import DownloadRequest, ReadOutputRequest
 from offload_proto.v1.node_service_pb2_grpc import BlobsServiceStub
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from grpc import aio
 
@@ -20,58 +20,97 @@ if TYPE_CHECKING:
 class NodeImageSource:
     """Implements `offload_client.load.source.ImageSource` over the node's blob service."""
 
-    def __init__(self, channel: aio.Channel, metadata: tuple[tuple[str, str], ...]) -> None:
-        self._stub = BlobsServiceStub(channel)
+    def __init__(
+        self,
+        channel: aio.Channel,
+        metadata: tuple[tuple[str, str], ...],
+        renewed: Callable[[aio.Channel], Awaitable[aio.Channel]] | None = None,
+    ) -> None:
+        """Read over a connection.
+
+        Args:
+            channel: to the node.
+            metadata: of the calls, with the build's id.
+            renewed: waits for the connection that takes the place of one that broke; None when
+                there is none.
+        """
+        self._channel = channel
         self._metadata = metadata
+        self._renewed = renewed
         self.received_bytes = 0
+
+    @property
+    def channel(self) -> aio.Channel:
+        """The connection to the node now."""
+        return self._channel
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What calls for the build carry."""
+        return self._metadata
+
+    def use(self, channel: aio.Channel) -> None:
+        """Go over to another connection; what is on its way follows when its own breaks."""
+        self._channel = channel
 
     async def manifest(self, digest: str) -> tuple[str, bytes]:
         """Return media type and bytes of a manifest or index."""
+        while True:
+            channel = self._channel
+            try:
+                return await self._manifest(digest)
+            except grpc.RpcError as error:
+                await self._renew(channel, error)
+
+    async def _manifest(self, digest: str) -> tuple[str, bytes]:
         media_type, parts = "", []
-        call = self._stub.Download(
+        call = BlobsServiceStub(self._channel).Download(
             DownloadRequest(digest=digest, manifest=True), metadata=self._metadata
         )
-        try:
-            async for message in call:
-                media_type = media_type or message.media_type
-                parts.append(message.data)
-        except grpc.RpcError as error:
-            raise _translated(error) from error
+        async for message in call:
+            media_type = media_type or message.media_type
+            parts.append(message.data)
         data = b"".join(parts)
         self.received_bytes += len(data)
         return media_type, data
 
     async def blob(self, digest: str, offset: int = 0) -> AsyncIterator[bytes]:
-        """Yield the bytes of a blob from `offset` on."""
-        call = self._stub.Download(
-            DownloadRequest(digest=digest, offset_bytes=offset), metadata=self._metadata
-        )
-        try:
-            async for message in call:
-                if message.data:
-                    self.received_bytes += len(message.data)
-                    yield message.data
-        except grpc.RpcError as error:
-            raise _translated(error) from error
-        finally:
-            call.cancel()
+        """Yield the bytes of a blob from `offset` on; a lost connection only delays them."""
+        while True:
+            channel = self._channel
+            call = BlobsServiceStub(channel).Download(
+                DownloadRequest(digest=digest, offset_bytes=offset), metadata=self._metadata
+            )
+            try:
+                async for message in call:
+                    if message.data:
+                        self.received_bytes += len(message.data)
+                        offset += len(message.data)
+                        yield message.data
+                return
+            except grpc.RpcError as error:
+                await self._renew(channel, error)
+            finally:
+                call.cancel()
+
+    async def _renew(self, channel: aio.Channel, failure: grpc.RpcError) -> None:
+        """Go over to the next connection, or raise why there is none."""
+        error = node_error(failure)  # type: ignore[arg-type]
+        broke = isinstance(error, NodeLostError) and error.connection_broke
+        if self._renewed is None or not broke:
+            raise error from failure
+        self._channel = await self._renewed(channel)
 
     async def output(self, index: int) -> AsyncIterator[bytes]:
         """Yield the stream of an exporter."""
-        call = self._stub.ReadOutput(ReadOutputRequest(output_index=index), metadata=self._metadata)
+        call = BlobsServiceStub(self._channel).ReadOutput(
+            ReadOutputRequest(output_index=index), metadata=self._metadata
+        )
         try:
             async for message in call:
                 self.received_bytes += len(message.data)
                 yield message.data
         except grpc.RpcError as error:
-            raise _translated(error) from error
+            raise node_error(error) from error  # type: ignore[arg-type]
         finally:
             call.cancel()
-
-
-def _translated(error: grpc.RpcError) -> Exception:
-    return error_from_rpc(
-        error,  # type: ignore[arg-type]
-        peer="the node",
-        unreachable=NodeLostError,
-    )

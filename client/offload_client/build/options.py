@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from offload_client.build.cacheoptions import CacheOptions
+from offload_client.build.stepoptions import StepOptions
 from offload_client.goboolean import parse_boolean
 from offload_client.reference import (
     familiar_reference,
@@ -20,6 +21,9 @@ from offload_core.errors import InvalidValueError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from offload_client.build.callrequest import CallRequest
+    from offload_client.build.secretoptions import AgentOption, SecretOption
 
 ARCHITECTURES = {
     "x86_64": "amd64",
@@ -36,6 +40,11 @@ VARIANTS = {"amd64/v1": "amd64", "arm64/v8": "arm64", "arm": "arm/v7"}
 _PLATFORM_PART = re.compile(r"[a-z0-9_.-]+")
 PROGRESS_MODES = ("auto", "none", "plain", "quiet", "rawjson", "tty")
 _DIGEST = re.compile(r"[a-z0-9]+(?:[.+_-][a-z0-9]+)*:[0-9a-fA-F]{32,}")
+EPOCH = "SOURCE_DATE_EPOCH"
+"""Seconds since 1970 that a reproducible build puts everywhere instead of the present time.
+
+Source: reproducible-builds.org, "SOURCE_DATE_EPOCH".
+"""
 OUTPUT_TYPES = ("local", "tar", "oci", "docker", "image", "registry", "cacheonly")
 
 
@@ -58,6 +67,8 @@ class BuildOptions:
     path: str
     tags: Sequence[str] = ()
     file: str = ""
+    dockerfile_inline: str | None = None
+    """Content of the Dockerfile, which is then no file."""
     target: str = ""
     build_args: Mapping[str, str] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -71,8 +82,30 @@ class BuildOptions:
     contexts: Mapping[str, str] = field(default_factory=dict)
     """--build-context: what each named context is, as it was given."""
     caches: CacheOptions = field(default_factory=CacheOptions)
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    """--annotation, as attributes of image exporters."""
+    attestations: Mapping[str, str] = field(default_factory=dict)
+    """--attest, --provenance and --sbom, as `parse_attestations` returns them."""
+    call: CallRequest | None = None
+    """--call and --check: what is asked instead of building."""
+    no_cache_stages: Sequence[str] = ()
+    """--no-cache-filter."""
+    steps: StepOptions = field(default_factory=StepOptions)
+    debug: bool = False
+    """--debug: tell details, of warnings too."""
+    remarks: Sequence[str] = ()
+    """What to warn of before building, for example a flag that docker deprecates."""
     metadata_file: str = ""
     iidfile: str = ""
+    secrets: Sequence[SecretOption] = ()
+    agents: Sequence[AgentOption] = ()
+    """--ssh."""
+    entitlements: Sequence[str] = ()
+    """--allow."""
+    detach: bool = False
+    """Leave as soon as the build goes on by itself."""
+    save: bool = False
+    """The image outlives the node's disk."""
     gateway: str | None = None
     project: str | None = None
 
@@ -89,7 +122,7 @@ def parse_output(text: str) -> OutputOption:
         raise _bad_output(text, f"it is not a list of KEY=VALUE ({error})") from error
     if not fields or not any(fields):
         raise InvalidValueError("--output needs a value, for example type=local,dest=out")
-    if len(fields) == 1 and fields[0] == text and not text.startswith(("type=", "dest=")):
+    if len(fields) == 1 and fields[0] == text and not text.startswith("type="):
         return OutputOption("tar", "-") if text == "-" else OutputOption("local", text)
     values: dict[str, str] = {}
     for part in fields:
@@ -108,6 +141,17 @@ def parse_output(text: str) -> OutputOption:
     return _checked_output(text, kind, dest, values)
 
 
+def check_iidfile(path: str, outputs: Sequence[OutputOption]) -> str:
+    """Return the value of --iidfile.
+
+    Raises:
+        InvalidValueError: an output is no image, so there would be no id.
+    """
+    if path and any(output.type in ("local", "tar") for output in outputs):
+        raise InvalidValueError("local and tar exporters are incompatible with image ID file")
+    return path
+
+
 def _bad_output(text: str, problem: str) -> InvalidValueError:
     return InvalidValueError(f'invalid --output "{text}": {problem}')
 
@@ -115,6 +159,10 @@ def _bad_output(text: str, problem: str) -> InvalidValueError:
 def _checked_output(text: str, kind: str, dest: str, values: dict[str, str]) -> OutputOption:
     if kind == "local" and not dest:
         raise _bad_output(text, "dest is required for type=local")
+    if kind == "local" and "platform-split" in values:
+        raise _bad_output(
+            text, "platform-split is not supported; several platforms are always split, one never"
+        )
     if kind == "local" and dest == "-":
         raise _bad_output(text, "dest cannot be stdout for type=local")
     if kind in ("tar", "oci"):
@@ -142,6 +190,8 @@ def _boolean(text: str, key: str, value: str) -> bool:
 def parse_build_args(values: Sequence[str], environment: Mapping[str, str]) -> dict[str, str]:
     """Return --build-arg values; a NAME without "=" is taken from the environment, if set there.
 
+    As buildx does, the variable SOURCE_DATE_EPOCH of the environment is passed on unasked.
+
     Raises:
         InvalidValueError: a name is missing, or a value is no text.
     """
@@ -152,6 +202,8 @@ def parse_build_args(values: Sequence[str], environment: Mapping[str, str]) -> d
             pairs[name] = value
         elif name in environment:
             pairs[name] = check_text(f"the build argument {name}", environment[name])
+    if environment.get(EPOCH):
+        pairs.setdefault(EPOCH, check_text(f"the variable {EPOCH}", environment[EPOCH]))
     return pairs
 
 
@@ -234,6 +286,11 @@ def parse_platforms(values: Sequence[str]) -> list[str]:
         if platform not in found:
             found.append(platform)
     return found
+
+
+def own_platform() -> str:
+    """Return the platform of images that run on this machine."""
+    return parse_platforms(["local"])[0]
 
 
 def parse_progress(text: str) -> str:

@@ -20,7 +20,7 @@ from offload_client.bytepipe import in_thread
 from offload_core.errors import ConfigError, InvalidValueError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Sequence
     from pathlib import Path
 
     from offload_client.build.options import OutputOption
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 WAIT_MILLISECONDS = 200
 STOP_SECONDS = 2.0
+READ_BYTES = 1 << 20
 
 
 def check_destinations(invocation: Invocation, outputs: Sequence[OutputOption]) -> None:
@@ -72,7 +73,7 @@ def check_file(path: Path) -> None:
         if not folder.is_dir():
             problem = "is not a directory" if folder.exists() else "does not exist"
             raise ConfigError(f"cannot write {path}: {folder} {problem}")
-        if _is_special(path):
+        if is_special(path):
             return
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from error
@@ -80,7 +81,7 @@ def check_file(path: Path) -> None:
         raise ConfigError(f"cannot write {path}: {folder} is not writable")
 
 
-def _is_special(path: Path) -> bool:
+def is_special(path: Path) -> bool:
     """Whether it is something to write into, not to replace: /dev/stdout, a named pipe."""
     return path.is_relative_to("/dev") or (path.exists() and not path.is_file())
 
@@ -92,7 +93,7 @@ def replace_file(path: Path, text: str) -> None:
         ConfigError: it cannot be written.
     """
     try:
-        if _is_special(path):
+        if is_special(path):
             with path.open("a") as file:
                 file.write(text)
             return
@@ -116,7 +117,7 @@ async def write_file(path: Path, stream: AsyncIterator[bytes]) -> None:
     """
     try:
         check_file(path)
-        if _is_special(path):
+        if is_special(path):
             file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
             try:
                 await write_descriptor(file, stream)
@@ -133,6 +134,20 @@ async def write_file(path: Path, stream: AsyncIterator[bytes]) -> None:
             scratch.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+
+
+async def read_file(path: Path) -> AsyncGenerator[bytes]:
+    """Yield the content of a file of ours.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            while data := await in_thread(lambda: file.read(READ_BYTES), name="read-file"):
+                yield data
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
 
 
 async def write_descriptor(file: int, stream: AsyncIterator[bytes]) -> None:

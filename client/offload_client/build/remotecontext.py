@@ -33,9 +33,14 @@ def is_remote(text: str) -> bool:
     return (
         is_http_url(text)
         or text.startswith(_BARE_GITHUB)
-        or text.lower().startswith(("git://", "ssh://"))
-        or _SCP_STYLE.fullmatch(text) is not None
+        or text.lower().startswith("git://")
+        or is_git_over_ssh(text)
     )
+
+
+def is_git_over_ssh(text: str) -> bool:
+    """Return whether a text means a git repository that is fetched with an SSH key."""
+    return text.lower().startswith("ssh://") or _SCP_STYLE.fullmatch(text) is not None
 
 
 def check_remote(text: str, what: str) -> str:
@@ -47,12 +52,6 @@ def check_remote(text: str, what: str) -> str:
     check_text(what, text)
     if any(char < " " or char == "\x7f" for char in text):
         raise InvalidValueError(f"{what} has a control character in its URL")
-    if text.lower().startswith("ssh://") or _SCP_STYLE.fullmatch(text):
-        raise InvalidValueError(
-            f'{what} "{text}" is a git repository over SSH, for which the node would need your '
-            "SSH agent; that is not supported yet",
-            hint="use the repository's https URL, or clone it and give the directory",
-        )
     return text
 
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from offload_client.build.buildrun import BuildRun
 from offload_client.build.contextfiles import ContextFiles, open_context
+from offload_client.build.departure import check_detach
+from offload_client.build.privateinputs import PrivateInputs
 from offload_client.build.spec import effective_outputs
 from offload_client.bytepipe import in_thread
 from offload_client.eventlog import show_events
@@ -20,6 +22,7 @@ from offload_core.errors import (
     OffloadError,
     QuotaExceededError,
     RegistryAuthError,
+    StepMemoryError,
 )
 from offload_proto.v1.node_service_pb2 import Failure
 
@@ -28,14 +31,20 @@ if TYPE_CHECKING:
 
     from offload_client.build.options import BuildOptions, OutputOption
     from offload_client.connections import Connections
+    from offload_client.identity import StoredIdentity
     from offload_client.invocation import Invocation
+    from offload_client.legs.legsbuild import LegsBuild
     from offload_client.progress.display import Display
+    from offload_client.progress.summary import Totals
+    from offload_client.settings import Settings
     from offload_proto.v1.node_service_pb2 import Result
 
 NO_OUTPUT = (
     "No output specified. Build result will only remain in the build cache. "
     "To push result image into registry use --push or to load image into docker use --load"
 )
+INLINE_MESSAGE = "frontend.result.inlinemessage"
+"""What a frontend wants to be printed at the end (docker/buildx commands/build.go)."""
 
 _FAILURES: dict[int, type[OffloadError]] = {
     Failure.KIND_BUILD: BuildFailedError,
@@ -45,6 +54,7 @@ _FAILURES: dict[int, type[OffloadError]] = {
     Failure.KIND_REGISTRY_AUTH: RegistryAuthError,
     Failure.KIND_CONTEXT_CHANGED: ContextChangedError,
     Failure.KIND_LIMIT: QuotaExceededError,
+    Failure.KIND_OUT_OF_MEMORY: StepMemoryError,
 }
 
 
@@ -73,30 +83,106 @@ async def _build(
         invocation, gateway=options.gateway, project=options.project, directory=files.root
     )
     outputs = effective_outputs(options)
+    check_detach(options, outputs)
+    for remark in options.remarks:
+        # As docker does: whatever the progress looks like.
+        invocation.err(f"WARNING: {remark}")
     result: Result | None = None
-    with make_display(options.progress, invocation.stderr, invocation.environment) as display:
-        show_events(display.notice, everything=bool(invocation.environment.get("OFFLOAD_DEBUG")))
-        build = BuildRun(invocation, options, outputs, files, display, connections, settings)
+    debug = options.debug or bool(invocation.environment.get("OFFLOAD_DEBUG"))
+    with make_display(
+        options.progress, invocation.stderr, invocation.environment, expand_warnings=debug
+    ) as display:
+        show_events(display.notice, everything=debug)
+        private = await in_thread(lambda: PrivateInputs(invocation, options), name="private-inputs")
+        parts = (invocation, options, outputs, files, display, connections, settings, private)
+        build: BuildRun | LegsBuild = BuildRun(*parts)
         build.results.prepare()
         for warning in files.warnings:
             display.notice("warning", warning)
         try:
             identity = await connections.identity(invocation, settings.gateway)
+            groups = await groups_of(options, settings, connections, identity)
+            if len(groups) > 1:
+                from offload_client.legs.legsbuild import LegsBuild
+
+                build = LegsBuild(*parts, groups=groups, results=build.results)
             assigned, result = await build.run(identity)
         finally:
+            private.secrets.forget()
             # Whatever went wrong is told by the caller, below the steps.
             if result is None:
-                await _finish(display, None)
+                await finish_display(display, None)
+        if result is None:
+            _left(invocation, options, assigned.build_id)
+            return
         failure = result.failure if result.HasField("failure") else None
-        await _finish(display, failure)
+        totals = build.results.totals(result)
+        await finish_display(display, failure, totals)
     if failure is not None:
-        raise _error_of(failure)
+        raise error_of(failure)
     build.results.write_files(result, assigned.build_id, assigned.node_id)
     done = result
+    if options.call is not None:
+        await in_thread(lambda: _answer(invocation, options, done), name="answer")
+        return
+    if options.detach:
+        # It has ended before it could be left.
+        invocation.out(assigned.build_id)
+        return
     await in_thread(
         lambda: _last_words(invocation, options, outputs, build.results.image_id(done)),
         name="last-words",
     )
+    if message := result.success.exporter_response.get(INLINE_MESSAGE):
+        await in_thread(lambda: invocation.out(f"\n{message}"), name="inline-message")
+
+
+async def groups_of(
+    options: BuildOptions,
+    settings: Settings,
+    connections: Connections,
+    identity: StoredIdentity,
+) -> list[tuple[str, ...]]:
+    """Return the platforms of a build, those together that one node is to build.
+
+    Raises:
+        OffloadError: as `platform_groups`.
+    """
+    if len(options.platforms) < 2:
+        return [tuple(options.platforms)]
+    from offload_client.legs.grouping import platform_groups
+
+    return await platform_groups(options, settings, connections, identity)
+
+
+def _answer(invocation: Invocation, options: BuildOptions, result: Result) -> None:
+    """Print what a call has found.
+
+    Raises:
+        BuildFailedError: it has found something, or the Dockerfile is wrong.
+    """
+    if options.call is None:
+        return
+    from offload_client.build.callresult import call_output, dockerfile_title
+
+    title = dockerfile_title(options.path, options.file)
+    text, error = call_output(options.call, result.success.call_result, title)
+    if text:
+        invocation.out(text.removesuffix("\n"))
+    if error is not None:
+        raise error
+
+
+def _left(invocation: Invocation, options: BuildOptions, build_id: str) -> None:
+    hint = f"the build goes on; follow it with: offload attach {build_id}"
+    if options.detach:
+        invocation.err(hint)
+        invocation.out(build_id)
+        return
+    # The command is, not the build: what it was to do is not done.
+    left = BuildCanceledError("left", hint=hint)
+    left.shown = True
+    raise left
 
 
 def _last_words(
@@ -111,12 +197,15 @@ def _last_words(
         invocation.out(image_id)
 
 
-async def _finish(display: Display, failure: Failure | None) -> None:
+async def finish_display(
+    display: Display, failure: Failure | None, totals: Totals | None = None
+) -> None:
     """Wait for the reader of the progress, who may be slow, without holding up other builds."""
-    await in_thread(lambda: display.finish(failure), name="display-finish")
+    await in_thread(lambda: display.finish(failure, totals), name="display-finish")
 
 
-def _error_of(failure: Failure) -> OffloadError:
+def error_of(failure: Failure) -> OffloadError:
+    """Return the error for how a build failed; the display has shown it."""
     cls = _FAILURES.get(failure.kind, BuildFailedError)
     error = cls(failure.message)
     error.shown = True

@@ -69,6 +69,10 @@ class SendingStep:
         self._last = time.monotonic()
         self._update()
 
+    def forget_unsent(self) -> None:
+        """The connection broke: what the node still wants, it says again."""
+        self._wanted_bytes = self._sent_bytes
+
     def watch(self, batch: ProgressBatch) -> None:
         """Look out for the end of BuildKit's own step, behind which nothing is sent any more."""
         for vertex in batch.vertices:

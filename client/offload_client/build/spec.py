@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from offload_client.build.attestations import DISABLED
+from offload_client.build.stepoptions import Resources
 from offload_client.build.vcs import in_repository
 from offload_core.contextnames import DOCKERFILE
 from offload_core.errors import InvalidValueError
-from offload_proto.v1.build_spec_pb2 import BuildSpec, CacheOption, Output
+from offload_proto.v1.build_spec_pb2 import BuildSpec, CacheOption, Output, ResourceLimits
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -15,7 +18,10 @@ if TYPE_CHECKING:
     from offload_client.build.cacheoptions import OtherCache
     from offload_client.build.contextfiles import ContextFiles
     from offload_client.build.options import BuildOptions, OutputOption
+    from offload_client.build.stepoptions import StepOptions
 
+NETWORK_HOST = "network.host"
+"""BuildKit's name of the entitlement."""
 _KEPT_HERE = ("dest", "tag", "reset")
 """What only the client needs to know of a cache in one of its directories."""
 _TYPES = {
@@ -32,14 +38,20 @@ _TYPES = {
 def effective_outputs(options: BuildOptions) -> list[OutputOption]:
     """Return the outputs of a build, with the image that is implied.
 
-    A build with a tag, --iidfile, --metadata-file or --quiet and no output keeps its image in the
-    pool's registry; so a later `--load` or `--push` transfers layers and nothing else.
+    A build with a tag, --iidfile, --metadata-file, --quiet or --detach and no output keeps its
+    image in the pool's registry; so a later `--load` or `--push` transfers layers and nothing else.
+    So does each build with --save.
     """
     from offload_client.build.options import OutputOption
 
+    if options.call is not None:
+        # Nothing is made, so there is nothing to put anywhere.
+        return []
     outputs = list(options.outputs)
     wants_image = options.tags or options.iidfile or options.metadata_file or options.quiet
-    if not outputs and wants_image:
+    wants_image = wants_image or options.detach
+    lacks_image = not any(output.type in ("image", "registry") for output in outputs)
+    if (not outputs and wants_image) or (options.save and lacks_image):
         outputs.append(OutputOption("image"))
     check_outputs(options, outputs)
     return outputs
@@ -56,21 +68,34 @@ def check_outputs(options: BuildOptions, outputs: Sequence[OutputOption]) -> Non
         raise InvalidValueError("tag is needed when pushing to registry")
     if sum(output.dest == "-" for output in outputs) > 1:
         raise InvalidValueError("only one output can go to standard output")
-    if len(options.platforms) > 1 and any(output.type == "docker" for output in outputs):
+    attested = any(value != DISABLED for value in options.attestations.values())
+    several = len(options.platforms) > 1 or attested
+    if several and any(output.type == "docker" for output in outputs):
         raise InvalidValueError(
             "docker exporter does not currently support exporting manifest lists; use type=oci"
         )
 
 
 def build_spec(
-    options: BuildOptions, outputs: Sequence[OutputOption], files: ContextFiles
+    options: BuildOptions,
+    outputs: Sequence[OutputOption],
+    files: ContextFiles,
+    *,
+    provenance: str = "",
 ) -> BuildSpec:
-    """Return the request for the node."""
+    """Return the request for the node.
+
+    Args:
+        options: what the user asked for.
+        outputs: as `effective_outputs` returns them.
+        files: of the contexts.
+        provenance: how much the metadata file is to have, see `provenance_mode`.
+    """
     attributes = {}
     if files.url and any(item.local_name == DOCKERFILE for item in files.inline):
         # BuildKit would take the Dockerfile from the context.
         attributes["dockerfilekey"] = DOCKERFILE
-    return BuildSpec(
+    spec = BuildSpec(
         tags=options.tags,
         dockerfile_path=files.dockerfile_name,
         definition=files.definition,
@@ -87,10 +112,36 @@ def build_spec(
         cache_imports=[_cache(cache) for cache in files.cache_imports],
         cache_exports=[_cache(cache, leave_out=_KEPT_HERE) for cache in options.caches.exports],
         outputs=[
-            Output(type=_TYPES[output.type], attributes=dict(output.attributes))
+            Output(type=_TYPES[output.type], attributes=_attributes(options, output))
             for output in outputs
         ],
+        no_cache_stages=options.no_cache_stages,
+        attestations=dict(options.attestations),
+        call=options.call.method if options.call else "",
+        metadata_provenance="" if options.call or not options.metadata_file else provenance,
+        save_image=options.save,
     )
+    set_step_options(spec, options.steps)
+    return spec
+
+
+def set_step_options(spec: BuildSpec, steps: StepOptions) -> None:
+    """Set how RUN steps run."""
+    spec.network_mode = steps.network
+    if steps.network == "host":
+        # As buildx does: who asks for the network of the machine also asks for the right to it.
+        spec.entitlements.append(NETWORK_HOST)
+    spec.extra_hosts.extend(steps.hosts)
+    spec.ulimits.extend(steps.ulimits)
+    spec.shm_size_bytes = steps.shm_size_bytes
+    spec.cgroup_parent = steps.cgroup_parent
+    if steps.resources != Resources():
+        spec.resources.CopyFrom(ResourceLimits(**asdict(steps.resources)))
+
+
+def _attributes(options: BuildOptions, output: OutputOption) -> dict[str, str]:
+    annotated = output.type in ("oci", "docker", "image", "registry")
+    return {**output.attributes, **(options.annotations if annotated else {})}
 
 
 def _cache(cache: OtherCache, *, leave_out: Collection[str] = ()) -> CacheOption:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,6 +11,7 @@ from offload_client.build.cacheoptions import parse_caches
 from offload_client.build.options import (
     BuildOptions,
     OutputOption,
+    check_iidfile,
     check_tags,
     check_text,
     parse_build_args,
@@ -19,14 +21,27 @@ from offload_client.build.options import (
     parse_platforms,
     parse_progress,
 )
+from offload_client.build.proxyargs import with_proxies
+from offload_client.build.secretoptions import (
+    parse_agents,
+    parse_entitlements,
+    parse_secrets,
+)
+from offload_client.cli.defaultload import with_default_load
 from offload_client.cli.flags import FlagSyntax
+from offload_client.cli.furtherflags import further_flags, read_further
 from offload_core import VERSION
 from offload_core.errors import InvalidValueError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from offload_client.connections import Connections
     from offload_client.invocation import Invocation
 
+CALL, CHECK, PRINT = "--call", "--check", "--print"
+"""Three ways to set one thing; of bake, --print is something else.
+Source: docker/buildx commands/build.go, callAlias."""
 EXAMPLES = """\b
 Examples:
   offload-build .
@@ -37,6 +52,7 @@ Examples:
   offload-build --build-context docs=../docs --build-context alpine=docker-image://alpine:3.20 .
   git archive HEAD | offload-build -
   offload-build https://git.example/app.git#main:docker
+  offload-build bake --help
 """
 
 
@@ -48,6 +64,14 @@ Examples:
     context_settings={"help_option_names": [], "max_content_width": 100},
 )
 @click.argument("paths", nargs=-1, metavar="PATH | URL | -")
+@click.option(
+    "--allow",
+    "entitlements",
+    multiple=True,
+    metavar="ENTITLEMENT",
+    help='Allow extra privileged entitlement (e.g., "network.host", "security.insecure", '
+    '"device"), if the node permits it.',
+)
 @click.option(
     "--build-arg",
     "build_args",
@@ -86,6 +110,11 @@ Examples:
     metavar="DESTINATION",
     help='Cache export destinations (e.g. "user/app:cache", "type=local,dest=path/to/dir"); '
     '"type=none" writes nothing to the pool\'s cache.',
+)
+@click.option(
+    "--detach",
+    is_flag=True,
+    help="Print the build's ID and end as soon as the build goes on by itself.",
 )
 @click.option(
     "-f",
@@ -138,6 +167,26 @@ Examples:
     "-q", "--quiet", is_flag=True, help="Suppress the build output and print image ID on success."
 )
 @click.option(
+    "--save",
+    is_flag=True,
+    help="Keep the image in the pool's shared store, for 'offload pull' and 'offload push'.",
+)
+@click.option(
+    "--secret",
+    "secrets",
+    multiple=True,
+    metavar="SECRET",
+    help='Secret to expose to the build (format: "id=mysecret[,src=/local/secret|,env=NAME]").',
+)
+@click.option(
+    "--ssh",
+    "agents",
+    multiple=True,
+    metavar="AGENT",
+    help="SSH agent socket or keys to expose to the build "
+    '(format: "default|<id>[=<socket>|<key>[,<key>]]").',
+)
+@click.option(
     "-t",
     "--tag",
     "tags",
@@ -147,8 +196,17 @@ Examples:
 )
 @click.option("--target", default="", metavar="STAGE", help="Set the target build stage to build.")
 @click.option("--version", is_flag=True, help="Show the version and exit.")
+@further_flags
 def build_command(**_values: Any) -> None:
     """Exist for parsing and help only; `parse_build` reads the values."""
+
+
+def _long_name(parameter: click.Parameter) -> str:
+    return max(parameter.opts, key=len)
+
+
+# PATH, then the flags in the order of the alphabet, wherever they are declared.
+build_command.params.sort(key=_long_name)
 
 
 def parse_build(invocation: Invocation) -> BuildOptions | None:
@@ -157,7 +215,7 @@ def parse_build(invocation: Invocation) -> BuildOptions | None:
     Raises:
         UsageError: it cannot be understood; the sentence names the flag.
     """
-    arguments = _syntax().normalise(invocation.arguments)
+    arguments = flag_syntax(build_command).normalise(invocation.arguments)
     context = build_command.make_context("offload-build", arguments)
     values = context.params
     if values["help"]:
@@ -166,19 +224,23 @@ def parse_build(invocation: Invocation) -> BuildOptions | None:
     if values["version"]:
         invocation.out(f"offload-build, version {VERSION}")
         return None
-    return _options(values, invocation)
+    return with_default_load(_options(values, invocation), invocation.environment)
 
 
-def _syntax() -> FlagSyntax:
+def flag_syntax(command: click.Command) -> FlagSyntax:
+    """Return docker's syntax with the flags of a command."""
     names: dict[str, str] = {}
     switches: set[str] = set()
-    for option in build_command.params:
+    for option in command.params:
         if isinstance(option, click.Option):
             long = next(name for name in option.opts if name.startswith("--"))
             names |= dict.fromkeys(option.opts, long)
             if option.is_flag:
                 switches.add(long)
-    return FlagSyntax(names, frozenset(switches))
+    if PRINT in names and PRINT not in switches:
+        names[PRINT] = CALL
+    shorthands = {CHECK: f"{CALL}=check"} if CHECK in names else None
+    return FlagSyntax(names, frozenset(switches), shorthands)
 
 
 def _options(values: dict[str, Any], invocation: Invocation) -> BuildOptions:
@@ -188,37 +250,66 @@ def _options(values: dict[str, Any], invocation: Invocation) -> BuildOptions:
             "'offload-build' requires 1 argument",
             hint="Usage:  offload-build [OPTIONS] PATH | URL | -",
         )
-    outputs = [parse_output(text) for text in values["outputs"]]
-    if values["load"]:
-        outputs.append(OutputOption("image", load=True))
-    if values["push"]:
-        outputs.append(OutputOption("registry"))
+    outputs = _outputs(values)
     progress = parse_progress(values["progress"])
+    if values["quiet"] and values["progress"] not in ("auto", "quiet", "none"):
+        raise InvalidValueError(f"progress={progress} and quiet cannot be used together")
+    environment = invocation.environment
+    further = read_further(values, environment)
+    build_args, remark = with_proxies(
+        parse_build_args(values["build_args"], environment), environment
+    )
+    if remark:
+        further["remarks"] = [*further["remarks"], remark]
     return BuildOptions(
         path=paths[0],
         tags=check_tags(values["tags"]),
         file=values["file"],
         target=check_text("--target", values["target"]),
-        build_args=parse_build_args(values["build_args"], invocation.environment),
+        build_args=build_args,
         contexts=parse_build_contexts(values["contexts"]),
         caches=parse_caches(
             [check_text("--cache-from", text) for text in values["cache_from"]],
             [check_text("--cache-to", text) for text in values["cache_to"]],
             check_text("--cache-scope", values["cache_scope"]),
-            invocation.environment,
+            environment,
         ),
         labels=parse_labels(values["labels"]),
-        platforms=parse_platforms(values["platforms"]),
+        platforms=parse_platforms(values["platforms"] or _default_platforms(environment)),
         no_cache=values["no_cache"],
         pull=values["pull"],
         progress="quiet" if values["quiet"] else progress,
-        quiet=values["quiet"],
+        quiet=values["quiet"] or values["progress"] == "quiet",
         outputs=outputs,
         metadata_file=values["metadata_file"],
-        iidfile=values["iidfile"],
+        iidfile=check_iidfile(values["iidfile"], outputs),
+        secrets=parse_secrets(values["secrets"]),
+        agents=parse_agents(values["agents"]),
+        entitlements=parse_entitlements(values["entitlements"]),
+        detach=values["detach"],
+        save=values["save"],
         gateway=values["gateway"],
         project=values["project"],
+        **further,
     )
+
+
+def _outputs(values: dict[str, Any]) -> list[OutputOption]:
+    """Return all outputs; --load and --push add one where none does that yet, as in buildx."""
+    outputs = [parse_output(text) for text in values["outputs"]]
+    if values["push"]:
+        images = [out for out in outputs if out.type in ("image", "registry") and not out.load]
+        outputs = [replace(out, type="registry") if out in images else out for out in outputs]
+        if not images:
+            outputs.append(OutputOption("registry"))
+    if values["load"] and not any(output.load for output in outputs):
+        outputs.append(OutputOption("image", load=True))
+    return outputs
+
+
+def _default_platforms(environment: Mapping[str, str]) -> list[str]:
+    text = environment.get("DOCKER_DEFAULT_PLATFORM")
+    return [text] if text else []
 
 
 async def build(
@@ -229,6 +320,11 @@ async def build(
     Raises:
         OffloadError: with the exit code of the command.
     """
+    if options is None and invocation.arguments[:1] == ["bake"]:
+        from offload_client.cli.bake import bake
+
+        await bake(invocation, connections)
+        return
     options = options or parse_build(invocation)
     if options is None:
         return

@@ -88,17 +88,32 @@ def _state(build: Build) -> str:
     return BuildState.Name(build.state).removeprefix("BUILD_STATE_").lower()
 
 
+def _status(build: Build) -> str:
+    """Return the state, with the build that a lost one was repeated as, or the reverse."""
+    text = _state(build)
+    if build.repeated_by:
+        text += f", repeated as {build.repeated_by}"
+    elif build.repeat_of:
+        text += f", repeat of {build.repeat_of}"
+    return text
+
+
 def _cache(build: Build) -> str:
     return CacheState.Name(build.cache_state).removeprefix("CACHE_STATE_").lower()
+
+
+def _title(build: Build) -> str:
+    """Return the name, of a part of an image with the platforms that make it one."""
+    return f"{build.name} [{','.join(build.platforms)}]" if build.group_id else build.name
 
 
 def _row(build: Build) -> tuple[str, ...]:
     return (
         build.build_id,
-        build.name,
+        _title(build),
         build.project_id,
         build.member,
-        _state(build),
+        _status(build),
         f"{build.stats.steps_cached}/{build.stats.steps_total}",
         ago(build.created_at),
         between(build.started_at, build.completed_at),
@@ -113,6 +128,8 @@ def _pretty(build: Build) -> str:
         "Project": build.project_id,
         "Member": build.member,
         "Node": build.node_id or "-",
+        "Repeat of": build.repeat_of or "-",
+        "Repeated as": build.repeated_by or "-",
         "Status": _state(build) + (f": {build.error}" if build.error else ""),
         "Dockerfile": build.dockerfile_path,
         "Target": build.target or "-",
@@ -124,9 +141,11 @@ def _pretty(build: Build) -> str:
         "Context": f"{stats.context_files} files, {format_size(stats.context_bytes)}, "
         f"{format_size(stats.context_sent_bytes)} sent",
         "Returned": format_size(stats.returned_bytes),
-        "Image": build.image_digest or "-",
+        "Image": (build.image_digest or "-") + (", saved" if build.image_saved else ""),
         "Cache": _cache(build),
     }
+    if build.group_id:
+        lines["Part of"] = f"group {build.group_id}: one image, whose platforms several nodes build"
     width = max(map(len, lines)) + 3
     return "\n".join(f"{name.ljust(width)}{value}" for name, value in lines.items())
 
@@ -157,8 +176,12 @@ def build_json(build: Build) -> dict[str, Any]:
         "dockerfile_path": build.dockerfile_path,
         "target": build.target,
         "platforms": list(build.platforms),
+        "group_id": build.group_id,
         "vcs_branch": build.vcs_branch,
         "vcs_revision": build.vcs_revision,
+        "repeat_of": build.repeat_of,
+        "repeated_by": build.repeated_by,
+        "image_saved": build.image_saved,
         "stats": {
             "steps_total": stats.steps_total,
             "steps_cached": stats.steps_cached,

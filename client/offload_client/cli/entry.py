@@ -2,24 +2,60 @@
 
 from __future__ import annotations
 
+import os
 import sys
+
+# What gRPC logs of a refused connection is in our sentence; whoever wants more sets it.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+
+INTERRUPTED = 130
+"""What a shell shows for a process that SIGINT has ended."""
 
 
 def build_main() -> None:
     """Run `offload-build`."""
+    try:
+        code = _build(sys.argv[1:])
+    except KeyboardInterrupt:
+        # Before the command has said what an interrupt means to it, or after that.
+        code = INTERRUPTED
+    sys.exit(code)
+
+
+def _build(arguments: list[str]) -> int:
+    if arguments in (["--help"], ["-h"]):
+        from offload_client.cli.readyhelp import print_ready_help
+
+        if print_ready_help():
+            return 0
     from offload_client.resident.thin import run_in_helper
 
-    arguments = sys.argv[1:]
     code = run_in_helper(arguments)
     if code is None:
         from offload_client.cli.process import run_build_process
 
         code = run_build_process(arguments)
+    return code
+
+
+def docker_main() -> None:
+    """Run `docker-offload`, the plugin of docker's CLI."""
+    try:
+        from offload_client.dockercli.plugin import main
+
+        code = main(sys.argv[1:])
+    except KeyboardInterrupt:
+        code = INTERRUPTED
     sys.exit(code)
 
 
 def offload_main() -> None:
     """Run `offload`."""
-    from offload_client.cli.offload import main
+    try:
+        from offload_client.cli.offload import main
 
-    sys.exit(main(sys.argv[1:]))
+        code = main(sys.argv[1:])
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    sys.exit(code)

@@ -21,15 +21,23 @@ HINT = "See 'offload-build --help'."
 class FlagSyntax:
     """The flags of one command."""
 
-    def __init__(self, names: Mapping[str, str], switches: frozenset[str]) -> None:
+    def __init__(
+        self,
+        names: Mapping[str, str],
+        switches: frozenset[str],
+        shorthands: Mapping[str, str] | None = None,
+    ) -> None:
         """Learn the flags.
 
         Args:
             names: every spelling ("-t", "--tag") with the long spelling that it stands for.
             switches: long spellings of the flags that need no value.
+            shorthands: of those, which only stand for a flag with a value ("--call=check"): of
+                all that set one flag, the last of the command line counts, and "=false" sets none.
         """
         self._names = names
         self._switches = switches
+        self._shorthands = shorthands or {}
 
     def normalise(self, arguments: Sequence[str]) -> list[str]:
         """Return the same command line as `--name=value`, `--switch`, `--` and positional words.
@@ -63,14 +71,18 @@ class FlagSyntax:
         if name not in self._names:
             raise UsageError(f"unknown flag: {name}", hint=HINT)
         if name in self._switches:
-            switches[name] = self._boolean(name, value) if equals else True
+            on = self._boolean(name, value) if equals else True
+            if name not in self._shorthands:
+                switches[name] = on
+            elif on:
+                values.append(self._shorthands[name])
             return
         if not equals:
             given = next(rest, None)
             if given is None:
                 raise UsageError(f"flag needs an argument: {name}", hint=HINT)
             value = given
-        values.append(f"{name}={value}")
+        values.append(f"{self._names[name]}={value}")
 
     def _short(
         self, token: str, rest: Iterator[str], values: list[str], switches: dict[str, bool]

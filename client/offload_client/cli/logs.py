@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 import click
@@ -10,7 +11,6 @@ from offload_client.cli.process import run_async
 from offload_client.gateway import GatewayCalls
 from offload_client.progress.display import make_display
 from offload_client.settings import resolve_settings
-from offload_proto.v1.builds_service_pb2 import LogsRequest
 
 if TYPE_CHECKING:
     from offload_client.connections import Connections
@@ -42,12 +42,15 @@ def logs(
     settings = resolve_settings(invocation, gateway=gateway)
 
     async def run(connections: Connections) -> None:
+        from offload_client.build.following import read_log
+        from offload_client.bytepipe import in_thread
+
         calls = await GatewayCalls.open(invocation, settings, connections)
-        request = LogsRequest(build_id=build_id, follow=follow)
         with make_display(progress, invocation.stdout, invocation.environment) as display:
-            async for message in calls.stream(calls.builds.Logs, request):
-                for batch in message.batches:
+            async with aclosing(read_log(calls, build_id, follow=follow)) as log:
+                async for batch in log:
                     display.feed(batch)
-            display.finish(None)
+                    await display.room()
+            await in_thread(lambda: display.finish(None), name="display-finish")
 
     return run_async(invocation, run)

@@ -20,8 +20,14 @@ COMMANDS = {
     "logout": "Forget the login at a gateway.",
     "status": "Show the gateway, its nodes, and who you are.",
     "builds": "List builds, or show one.",
+    "attach": "Follow a build to its end.",
     "logs": "Print everything that a build printed.",
+    "inspect": "Show what a build was made from, its steps and its result.",
+    "pull": "Load the image of a build into the local container engine.",
+    "push": "Push the image of a build from its node to registries.",
     "cancel": "End a queued or running build.",
+    "install": "Make 'docker build' build on the pool.",
+    "uninstall": "Undo 'install'.",
     "cache": "Look at the layer cache, prune it, promote a branch.",
 }
 

@@ -29,12 +29,14 @@ def run_build_process(arguments: Sequence[str]) -> int:
     from offload_client.cli.build import build, parse_build
 
     invocation = Invocation.of_process(arguments)
-    try:
-        options = parse_build(invocation)
-    except (OffloadError, OSError) as error:
-        return report(invocation, error)
-    if options is None:
-        return 0
+    options = None
+    if arguments[:1] != ["bake"]:
+        try:
+            options = parse_build(invocation)
+        except (OffloadError, OSError) as error:
+            return report(invocation, error)
+        if options is None:
+            return 0
 
     async def run(connections: Connections) -> None:
         await build(invocation, connections, options)
@@ -48,7 +50,10 @@ def run_build_process(arguments: Sequence[str]) -> int:
 
 
 def run_async(invocation: Invocation, function: Callable[[Connections], Awaitable[None]]) -> int:
-    """Run a command with connections of its own; SIGINT and SIGTERM cancel it."""
+    """Run a command with connections of its own; SIGINT and SIGTERM cancel it.
+
+    A command may ask first what SIGINT means.
+    """
     import asyncio
 
     async def main() -> int:
@@ -62,7 +67,8 @@ def run_async(invocation: Invocation, function: Callable[[Connections], Awaitabl
                 task.cancel()
 
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGINT, interrupt, INTERRUPTED)
+        invocation.interrupts.cancel = lambda: interrupt(INTERRUPTED)
+        loop.add_signal_handler(signal.SIGINT, invocation.interrupts.arrived)
         loop.add_signal_handler(signal.SIGTERM, interrupt, TERMINATED)
         from offload_client.connections import Connections
 
@@ -97,19 +103,30 @@ def report(invocation: Invocation, error: BaseException) -> int:
     if known is not None:
         if not known.shown:
             invocation.err(f"ERROR: {known.message}")
-        if known.hint:
-            invocation.err(known.hint)
+        from offload_client.cli.remedies import remedy
+
+        hint = known.hint or remedy(known)
+        if hint:
+            invocation.err(hint)
+        _show_trace(invocation, error)
         return known.exit_code
     if _is_broken_pipe(error):
         return BROKEN_PIPE
     invocation.err(f"ERROR: internal error: {type(error).__name__}: {error}")
-    if invocation.environment.get("OFFLOAD_DEBUG"):
-        import traceback
-
-        invocation.err("".join(traceback.format_exception(error)))
-    else:
-        invocation.err("Set OFFLOAD_DEBUG=1 for details, and please report this.")
+    if not _show_trace(invocation, error):
+        invocation.err("Use --debug for details, and please report this.")
     return OffloadError.exit_code
+
+
+def _show_trace(invocation: Invocation, error: BaseException) -> bool:
+    """Show where an error comes from, to whoever asked for it; return whether it was asked for."""
+    asked = not {"-D", "--debug"}.isdisjoint(invocation.arguments)
+    if not asked and not invocation.environment.get("OFFLOAD_DEBUG"):
+        return False
+    import traceback
+
+    invocation.err("".join(traceback.format_exception(error)))
+    return True
 
 
 def _is_broken_pipe(error: BaseException) -> bool:

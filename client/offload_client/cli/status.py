@@ -82,11 +82,16 @@ def _node_row(node: NodeInfo) -> tuple[str, ...]:
         node.node_id,
         node.state,
         f"{node.running}/{node.slots}",
-        ",".join(node.platforms),
+        _platforms(node),
         format_size(node.disk_free_bytes),
         ago(node.last_seen_at),
         node.health or "good",
     )
+
+
+def _platforms(node: NodeInfo) -> str:
+    native, emulated = ",".join(node.platforms), ",".join(node.emulated_platforms)
+    return f"{native} (emulated: {emulated})" if emulated else native
 
 
 def _node_json(node: NodeInfo) -> dict[str, Any]:
@@ -96,6 +101,7 @@ def _node_json(node: NodeInfo) -> dict[str, Any]:
         "running": node.running,
         "slots": node.slots,
         "platforms": list(node.platforms),
+        "emulated_platforms": list(node.emulated_platforms),
         "version": node.version,
         "buildkit_version": node.buildkit_version,
         "last_seen_at": rfc3339(node.last_seen_at),

@@ -130,7 +130,7 @@ class DirectorySource:
             index_path: the stat index, which saves reading unchanged files; None for none.
             normalise_modes: as in `scan_context`.
         """
-        self._root = root
+        self.root = root
         self._index_path = index_path
         self._normalise_modes = normalise_modes
         self._chunk_lists: dict[bytes, bytes] = {}
@@ -143,9 +143,9 @@ class DirectorySource:
         with ExitStack() as stack:
             index = None
             if self._index_path is not None:
-                index = stack.enter_context(StatIndex(self._index_path, self._root))
+                index = stack.enter_context(StatIndex(self._index_path, self.root))
             items = scan_context(
-                self._root,
+                self.root,
                 include=selection.include,
                 exclude=selection.exclude,
                 follow=selection.follow,
@@ -162,5 +162,5 @@ class DirectorySource:
         from offload_client.context.reader import DirectoryReader
 
         return DirectoryReader(
-            self._root, chunk_lists=self._chunk_lists, index_path=self._index_path
+            self.root, chunk_lists=self._chunk_lists, index_path=self._index_path
         )

@@ -8,6 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Self
 
+from offload_client.progress.cells import printable
 from offload_client.progress.excerpt import failure_report, step_excerpt, warnings_report
 from offload_client.progress.local import LocalStep
 from offload_client.progress.model import BuildView
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from offload_client.progress.step import Step
+    from offload_client.progress.summary import Totals
     from offload_proto.v1.events_pb2 import ProgressBatch
     from offload_proto.v1.node_service_pb2 import Failure
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 FRAME_SECONDS = 0.1
 # How long an interrupted command waits for its last output to be read.
 _PATIENCE_SECONDS = 2.0
+_ROOM_POLL_SECONDS = 0.02
 
 
 class BaseDisplay(ABC):
@@ -47,6 +50,7 @@ class BaseDisplay(ABC):
         )
         self._local_steps = itertools.count(1)
         self._finished = False
+        self._totals: Totals | None = None
 
     def feed(self, batch: ProgressBatch) -> None:
         """Show what happened; returns at once, and is ignored after `finish`.
@@ -54,6 +58,18 @@ class BaseDisplay(ABC):
         Only when more than 64 MiB of output wait for a reader that does not read does it wait.
         """
         self._take(batch, local=False)
+
+    @property
+    def crowded(self) -> bool:
+        """Much output waits for its reader."""
+        return self._pump.crowded
+
+    async def room(self) -> None:
+        """Wait while much output waits for its reader; for who feeds from an event loop."""
+        import asyncio
+
+        while self._pump.crowded:  # noqa: ASYNC110 - the writing thread knows no event loop
+            await asyncio.sleep(_ROOM_POLL_SECONDS)
 
     def local_step(self, name: str) -> LocalStep:
         """Start a step of the client itself; its end is up to the caller."""
@@ -72,17 +88,29 @@ class BaseDisplay(ABC):
             self._notice(level, text)
         self._pump.changed()
 
-    def finish(self, failure: Failure | None = None) -> None:
+    def begin_again(self, text: str) -> None:
+        """Show with a sentence that the build starts once more, elsewhere.
+
+        All that was told of the former run is shown before the sentence.
+
+        Args:
+            text: one line.
+        """
+        self.notice("warning", text)
+
+    def finish(self, failure: Failure | None = None, totals: Totals | None = None) -> None:
         """Write all that waits, then why the build failed or what its warnings were.
 
         Blocks until the reader has taken everything; later calls do nothing.
 
         Args:
             failure: how the build failed; None when it worked or the caller tells of the failure.
+            totals: numbers of the build, for a summary.
 
         Raises:
             Exception: a fault of the display itself.
         """
+        self._totals = totals
         self._finish(failure, None)
 
     def __enter__(self) -> Self:
@@ -165,6 +193,19 @@ class ViewDisplay(BaseDisplay):
         self.view.apply(batch, time.monotonic(), local=local)
         return self.view.pending_log_bytes
 
+    def begin_again(self, text: str) -> None:
+        """Show with a sentence that the build starts once more, elsewhere."""
+        if self._finished:
+            return
+        with self._pump.lock:
+            self._settle()
+            self.view.begin_again()
+            self._notice("warning", text)
+        self._pump.changed()
+
+    def _settle(self) -> None:
+        """Keep for the next rendering what still waits of the steps. Called under the lock."""
+
     def _ending(self, failure: Failure | None) -> bytes:
         """Return the error report or the list of warnings."""
         parts = [
@@ -174,9 +215,10 @@ class ViewDisplay(BaseDisplay):
             if step.failed and not step.local
         ]
         if failure is not None:
-            parts.append(failure_report(failure))
+            # The report of what went wrong is in one piece, as docker's, and the last word.
+            parts = [self._summary(), *parts, failure_report(failure)]
         else:
-            parts.append(self._warning_list())
+            parts += [self._warning_list(), self._summary()]
         return b"".join(parts)
 
     def _warning_list(self) -> bytes:
@@ -185,6 +227,14 @@ class ViewDisplay(BaseDisplay):
             return b""
         headline = paint(headline, self._palette.warning)
         return f"\n{headline}\n{lines}".encode("utf-8", "replace")
+
+    def _summary(self) -> bytes:
+        if self._totals is None:
+            return b""
+        from offload_client.progress.summary import summary_lines
+
+        lines = summary_lines(self.view, self._totals, time.monotonic())
+        return "".join(f"{printable(line)}\n" for line in lines).encode("utf-8", "replace")
 
     @abstractmethod
     def _log_tail(self, step: Step) -> list[bytes]:

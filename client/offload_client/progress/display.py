@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from offload_client.progress.local import LocalStep
+    from offload_client.progress.summary import Totals
     from offload_proto.v1.events_pb2 import ProgressBatch
     from offload_proto.v1.node_service_pb2 import Failure
 
@@ -25,14 +26,27 @@ class Display(Protocol):
     def feed(self, batch: ProgressBatch) -> None:
         """Show what happened in BuildKit; batches must come in order and only once."""
 
+    @property
+    def crowded(self) -> bool:
+        """Much output waits for its reader."""
+
+    async def room(self) -> None:
+        """Wait while `crowded`."""
+
     def local_step(self, name: str) -> LocalStep:
         """Start a step of the client itself."""
 
     def notice(self, level: str, text: str) -> None:
         """Show a sentence; the level is "info" or "warning"."""
 
-    def finish(self, failure: Failure | None = None) -> None:
-        """Write what waits and how the build failed, if it did; blocks until it is written."""
+    def begin_again(self, text: str) -> None:
+        """Show with a sentence that the build starts once more, elsewhere.
+
+        What is fed afterwards has other steps than what was fed before, see `attempts`.
+        """
+
+    def finish(self, failure: Failure | None = None, totals: Totals | None = None) -> None:
+        """Write what waits, how the build failed or what it came to; blocks until it is written."""
 
     def __enter__(self) -> Self: ...
 

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 _RULE = "-" * 20
 _STEP_RULE = "-" * 6
 _SOLVE = "failed to solve: "
+_BUILD = "failed to build: "
 # Failure.Kind, node_service.proto: these carry BuildKit's message, which its clients introduce
-# with "failed to solve".
+# with "failed to solve", and buildx with "failed to build" before it.
 _SOLVE_KINDS = (0, 1)
 
 
@@ -55,8 +56,8 @@ def failure_report(failure: Failure) -> bytes:
     if failure.source_data:
         text = source_excerpt(failure.source_filename, failure.source_data, failure.source_ranges)
     message = failure.message or "the build failed"
-    if failure.kind in _SOLVE_KINDS and not message.startswith(_SOLVE):
-        message = _SOLVE + message
+    if failure.kind in _SOLVE_KINDS:
+        message = _BUILD + _SOLVE + message.removeprefix(_SOLVE)
     return f"{text}ERROR: {message}\n".encode("utf-8", "replace")
 
 

@@ -47,12 +47,15 @@ class LocalStep:
         self._emit = emit
         self._started_ns = _clock.now_ns()
         self._name = name
+        self.naming: Callable[[str], str] = str
+        """Makes what is shown of a new name."""
         self._counters: dict[str, _LocalCounter] = {}
         self._ended = False
         self._emit(ProgressBatch(vertices=[self._vertex()]))
 
     def rename(self, name: str) -> None:
         """Change what the step is called, for example when a queue position changes."""
+        name = self.naming(name)
         if name != self._name and not self._ended:
             self._name = name
             self._emit(ProgressBatch(vertices=[self._vertex()]))

@@ -17,6 +17,16 @@ def split_lines(data: bytes) -> list[bytes]:
     return pieces if pieces[-1] else pieces[:-1]
 
 
+def prefix_lines(prefix: bytes, lines: bytes) -> bytes:
+    """Return whole lines, each with a prefix; only a newline ends a line."""
+    return prefix + lines[:-1].replace(b"\n", b"\n" + prefix) + b"\n"
+
+
+def final_lines(lines: bytes, count: int) -> list[bytes]:
+    """Return the last `count` of whole lines with their ends."""
+    return [line + b"\n" for line in lines[:-1].rsplit(b"\n", count)[-count:]]
+
+
 def log_stamp(offset_seconds: float) -> bytes:
     """Return the time that stands before a log line, with its space: three to four digits."""
     if offset_seconds < 10:

@@ -91,6 +91,18 @@ class BuildView:
                 step.hidden = False
                 self._show(step)
 
+    def begin_again(self) -> None:
+        """Drop the steps of a run that was lost; the next one may have another node's clock."""
+        self.steps = {key: step for key, step in self.steps.items() if _goes_on(step)}
+        self.shown = [step for step in self.shown if _goes_on(step)]
+        self._owner = {key: step for key, step in self._owner.items() if _goes_on(step)}
+        self._shown = {step.digest for step in self.shown}
+        self._news = {key: count for key, count in self._news.items() if key in self.steps}
+        self.warnings.clear()
+        self.pending_log_bytes = sum(step.log_bytes for step in self.steps.values())
+        self._node_ahead = float("-inf")
+        self._node_began_ns = None
+
     def elapsed_seconds(self, now: float) -> float:
         """Return how long the build has run, at `now` in local monotonic seconds."""
         node = 0.0
@@ -270,3 +282,8 @@ class BuildView:
 
     def _saw(self, moment_ns: int) -> None:
         self._node_ahead = max(self._node_ahead, moment_ns / NANOSECONDS - self._now)
+
+
+def _goes_on(step: Step) -> bool:
+    """Return whether a step is the client's own and has not ended."""
+    return step.local and not step.completed

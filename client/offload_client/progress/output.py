@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 # Output that waits for a reader that does not read. Above it the feeding side is slowed down, so
 # that nothing is lost and memory stays bounded.
 _PENDING_LIMIT_BYTES = 64 << 20
+_CROWDED_BYTES = 8 << 20
+"""Above this, who feeds from an event loop should wait for the reader there."""
+_HURRY_BYTES = _CROWDED_BYTES // 4
+"""Above this, the next write comes before its time."""
 
 
 class Sink:
@@ -142,11 +146,22 @@ class Pump:
         self._interval_seconds = interval_seconds
         self._tick_seconds = tick_seconds
         self._wake = threading.Event()
+        self._hurry = threading.Event()
         self._closing = threading.Event()
         self._written = threading.Condition()
         self._thread: threading.Thread | None = None
         self._last: Callable[[], bytes] | None = None
         self._failure: Exception | None = None
+        self._pending_bytes = 0
+
+    @property
+    def crowded(self) -> bool:
+        """Much output waits for the reader; the one who feeds should pause."""
+        return (
+            self._pending_bytes > _CROWDED_BYTES
+            and not self._sink.broken
+            and not self._closing.is_set()
+        )
 
     def changed(self, pending_bytes: int = 0) -> None:
         """Tell that there is something to render; call without `lock`.
@@ -154,6 +169,9 @@ class Pump:
         Args:
             pending_bytes: output that waits; above 64 MiB this call waits for the writer.
         """
+        self._pending_bytes = pending_bytes
+        if pending_bytes > _HURRY_BYTES:
+            self._hurry.set()
         if not self._wake.is_set():
             self._wake.set()
         thread = self._started()
@@ -174,6 +192,7 @@ class Pump:
         """
         self._last = last
         self._closing.set()
+        self._hurry.set()
         self._wake.set()
         thread = self._started()
         thread.join(timeout_seconds)
@@ -210,9 +229,10 @@ class Pump:
         while not self._closing.is_set():
             self._wake.wait(self._tick_seconds)
             self._wake.clear()
+            self._hurry.clear()
             if self._closing.is_set() or not self._write(self._render):
                 break
-            self._closing.wait(self._interval_seconds)
+            self._hurry.wait(self._interval_seconds)
         self._closing.wait()
         if self._last is not None:
             self._write(self._last)
@@ -222,6 +242,7 @@ class Pump:
         try:
             with self.lock:
                 data = render()
+                self._pending_bytes = 0
             self._sink.write(data)
         except Exception as failure:  # noqa: BLE001 - raised again by close()
             self._failure = failure

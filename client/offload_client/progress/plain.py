@@ -40,6 +40,10 @@ class PlainDisplay(ViewDisplay):
     def _notice(self, level: str, text: str) -> None:
         self._printer.interject(f"WARNING: {text}" if level == "warning" else text)
 
+    def _settle(self) -> None:
+        self.view.reveal_all()
+        self._printer.settle(time.monotonic())
+
     def _render(self) -> bytes:
         return self._printer.render(time.monotonic())
 

@@ -11,7 +11,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from offload_client.progress.clock import NANOSECONDS
-from offload_client.progress.loglines import log_stamp, split_lines, whole_characters
+from offload_client.progress.loglines import (
+    final_lines,
+    log_stamp,
+    prefix_lines,
+    whole_characters,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -26,9 +31,12 @@ _LONGEST_WAIT_SECONDS = 10.0
 # A counter is printed again after this much progress, or this much time.
 _COUNTER_STEP = 0.05
 _COUNTER_PAUSE_NS = 5 * NANOSECONDS
-# Lines of a failed step that are repeated at the end.
-_TAIL_LINES = 10
+# Lines of a failed step that are repeated at the end. BuildKit's printer repeats 10.
+TAIL_LINES = 20
 _SHORT_NAME_CHARACTERS = 72
+# Of a line without an end, such as a progress bar that only goes back, so much is remembered: for
+# printing it again after a line of another step, and for the report of a failure.
+_OPEN_LINE_BYTES = 64 << 10
 
 
 @dataclass(slots=True)
@@ -50,7 +58,7 @@ class _Lane:
     warnings: int = 0
     counters: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Amount and time of the last print, by counter."""
-    tail: deque[bytes] = field(default_factory=lambda: deque(maxlen=_TAIL_LINES))
+    tail: deque[bytes] = field(default_factory=lambda: deque(maxlen=TAIL_LINES))
 
     def rate(self, now: float) -> float:
         """Return news per second."""
@@ -93,14 +101,25 @@ class PlainPrinter:
             }
         self._print_completed()
         if final:
-            for lane in sorted(self._waiting.values(), key=lambda lane: lane.step.started_ns or 0):
-                self._print(lane, final=True)
-            for lane in self._lanes.values():
-                self._print_held_back(lane)
-            self._end_line()
+            self._print_all()
         else:
             self._print_running(now)
         return self._take()
+
+    def settle(self, now: float) -> None:
+        """Print all that waits of the steps, which are over; the numbers of later ones go on."""
+        self._collect(now)
+        self._print_completed()
+        self._print_all()
+        self._current = None
+        self._lanes.clear()
+
+    def _print_all(self) -> None:
+        for lane in sorted(self._waiting.values(), key=lambda lane: lane.step.started_ns or 0):
+            self._print(lane, final=True)
+        for lane in self._lanes.values():
+            self._print_held_back(lane)
+        self._end_line()
 
     def interject(self, line: str) -> None:
         """Put a line of the client's own between the others."""
@@ -267,6 +286,9 @@ class PlainPrinter:
                 self._out.append(bytes(lane.open_line[lane.shown : visible]))
                 lane.shown = visible
             self._mid_line = lane.shown > 0
+            if (excess := lane.shown - _OPEN_LINE_BYTES) > 0:
+                del lane.open_line[:excess]
+                lane.shown -= excess
 
     def _print_held_back(self, lane: _Lane) -> None:
         """Print what was kept as part of a character of which the rest will never come."""
@@ -284,24 +306,28 @@ class PlainPrinter:
     def _append_log(self, lane: _Lane, log: Iterable[tuple[float, bytes]]) -> None:
         label, tail, out = lane.label, lane.tail, self._out
         line = lane.open_line
-        for offset, data in log:
+        for offset, piece in log:
+            data = piece
+            if line is not None:
+                end = data.find(b"\n") + 1
+                line += data[:end] if end else data
+                if not end:
+                    continue
+                tail.append(bytes(line))
+                out.append(bytes(line[lane.shown :]) if lane.shown else label + line)
+                lane.shown = 0
+                line = None
+                self._mid_line = False
+                data = data[end:]
+            end = data.rfind(b"\n") + 1
             stamp = log_stamp(offset)
-            if line is None and data.find(b"\n") == len(data) - 1:
-                # Most programs write whole lines.
-                text = stamp + data
-                tail.append(text)
-                out.append(label + text)
-                continue
-            for piece in split_lines(data):
-                if line is None:
-                    line = bytearray(stamp)
-                line += piece
-                if piece.endswith(b"\n"):
-                    tail.append(bytes(line))
-                    out.append(bytes(line[lane.shown :]) if lane.shown else label + line)
-                    lane.shown = 0
-                    line = None
-                    self._mid_line = False
+            if end:
+                # The hot path: thousands of lines may come in one piece.
+                whole = data[:end]
+                out.append(prefix_lines(label + stamp, whole))
+                tail.extend(stamp + text for text in final_lines(whole, TAIL_LINES))
+            if end < len(data):
+                line = bytearray(stamp + data[end:])
         lane.open_line = line
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from offload_proto.v1.node_service_pb2 import Failure
 
 _KEPT_CHUNKS = 64
-_TAIL_LINES = 10
+_TAIL_LINES = 20
 
 
 class QuietDisplay(ViewDisplay):
@@ -40,8 +40,17 @@ class QuietDisplay(ViewDisplay):
     def notice(self, level: str, text: str) -> None:
         """Say nothing."""
 
+    def begin_again(self, text: str) -> None:  # noqa: ARG002 - nothing is said
+        """Forget the run that was lost."""
+        with self._pump.lock:
+            self.view.begin_again()
+
     def _notice(self, level: str, text: str) -> None:
         """Say nothing."""
+
+    def _summary(self) -> bytes:
+        """Say nothing."""
+        return b""
 
     def _render(self) -> bytes:
         return b""

@@ -38,7 +38,7 @@ def encode_batch(batch: ProgressBatch) -> bytes:
     if batch.logs:
         parts.append('"logs":[' + ",".join([_log(log) for log in batch.logs]) + "]")
     if batch.warnings:
-        parts.append(_list("warnings", [_warning(warning) for warning in batch.warnings]))
+        parts.append(_list("warnings", [warning_value(warning) for warning in batch.warnings]))
     if not parts:
         return b""
     return ("{" + ",".join(parts) + "}\n").encode()
@@ -97,7 +97,8 @@ def _log(log: VertexLog) -> str:
     )
 
 
-def _warning(warning: VertexWarning) -> dict[str, Any]:
+def warning_value(warning: VertexWarning) -> dict[str, Any]:
+    """Return a warning as BuildKit's client.VertexWarning."""
     value: dict[str, Any] = {"vertex": warning.vertex}
     if warning.level:
         value["level"] = warning.level
@@ -111,6 +112,8 @@ def _warning(warning: VertexWarning) -> dict[str, Any]:
         source = {"filename": warning.source_filename}
         if warning.source_data:
             source["data"] = _base64(warning.source_data)
+        if warning.source_language:
+            source["language"] = warning.source_language
         value["sourceInfo"] = source
     if warning.ranges:
         value["range"] = [

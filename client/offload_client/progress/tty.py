@@ -29,9 +29,9 @@ _HIDE = "\x1b[?25l"
 _SHOW = "\x1b[?25h"
 _ERASE_RIGHT = "\x1b[K"
 _ERASE_BELOW = "\x1b[J"
-# Output of a step is kept until it has succeeded, for the report of a failure. BuildKit cuts it
-# at 2 MiB by default; this bounds a node that was told not to.
-_KEPT_LOG_BYTES = 16 << 20
+# Output of a step is kept until it has succeeded, for the report of a failure. BuildKit keeps as
+# much by default; a terminal is no place for more.
+_KEPT_LOG_BYTES = 2 << 20
 _FALLBACK_SIZE = (80, 24)
 
 

@@ -14,6 +14,11 @@ MAX_REQUEST_BYTES = 8 << 20
 """Above the largest argument list and environment that Linux gives a program (6 MiB)."""
 _LENGTH_BYTES = 4
 _DESCRIPTORS = 3
+_PATH_VARIABLES = frozenset((
+    "DOCKER_CERT_PATH", "DOCKER_CONFIG", "HOME", "OFFLOAD_BUILDX", "TMPDIR", "XDG_CACHE_HOME",
+    "XDG_CONFIG_HOME",
+))  # fmt: skip
+"""A relative path in these is relative to where the command was started, not the helper."""
 
 
 async def read_request(connection: socket.socket, descriptors: list[int]) -> Invocation:
@@ -46,10 +51,16 @@ def _invocation(payload: bytes, descriptors: list[int]) -> Invocation:
     if len(descriptors) != _DESCRIPTORS or len(fields) < 2:
         raise ValueError("three descriptors and a command are expected")
     count = int(fields[1])
+    cwd = Path(fields[0])
+    environment = dict(field.split("=", 1) for field in fields[2 + count :] if "=" in field)
+    for name in _PATH_VARIABLES & environment.keys():
+        # A word without "/" may name a program in PATH.
+        if "/" in environment[name] or (environment[name] and name != "OFFLOAD_BUILDX"):
+            environment[name] = str(cwd / environment[name])
     return Invocation(
         arguments=fields[2 : 2 + count],
-        cwd=Path(fields[0]),
-        environment=dict(field.split("=", 1) for field in fields[2 + count :] if "=" in field),
+        cwd=cwd,
+        environment=environment,
         stdin=descriptors[0],
         stdout=text_stream(descriptors[1]),
         stderr=text_stream(descriptors[2]),

@@ -20,7 +20,7 @@ from offload_client.bytepipe import in_thread
 from offload_client.cli.process import INTERRUPTED, TERMINATED, guarded, report
 from offload_client.connections import Connections
 from offload_client.resident.request import peer_uid, read_request
-from offload_client.resident.thin import READY
+from offload_client.resident.thin import AGAIN, READY
 from offload_core.aio import TaskSet
 from offload_core.errors import BuildCanceledError
 
@@ -142,6 +142,40 @@ class Helper:
         self._sources = {**_source_times(), **self._sources}
         await loop.sock_sendall(connection, code.to_bytes(4, "big"))
 
+    async def _signals(
+        self, connection: socket.socket, invocation: Invocation, command: asyncio.Future[int]
+    ) -> int:
+        """Return the exit code for a command that a signal ends, or the end of its process."""
+        loop = asyncio.get_running_loop()
+        interrupts = invocation.interrupts
+        ended = False
+        handled = False
+
+        def end() -> None:
+            nonlocal ended
+            ended = True
+            # Also when the user says so later, in answer to a question.
+            command.cancel()
+
+        def answered() -> None:
+            nonlocal handled
+            handled = True
+
+        interrupts.cancel, interrupts.answered = end, answered
+        while not ended:
+            try:
+                received = await loop.sock_recv(connection, 1)
+                interrupts.vanished = not received
+                if received != b"I":
+                    return TERMINATED if received == b"T" else INTERRUPTED
+                handled = False
+                interrupts.arrived()
+                if handled:
+                    await loop.sock_sendall(connection, AGAIN)
+            except OSError:
+                return INTERRUPTED
+        return INTERRUPTED
+
     def _stale(self) -> bool:
         now = _source_times()
         return any(now.get(name) != time for name, time in self._sources.items())
@@ -151,20 +185,18 @@ class Helper:
     ) -> int:
         from offload_client.cli.build import build
 
-        loop = asyncio.get_running_loop()
         command = asyncio.ensure_future(guarded(invocation, build(invocation, connections)))
-        listening = asyncio.ensure_future(loop.sock_recv(connection, 1))
+        signals = asyncio.ensure_future(self._signals(connection, invocation, command))
         code = 0
         try:
-            await asyncio.wait((command, listening), return_when=asyncio.FIRST_COMPLETED)
-            if not command.done():
-                # A signal, or the end of a command that was killed.
-                code = TERMINATED if _received(listening) == b"T" else INTERRUPTED
+            await asyncio.wait((command, signals), return_when=asyncio.FIRST_COMPLETED)
+            if signals.done():
+                code = signals.result()
                 command.cancel()
-                # However long that takes: the descriptors are in use until then.
-                await asyncio.wait((command,))
+            # However long that takes: the descriptors are in use until then.
+            await asyncio.wait((command,))
         finally:
-            listening.cancel()
+            signals.cancel()
         if command.cancelled():
             canceled = BuildCanceledError("canceled")
             telling = in_thread(lambda: report(invocation, canceled), name="report")
@@ -173,10 +205,6 @@ class Helper:
         result = command.result()
         # Cancelling may end in an error of something that was interrupted.
         return code if code and result else result
-
-
-def _received(listening: asyncio.Future[bytes]) -> bytes:
-    return b"" if listening.exception() is not None else listening.result()
 
 
 def _source_times() -> dict[str, int]:

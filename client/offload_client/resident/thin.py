@@ -7,7 +7,7 @@ connection that ends before it says: run the command yourself. Then come 4 bytes
 fields separated by NUL: cwd, number of arguments, arguments, `NAME=VALUE`...; descriptors 0, 1
 and 2 travel with the first byte (SCM_RIGHTS). They wait for `READY`, because in the queue of a
 helper that hangs they would keep the user's pipes open. Back come 4 bytes of exit code; a lone
-`I` or `T` sent meanwhile means SIGINT or SIGTERM.
+`I` or `T` sent meanwhile means SIGINT or SIGTERM, which `AGAIN` answers if the command goes on.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from __future__ import annotations
 import os
 import sys
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Raised with every change of the wire format, so that a command never meets an older helper."""
 READY = b"+"
+AGAIN = b"\xff\xff\xff\xff"
+"""In the place of an exit code: a signal did not end the command, the next one is wanted too."""
 READY_SECONDS = 2.0
 IN_PROCESS_ONLY = frozenset(("--help", "-h", "--version"))
 HELPER_DIED = 70
@@ -136,6 +138,9 @@ def _run(path: str, arguments: list[str]) -> int | None:
         if not part:
             return _died()
         data += part
+        if data == AGAIN:
+            data = b""
+            _signal.signal(_signal.SIGINT, forward)
     return int.from_bytes(data, "big")
 
 
@@ -143,8 +148,8 @@ def _died() -> int:
     # It may have hidden the cursor.
     show = "\x1b[?25h\n" if os.isatty(2) else ""
     text = (
-        f"{show}ERROR: the resident helper of offload-build was killed, and the build with it; "
-        "run the command again\n"
+        f"{show}ERROR: the resident helper of offload-build was killed; whether the build goes on "
+        "says: offload builds\n"
     )
     try:
         os.write(2, text.encode())

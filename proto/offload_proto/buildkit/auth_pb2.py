@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13\x62uildkit/auth.proto\x12\x10moby.filesync.v1\"\"\n\x12\x43redentialsRequest\x12\x0c\n\x04Host\x18\x01 \x01(\t\"7\n\x13\x43redentialsResponse\x12\x10\n\x08Username\x18\x01 \x01(\t\x12\x0e\n\x06Secret\x18\x02 \x01(\t2b\n\x04\x41uth\x12Z\n\x0b\x43redentials\x12$.moby.filesync.v1.CredentialsRequest\x1a%.moby.filesync.v1.CredentialsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13\x62uildkit/auth.proto\x12\x10moby.filesync.v1\"\"\n\x12\x43redentialsRequest\x12\x0c\n\x04Host\x18\x01 \x01(\t\"7\n\x13\x43redentialsResponse\x12\x10\n\x08Username\x18\x01 \x01(\t\x12\x0e\n\x06Secret\x18\x02 \x01(\t\"c\n\x11\x46\x65tchTokenRequest\x12\x10\n\x08\x43lientID\x18\x01 \x01(\t\x12\x0c\n\x04Host\x18\x02 \x01(\t\x12\r\n\x05Realm\x18\x03 \x01(\t\x12\x0f\n\x07Service\x18\x04 \x01(\t\x12\x0e\n\x06Scopes\x18\x05 \x03(\t\"H\n\x12\x46\x65tchTokenResponse\x12\r\n\x05Token\x18\x01 \x01(\t\x12\x11\n\tExpiresIn\x18\x02 \x01(\x03\x12\x10\n\x08IssuedAt\x18\x03 \x01(\x03\"6\n\x18GetTokenAuthorityRequest\x12\x0c\n\x04Host\x18\x01 \x01(\t\x12\x0c\n\x04Salt\x18\x02 \x01(\x0c\".\n\x19GetTokenAuthorityResponse\x12\x11\n\tPublicKey\x18\x01 \x01(\x0c\"J\n\x1bVerifyTokenAuthorityRequest\x12\x0c\n\x04Host\x18\x01 \x01(\t\x12\x0f\n\x07Payload\x18\x02 \x01(\x0c\x12\x0c\n\x04Salt\x18\x03 \x01(\x0c\".\n\x1cVerifyTokenAuthorityResponse\x12\x0e\n\x06Signed\x18\x01 \x01(\x0c\x32\xa0\x03\n\x04\x41uth\x12Z\n\x0b\x43redentials\x12$.moby.filesync.v1.CredentialsRequest\x1a%.moby.filesync.v1.CredentialsResponse\x12W\n\nFetchToken\x12#.moby.filesync.v1.FetchTokenRequest\x1a$.moby.filesync.v1.FetchTokenResponse\x12l\n\x11GetTokenAuthority\x12*.moby.filesync.v1.GetTokenAuthorityRequest\x1a+.moby.filesync.v1.GetTokenAuthorityResponse\x12u\n\x14VerifyTokenAuthority\x12-.moby.filesync.v1.VerifyTokenAuthorityRequest\x1a..moby.filesync.v1.VerifyTokenAuthorityResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,6 +35,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREDENTIALSREQUEST']._serialized_end=75
   _globals['_CREDENTIALSRESPONSE']._serialized_start=77
   _globals['_CREDENTIALSRESPONSE']._serialized_end=132
-  _globals['_AUTH']._serialized_start=134
-  _globals['_AUTH']._serialized_end=232
+  _globals['_FETCHTOKENREQUEST']._serialized_start=134
+  _globals['_FETCHTOKENREQUEST']._serialized_end=233
+  _globals['_FETCHTOKENRESPONSE']._serialized_start=235
+  _globals['_FETCHTOKENRESPONSE']._serialized_end=307
+  _globals['_GETTOKENAUTHORITYREQUEST']._serialized_start=309
+  _globals['_GETTOKENAUTHORITYREQUEST']._serialized_end=363
+  _globals['_GETTOKENAUTHORITYRESPONSE']._serialized_start=365
+  _globals['_GETTOKENAUTHORITYRESPONSE']._serialized_end=411
+  _globals['_VERIFYTOKENAUTHORITYREQUEST']._serialized_start=413
+  _globals['_VERIFYTOKENAUTHORITYREQUEST']._serialized_end=487
+  _globals['_VERIFYTOKENAUTHORITYRESPONSE']._serialized_start=489
+  _globals['_VERIFYTOKENAUTHORITYRESPONSE']._serialized_end=535
+  _globals['_AUTH']._serialized_start=538
+  _globals['_AUTH']._serialized_end=954
 # @@protoc_insertion_point(module_scope)

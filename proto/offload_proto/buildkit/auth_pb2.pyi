@@ -3,8 +3,10 @@
 isort:skip_file
 The session service that logs in at registries."""
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -63,3 +65,173 @@ class CredentialsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CredentialsResponse: _TypeAlias = CredentialsResponse  # noqa: Y015
+
+@_typing.final
+class FetchTokenRequest(_message.Message):
+    """FetchTokenRequest says what a registry asked for in its challenge."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLIENTID_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    REALM_FIELD_NUMBER: _builtins.int
+    SERVICE_FIELD_NUMBER: _builtins.int
+    SCOPES_FIELD_NUMBER: _builtins.int
+    ClientID: _builtins.str
+    """Name of the daemon for the token service."""
+    Host: _builtins.str
+    """Host of the registry, with its port if it has one."""
+    Realm: _builtins.str
+    """URL of the token service."""
+    Service: _builtins.str
+    """Name of the registry at the token service."""
+    @_builtins.property
+    def Scopes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Rights, as "repository:NAME:pull,push"."""
+
+    def __init__(
+        self,
+        *,
+        ClientID: _builtins.str = ...,
+        Host: _builtins.str = ...,
+        Realm: _builtins.str = ...,
+        Service: _builtins.str = ...,
+        Scopes: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ClientID", b"ClientID", "Host", b"Host", "Realm", b"Realm", "Scopes", b"Scopes", "Service", b"Service"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchTokenRequest: _TypeAlias = FetchTokenRequest  # noqa: Y015
+
+@_typing.final
+class FetchTokenResponse(_message.Message):
+    """FetchTokenResponse is a token."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_FIELD_NUMBER: _builtins.int
+    EXPIRESIN_FIELD_NUMBER: _builtins.int
+    ISSUEDAT_FIELD_NUMBER: _builtins.int
+    Token: _builtins.str
+    """Sent as a bearer token."""
+    ExpiresIn: _builtins.int
+    """Its life in seconds."""
+    IssuedAt: _builtins.int
+    """When its life began, in seconds since 1970; 0 for now."""
+    def __init__(
+        self,
+        *,
+        Token: _builtins.str = ...,
+        ExpiresIn: _builtins.int = ...,
+        IssuedAt: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ExpiresIn", b"ExpiresIn", "IssuedAt", b"IssuedAt", "Token", b"Token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchTokenResponse: _TypeAlias = FetchTokenResponse  # noqa: Y015
+
+@_typing.final
+class GetTokenAuthorityRequest(_message.Message):
+    """GetTokenAuthorityRequest names a registry."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOST_FIELD_NUMBER: _builtins.int
+    SALT_FIELD_NUMBER: _builtins.int
+    Host: _builtins.str
+    """Host, with its port if it has one."""
+    Salt: _builtins.bytes
+    """Random bytes of the daemon, the same for its whole life."""
+    def __init__(
+        self,
+        *,
+        Host: _builtins.str = ...,
+        Salt: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["Host", b"Host", "Salt", b"Salt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetTokenAuthorityRequest: _TypeAlias = GetTokenAuthorityRequest  # noqa: Y015
+
+@_typing.final
+class GetTokenAuthorityResponse(_message.Message):
+    """GetTokenAuthorityResponse is a key."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PUBLICKEY_FIELD_NUMBER: _builtins.int
+    PublicKey: _builtins.bytes
+    """Public key, Ed25519."""
+    def __init__(
+        self,
+        *,
+        PublicKey: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["PublicKey", b"PublicKey"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetTokenAuthorityResponse: _TypeAlias = GetTokenAuthorityResponse  # noqa: Y015
+
+@_typing.final
+class VerifyTokenAuthorityRequest(_message.Message):
+    """VerifyTokenAuthorityRequest asks for a proof."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOST_FIELD_NUMBER: _builtins.int
+    PAYLOAD_FIELD_NUMBER: _builtins.int
+    SALT_FIELD_NUMBER: _builtins.int
+    Host: _builtins.str
+    """Host, with its port if it has one."""
+    Payload: _builtins.bytes
+    """What is to be signed."""
+    Salt: _builtins.bytes
+    """Random bytes of the daemon, the same for its whole life."""
+    def __init__(
+        self,
+        *,
+        Host: _builtins.str = ...,
+        Payload: _builtins.bytes = ...,
+        Salt: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["Host", b"Host", "Payload", b"Payload", "Salt", b"Salt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyTokenAuthorityRequest: _TypeAlias = VerifyTokenAuthorityRequest  # noqa: Y015
+
+@_typing.final
+class VerifyTokenAuthorityResponse(_message.Message):
+    """VerifyTokenAuthorityResponse is the proof."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIGNED_FIELD_NUMBER: _builtins.int
+    Signed: _builtins.bytes
+    """The signature, with the payload behind it."""
+    def __init__(
+        self,
+        *,
+        Signed: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["Signed", b"Signed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyTokenAuthorityResponse: _TypeAlias = VerifyTokenAuthorityResponse  # noqa: Y015

@@ -40,6 +40,21 @@ class AuthStub:
                 request_serializer=buildkit_dot_auth__pb2.CredentialsRequest.SerializeToString,
                 response_deserializer=buildkit_dot_auth__pb2.CredentialsResponse.FromString,
                 _registered_method=True)
+        self.FetchToken = channel.unary_unary(
+                '/moby.filesync.v1.Auth/FetchToken',
+                request_serializer=buildkit_dot_auth__pb2.FetchTokenRequest.SerializeToString,
+                response_deserializer=buildkit_dot_auth__pb2.FetchTokenResponse.FromString,
+                _registered_method=True)
+        self.GetTokenAuthority = channel.unary_unary(
+                '/moby.filesync.v1.Auth/GetTokenAuthority',
+                request_serializer=buildkit_dot_auth__pb2.GetTokenAuthorityRequest.SerializeToString,
+                response_deserializer=buildkit_dot_auth__pb2.GetTokenAuthorityResponse.FromString,
+                _registered_method=True)
+        self.VerifyTokenAuthority = channel.unary_unary(
+                '/moby.filesync.v1.Auth/VerifyTokenAuthority',
+                request_serializer=buildkit_dot_auth__pb2.VerifyTokenAuthorityRequest.SerializeToString,
+                response_deserializer=buildkit_dot_auth__pb2.VerifyTokenAuthorityResponse.FromString,
+                _registered_method=True)
 
 
 class AuthServicer:
@@ -53,6 +68,27 @@ class AuthServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FetchToken(self, request, context):
+        """FetchToken returns a token for a registry, so that the daemon needs no login.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetTokenAuthority(self, request, context):
+        """GetTokenAuthority returns a key that stands for the login with which tokens are fetched.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def VerifyTokenAuthority(self, request, context):
+        """VerifyTokenAuthority proves that this session fetches tokens with the same login.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AuthServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +96,21 @@ def add_AuthServicer_to_server(servicer, server):
                     servicer.Credentials,
                     request_deserializer=buildkit_dot_auth__pb2.CredentialsRequest.FromString,
                     response_serializer=buildkit_dot_auth__pb2.CredentialsResponse.SerializeToString,
+            ),
+            'FetchToken': grpc.unary_unary_rpc_method_handler(
+                    servicer.FetchToken,
+                    request_deserializer=buildkit_dot_auth__pb2.FetchTokenRequest.FromString,
+                    response_serializer=buildkit_dot_auth__pb2.FetchTokenResponse.SerializeToString,
+            ),
+            'GetTokenAuthority': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTokenAuthority,
+                    request_deserializer=buildkit_dot_auth__pb2.GetTokenAuthorityRequest.FromString,
+                    response_serializer=buildkit_dot_auth__pb2.GetTokenAuthorityResponse.SerializeToString,
+            ),
+            'VerifyTokenAuthority': grpc.unary_unary_rpc_method_handler(
+                    servicer.VerifyTokenAuthority,
+                    request_deserializer=buildkit_dot_auth__pb2.VerifyTokenAuthorityRequest.FromString,
+                    response_serializer=buildkit_dot_auth__pb2.VerifyTokenAuthorityResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +141,87 @@ class Auth:
             '/moby.filesync.v1.Auth/Credentials',
             buildkit_dot_auth__pb2.CredentialsRequest.SerializeToString,
             buildkit_dot_auth__pb2.CredentialsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FetchToken(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moby.filesync.v1.Auth/FetchToken',
+            buildkit_dot_auth__pb2.FetchTokenRequest.SerializeToString,
+            buildkit_dot_auth__pb2.FetchTokenResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTokenAuthority(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moby.filesync.v1.Auth/GetTokenAuthority',
+            buildkit_dot_auth__pb2.GetTokenAuthorityRequest.SerializeToString,
+            buildkit_dot_auth__pb2.GetTokenAuthorityResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifyTokenAuthority(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moby.filesync.v1.Auth/VerifyTokenAuthority',
+            buildkit_dot_auth__pb2.VerifyTokenAuthorityRequest.SerializeToString,
+            buildkit_dot_auth__pb2.VerifyTokenAuthorityResponse.FromString,
             options,
             channel_credentials,
             insecure,

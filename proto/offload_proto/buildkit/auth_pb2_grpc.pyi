@@ -35,6 +35,12 @@ class AuthStub:
     def __new__(cls, channel: _aio.Channel) -> AuthAsyncStub: ...
     Credentials: _grpc.UnaryUnaryMultiCallable[_auth_pb2.CredentialsRequest, _auth_pb2.CredentialsResponse]
     """Credentials returns a login."""
+    FetchToken: _grpc.UnaryUnaryMultiCallable[_auth_pb2.FetchTokenRequest, _auth_pb2.FetchTokenResponse]
+    """FetchToken returns a token for a registry, so that the daemon needs no login."""
+    GetTokenAuthority: _grpc.UnaryUnaryMultiCallable[_auth_pb2.GetTokenAuthorityRequest, _auth_pb2.GetTokenAuthorityResponse]
+    """GetTokenAuthority returns a key that stands for the login with which tokens are fetched."""
+    VerifyTokenAuthority: _grpc.UnaryUnaryMultiCallable[_auth_pb2.VerifyTokenAuthorityRequest, _auth_pb2.VerifyTokenAuthorityResponse]
+    """VerifyTokenAuthority proves that this session fetches tokens with the same login."""
 
 @_typing.type_check_only
 class AuthAsyncStub(AuthStub):
@@ -43,6 +49,12 @@ class AuthAsyncStub(AuthStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Credentials: _aio.UnaryUnaryMultiCallable[_auth_pb2.CredentialsRequest, _auth_pb2.CredentialsResponse]  # type: ignore[assignment]
     """Credentials returns a login."""
+    FetchToken: _aio.UnaryUnaryMultiCallable[_auth_pb2.FetchTokenRequest, _auth_pb2.FetchTokenResponse]  # type: ignore[assignment]
+    """FetchToken returns a token for a registry, so that the daemon needs no login."""
+    GetTokenAuthority: _aio.UnaryUnaryMultiCallable[_auth_pb2.GetTokenAuthorityRequest, _auth_pb2.GetTokenAuthorityResponse]  # type: ignore[assignment]
+    """GetTokenAuthority returns a key that stands for the login with which tokens are fetched."""
+    VerifyTokenAuthority: _aio.UnaryUnaryMultiCallable[_auth_pb2.VerifyTokenAuthorityRequest, _auth_pb2.VerifyTokenAuthorityResponse]  # type: ignore[assignment]
+    """VerifyTokenAuthority proves that this session fetches tokens with the same login."""
 
 class AuthServicer(metaclass=_abc_1.ABCMeta):
     """Auth answers for registries."""
@@ -54,5 +66,29 @@ class AuthServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_auth_pb2.CredentialsResponse, _abc.Awaitable[_auth_pb2.CredentialsResponse]]:
         """Credentials returns a login."""
+
+    @_abc_1.abstractmethod
+    def FetchToken(
+        self,
+        request: _auth_pb2.FetchTokenRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.FetchTokenResponse, _abc.Awaitable[_auth_pb2.FetchTokenResponse]]:
+        """FetchToken returns a token for a registry, so that the daemon needs no login."""
+
+    @_abc_1.abstractmethod
+    def GetTokenAuthority(
+        self,
+        request: _auth_pb2.GetTokenAuthorityRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.GetTokenAuthorityResponse, _abc.Awaitable[_auth_pb2.GetTokenAuthorityResponse]]:
+        """GetTokenAuthority returns a key that stands for the login with which tokens are fetched."""
+
+    @_abc_1.abstractmethod
+    def VerifyTokenAuthority(
+        self,
+        request: _auth_pb2.VerifyTokenAuthorityRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.VerifyTokenAuthorityResponse, _abc.Awaitable[_auth_pb2.VerifyTokenAuthorityResponse]]:
+        """VerifyTokenAuthority proves that this session fetches tokens with the same login."""
 
 def add_AuthServicer_to_server(servicer: AuthServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

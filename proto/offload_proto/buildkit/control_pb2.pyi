@@ -22,6 +22,234 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
+class BuildHistoryRequest(_message.Message):
+    """BuildHistoryRequest chooses builds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REF_FIELD_NUMBER: _builtins.int
+    EARLYEXIT_FIELD_NUMBER: _builtins.int
+    Ref: _builtins.str
+    """Name of one build."""
+    EarlyExit: _builtins.bool
+    """End the stream after what is known now."""
+    def __init__(
+        self,
+        *,
+        Ref: _builtins.str = ...,
+        EarlyExit: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["EarlyExit", b"EarlyExit", "Ref", b"Ref"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BuildHistoryRequest: _TypeAlias = BuildHistoryRequest  # noqa: Y015
+
+@_typing.final
+class BuildHistoryEvent(_message.Message):
+    """BuildHistoryEvent is a change of a record."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECORD_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def record(self) -> Global___BuildHistoryRecord:
+        """The record as it is now."""
+
+    def __init__(
+        self,
+        *,
+        record: Global___BuildHistoryRecord | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["record", b"record"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["record", b"record"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BuildHistoryEvent: _TypeAlias = BuildHistoryEvent  # noqa: Y015
+
+@_typing.final
+class BuildHistoryRecord(_message.Message):
+    """BuildHistoryRecord is one build, as far as we read it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ResultsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___BuildResultInfo: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___BuildResultInfo | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    REF_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    RESULTS_FIELD_NUMBER: _builtins.int
+    Ref: _builtins.str
+    """Name of the build."""
+    @_builtins.property
+    def Result(self) -> Global___BuildResultInfo:
+        """What it made, when that is for one platform."""
+
+    @_builtins.property
+    def Results(self) -> _containers.MessageMap[_builtins.str, Global___BuildResultInfo]:
+        """What it made, by platform."""
+
+    def __init__(
+        self,
+        *,
+        Ref: _builtins.str = ...,
+        Result: Global___BuildResultInfo | None = ...,
+        Results: _abc.Mapping[_builtins.str, Global___BuildResultInfo] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["Result", b"Result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["Ref", b"Ref", "Result", b"Result", "Results", b"Results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BuildHistoryRecord: _TypeAlias = BuildHistoryRecord  # noqa: Y015
+
+@_typing.final
+class BuildResultInfo(_message.Message):
+    """BuildResultInfo is one result of a build."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTESTATIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def Attestations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Descriptor]:
+        """Statements about it."""
+
+    def __init__(
+        self,
+        *,
+        Attestations: _abc.Iterable[Global___Descriptor] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["Attestations", b"Attestations"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BuildResultInfo: _TypeAlias = BuildResultInfo  # noqa: Y015
+
+@_typing.final
+class Descriptor(_message.Message):
+    """Descriptor names content of the daemon."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class AnnotationsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    MEDIA_TYPE_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    ANNOTATIONS_FIELD_NUMBER: _builtins.int
+    media_type: _builtins.str
+    """OCI media type."""
+    digest: _builtins.str
+    """"sha256:<hex>"."""
+    size: _builtins.int
+    """Bytes."""
+    @_builtins.property
+    def annotations(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Notes, for example "in-toto.io/predicate-type"."""
+
+    def __init__(
+        self,
+        *,
+        media_type: _builtins.str = ...,
+        digest: _builtins.str = ...,
+        size: _builtins.int = ...,
+        annotations: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["annotations", b"annotations", "digest", b"digest", "media_type", b"media_type", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Descriptor: _TypeAlias = Descriptor  # noqa: Y015
+
+@_typing.final
+class UpdateBuildHistoryRequest(_message.Message):
+    """UpdateBuildHistoryRequest changes a record."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REF_FIELD_NUMBER: _builtins.int
+    DELETE_FIELD_NUMBER: _builtins.int
+    Ref: _builtins.str
+    """Name of the build."""
+    Delete: _builtins.bool
+    """Forget it."""
+    def __init__(
+        self,
+        *,
+        Ref: _builtins.str = ...,
+        Delete: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["Delete", b"Delete", "Ref", b"Ref"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateBuildHistoryRequest: _TypeAlias = UpdateBuildHistoryRequest  # noqa: Y015
+
+@_typing.final
+class UpdateBuildHistoryResponse(_message.Message):
+    """UpdateBuildHistoryResponse is empty."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateBuildHistoryResponse: _TypeAlias = UpdateBuildHistoryResponse  # noqa: Y015
+
+@_typing.final
 class PruneRequest(_message.Message):
     """PruneRequest limits what is deleted."""
 

@@ -47,6 +47,10 @@ class ControlStub:
     """ListWorkers lists the daemon's workers."""
     Info: _grpc.UnaryUnaryMultiCallable[_control_pb2.InfoRequest, _control_pb2.InfoResponse]
     """Info identifies the daemon."""
+    ListenBuildHistory: _grpc.UnaryStreamMultiCallable[_control_pb2.BuildHistoryRequest, _control_pb2.BuildHistoryEvent]
+    """ListenBuildHistory tells of finished builds."""
+    UpdateBuildHistory: _grpc.UnaryUnaryMultiCallable[_control_pb2.UpdateBuildHistoryRequest, _control_pb2.UpdateBuildHistoryResponse]
+    """UpdateBuildHistory forgets one."""
 
 @_typing.type_check_only
 class ControlAsyncStub(ControlStub):
@@ -67,6 +71,10 @@ class ControlAsyncStub(ControlStub):
     """ListWorkers lists the daemon's workers."""
     Info: _aio.UnaryUnaryMultiCallable[_control_pb2.InfoRequest, _control_pb2.InfoResponse]  # type: ignore[assignment]
     """Info identifies the daemon."""
+    ListenBuildHistory: _aio.UnaryStreamMultiCallable[_control_pb2.BuildHistoryRequest, _control_pb2.BuildHistoryEvent]  # type: ignore[assignment]
+    """ListenBuildHistory tells of finished builds."""
+    UpdateBuildHistory: _aio.UnaryUnaryMultiCallable[_control_pb2.UpdateBuildHistoryRequest, _control_pb2.UpdateBuildHistoryResponse]  # type: ignore[assignment]
+    """UpdateBuildHistory forgets one."""
 
 class ControlServicer(metaclass=_abc_1.ABCMeta):
     """Control is the API of a BuildKit daemon."""
@@ -126,5 +134,21 @@ class ControlServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.InfoResponse, _abc.Awaitable[_control_pb2.InfoResponse]]:
         """Info identifies the daemon."""
+
+    @_abc_1.abstractmethod
+    def ListenBuildHistory(
+        self,
+        request: _control_pb2.BuildHistoryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_control_pb2.BuildHistoryEvent], _abc.AsyncIterator[_control_pb2.BuildHistoryEvent]]:
+        """ListenBuildHistory tells of finished builds."""
+
+    @_abc_1.abstractmethod
+    def UpdateBuildHistory(
+        self,
+        request: _control_pb2.UpdateBuildHistoryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.UpdateBuildHistoryResponse, _abc.Awaitable[_control_pb2.UpdateBuildHistoryResponse]]:
+        """UpdateBuildHistory forgets one."""
 
 def add_ControlServicer_to_server(servicer: ControlServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

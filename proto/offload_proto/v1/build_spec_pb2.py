@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1boffload/v1/build_spec.proto\x12\noffload.v1\"\xae\x02\n\x06Output\x12%\n\x04type\x18\x01 \x01(\x0e\x32\x17.offload.v1.Output.Type\x12\x36\n\nattributes\x18\x02 \x03(\x0b\x32\".offload.v1.Output.AttributesEntry\x1a\x31\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x91\x01\n\x04Type\x12\x14\n\x10TYPE_UNSPECIFIED\x10\x00\x12\x0e\n\nTYPE_LOCAL\x10\x01\x12\x0c\n\x08TYPE_TAR\x10\x02\x12\x0c\n\x08TYPE_OCI\x10\x03\x12\x0f\n\x0bTYPE_DOCKER\x10\x04\x12\x0e\n\nTYPE_IMAGE\x10\x05\x12\x11\n\rTYPE_REGISTRY\x10\x06\x12\x13\n\x0fTYPE_CACHE_ONLY\x10\x07\"\x8c\x06\n\tBuildSpec\x12\x0c\n\x04tags\x18\x01 \x03(\t\x12\x17\n\x0f\x64ockerfile_path\x18\x02 \x01(\t\x12\x0e\n\x06target\x18\x03 \x01(\t\x12\x38\n\nbuild_args\x18\x04 \x03(\x0b\x32$.offload.v1.BuildSpec.BuildArgsEntry\x12\x11\n\tplatforms\x18\x05 \x03(\t\x12\x10\n\x08no_cache\x18\x06 \x01(\x08\x12#\n\x07outputs\x18\x07 \x03(\x0b\x32\x12.offload.v1.Output\x12\x31\n\x06labels\x18\x08 \x03(\x0b\x32!.offload.v1.BuildSpec.LabelsEntry\x12\x0c\n\x04pull\x18\t \x01(\x08\x12J\n\x13\x66rontend_attributes\x18\n \x03(\x0b\x32-.offload.v1.BuildSpec.FrontendAttributesEntry\x12\x12\n\ndefinition\x18\x0b \x01(\t\x12\x1a\n\x12\x64\x65\x66inition_is_name\x18\x0e \x01(\x08\x12\x13\n\x0b\x63ontext_url\x18\x0c \x01(\t\x12@\n\x0enamed_contexts\x18\r \x03(\x0b\x32(.offload.v1.BuildSpec.NamedContextsEntry\x12.\n\rcache_imports\x18\x0f \x03(\x0b\x32\x17.offload.v1.CacheOption\x12.\n\rcache_exports\x18\x10 \x03(\x0b\x32\x17.offload.v1.CacheOption\x1a\x30\n\x0e\x42uildArgsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x39\n\x17\x46rontendAttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x34\n\x12NamedContextsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x8b\x01\n\x0b\x43\x61\x63heOption\x12\x0c\n\x04type\x18\x01 \x01(\t\x12;\n\nattributes\x18\x02 \x03(\x0b\x32\'.offload.v1.CacheOption.AttributesEntry\x1a\x31\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"I\n\x0fImageDescriptor\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x12\n\nmedia_type\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1boffload/v1/build_spec.proto\x12\noffload.v1\"\xae\x02\n\x06Output\x12%\n\x04type\x18\x01 \x01(\x0e\x32\x17.offload.v1.Output.Type\x12\x36\n\nattributes\x18\x02 \x03(\x0b\x32\".offload.v1.Output.AttributesEntry\x1a\x31\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x91\x01\n\x04Type\x12\x14\n\x10TYPE_UNSPECIFIED\x10\x00\x12\x0e\n\nTYPE_LOCAL\x10\x01\x12\x0c\n\x08TYPE_TAR\x10\x02\x12\x0c\n\x08TYPE_OCI\x10\x03\x12\x0f\n\x0bTYPE_DOCKER\x10\x04\x12\x0e\n\nTYPE_IMAGE\x10\x05\x12\x11\n\rTYPE_REGISTRY\x10\x06\x12\x13\n\x0fTYPE_CACHE_ONLY\x10\x07\"\xad\t\n\tBuildSpec\x12\x0c\n\x04tags\x18\x01 \x03(\t\x12\x17\n\x0f\x64ockerfile_path\x18\x02 \x01(\t\x12\x0e\n\x06target\x18\x03 \x01(\t\x12\x38\n\nbuild_args\x18\x04 \x03(\x0b\x32$.offload.v1.BuildSpec.BuildArgsEntry\x12\x11\n\tplatforms\x18\x05 \x03(\t\x12\x10\n\x08no_cache\x18\x06 \x01(\x08\x12#\n\x07outputs\x18\x07 \x03(\x0b\x32\x12.offload.v1.Output\x12\x31\n\x06labels\x18\x08 \x03(\x0b\x32!.offload.v1.BuildSpec.LabelsEntry\x12\x0c\n\x04pull\x18\t \x01(\x08\x12J\n\x13\x66rontend_attributes\x18\n \x03(\x0b\x32-.offload.v1.BuildSpec.FrontendAttributesEntry\x12\x12\n\ndefinition\x18\x0b \x01(\t\x12\x1a\n\x12\x64\x65\x66inition_is_name\x18\x0e \x01(\x08\x12\x13\n\x0b\x63ontext_url\x18\x0c \x01(\t\x12@\n\x0enamed_contexts\x18\r \x03(\x0b\x32(.offload.v1.BuildSpec.NamedContextsEntry\x12.\n\rcache_imports\x18\x0f \x03(\x0b\x32\x17.offload.v1.CacheOption\x12.\n\rcache_exports\x18\x10 \x03(\x0b\x32\x17.offload.v1.CacheOption\x12\x12\n\nsecret_ids\x18\x11 \x03(\t\x12\x0f\n\x07ssh_ids\x18\x12 \x03(\t\x12\x14\n\x0c\x65ntitlements\x18\x13 \x03(\t\x12\x14\n\x0cnetwork_mode\x18\x14 \x01(\t\x12\x13\n\x0b\x65xtra_hosts\x18\x15 \x03(\t\x12\x0f\n\x07ulimits\x18\x16 \x03(\t\x12\x16\n\x0eshm_size_bytes\x18\x17 \x01(\x03\x12\x15\n\rcgroup_parent\x18\x18 \x01(\t\x12\x17\n\x0fno_cache_stages\x18\x19 \x03(\t\x12=\n\x0c\x61ttestations\x18\x1a \x03(\x0b\x32\'.offload.v1.BuildSpec.AttestationsEntry\x12\x0c\n\x04\x63\x61ll\x18\x1b \x01(\t\x12-\n\tresources\x18\x1c \x01(\x0b\x32\x1a.offload.v1.ResourceLimits\x12\x12\n\nsave_image\x18\x1d \x01(\x08\x12\x1b\n\x13metadata_provenance\x18\x1e \x01(\t\x1a\x30\n\x0e\x42uildArgsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x39\n\x17\x46rontendAttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x34\n\x12NamedContextsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x33\n\x11\x41ttestationsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xa6\x01\n\x0eResourceLimits\x12\x14\n\x0cmemory_bytes\x18\x01 \x01(\x03\x12\x19\n\x11memory_swap_bytes\x18\x02 \x01(\x03\x12\x12\n\ncpu_shares\x18\x03 \x01(\x03\x12\x11\n\tcpu_quota\x18\x04 \x01(\x03\x12\x12\n\ncpu_period\x18\x05 \x01(\x03\x12\x13\n\x0b\x63puset_cpus\x18\x06 \x01(\t\x12\x13\n\x0b\x63puset_mems\x18\x07 \x01(\t\"\x8b\x01\n\x0b\x43\x61\x63heOption\x12\x0c\n\x04type\x18\x01 \x01(\t\x12;\n\nattributes\x18\x02 \x03(\x0b\x32\'.offload.v1.CacheOption.AttributesEntry\x1a\x31\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"I\n\x0fImageDescriptor\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x12\n\nmedia_type\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,6 +41,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_BUILDSPEC_FRONTENDATTRIBUTESENTRY']._serialized_options = b'8\001'
   _globals['_BUILDSPEC_NAMEDCONTEXTSENTRY']._loaded_options = None
   _globals['_BUILDSPEC_NAMEDCONTEXTSENTRY']._serialized_options = b'8\001'
+  _globals['_BUILDSPEC_ATTESTATIONSENTRY']._loaded_options = None
+  _globals['_BUILDSPEC_ATTESTATIONSENTRY']._serialized_options = b'8\001'
   _globals['_CACHEOPTION_ATTRIBUTESENTRY']._loaded_options = None
   _globals['_CACHEOPTION_ATTRIBUTESENTRY']._serialized_options = b'8\001'
   _globals['_OUTPUT']._serialized_start=44
@@ -50,19 +52,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_OUTPUT_TYPE']._serialized_start=201
   _globals['_OUTPUT_TYPE']._serialized_end=346
   _globals['_BUILDSPEC']._serialized_start=349
-  _globals['_BUILDSPEC']._serialized_end=1129
-  _globals['_BUILDSPEC_BUILDARGSENTRY']._serialized_start=921
-  _globals['_BUILDSPEC_BUILDARGSENTRY']._serialized_end=969
-  _globals['_BUILDSPEC_LABELSENTRY']._serialized_start=971
-  _globals['_BUILDSPEC_LABELSENTRY']._serialized_end=1016
-  _globals['_BUILDSPEC_FRONTENDATTRIBUTESENTRY']._serialized_start=1018
-  _globals['_BUILDSPEC_FRONTENDATTRIBUTESENTRY']._serialized_end=1075
-  _globals['_BUILDSPEC_NAMEDCONTEXTSENTRY']._serialized_start=1077
-  _globals['_BUILDSPEC_NAMEDCONTEXTSENTRY']._serialized_end=1129
-  _globals['_CACHEOPTION']._serialized_start=1132
-  _globals['_CACHEOPTION']._serialized_end=1271
+  _globals['_BUILDSPEC']._serialized_end=1546
+  _globals['_BUILDSPEC_BUILDARGSENTRY']._serialized_start=1285
+  _globals['_BUILDSPEC_BUILDARGSENTRY']._serialized_end=1333
+  _globals['_BUILDSPEC_LABELSENTRY']._serialized_start=1335
+  _globals['_BUILDSPEC_LABELSENTRY']._serialized_end=1380
+  _globals['_BUILDSPEC_FRONTENDATTRIBUTESENTRY']._serialized_start=1382
+  _globals['_BUILDSPEC_FRONTENDATTRIBUTESENTRY']._serialized_end=1439
+  _globals['_BUILDSPEC_NAMEDCONTEXTSENTRY']._serialized_start=1441
+  _globals['_BUILDSPEC_NAMEDCONTEXTSENTRY']._serialized_end=1493
+  _globals['_BUILDSPEC_ATTESTATIONSENTRY']._serialized_start=1495
+  _globals['_BUILDSPEC_ATTESTATIONSENTRY']._serialized_end=1546
+  _globals['_RESOURCELIMITS']._serialized_start=1549
+  _globals['_RESOURCELIMITS']._serialized_end=1715
+  _globals['_CACHEOPTION']._serialized_start=1718
+  _globals['_CACHEOPTION']._serialized_end=1857
   _globals['_CACHEOPTION_ATTRIBUTESENTRY']._serialized_start=149
   _globals['_CACHEOPTION_ATTRIBUTESENTRY']._serialized_end=198
-  _globals['_IMAGEDESCRIPTOR']._serialized_start=1273
-  _globals['_IMAGEDESCRIPTOR']._serialized_end=1346
+  _globals['_IMAGEDESCRIPTOR']._serialized_start=1859
+  _globals['_IMAGEDESCRIPTOR']._serialized_end=1932
 # @@protoc_insertion_point(module_scope)

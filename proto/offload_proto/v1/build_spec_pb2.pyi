@@ -196,6 +196,26 @@ class BuildSpec(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class AttestationsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     TAGS_FIELD_NUMBER: _builtins.int
     DOCKERFILE_PATH_FIELD_NUMBER: _builtins.int
     TARGET_FIELD_NUMBER: _builtins.int
@@ -212,6 +232,20 @@ class BuildSpec(_message.Message):
     NAMED_CONTEXTS_FIELD_NUMBER: _builtins.int
     CACHE_IMPORTS_FIELD_NUMBER: _builtins.int
     CACHE_EXPORTS_FIELD_NUMBER: _builtins.int
+    SECRET_IDS_FIELD_NUMBER: _builtins.int
+    SSH_IDS_FIELD_NUMBER: _builtins.int
+    ENTITLEMENTS_FIELD_NUMBER: _builtins.int
+    NETWORK_MODE_FIELD_NUMBER: _builtins.int
+    EXTRA_HOSTS_FIELD_NUMBER: _builtins.int
+    ULIMITS_FIELD_NUMBER: _builtins.int
+    SHM_SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    CGROUP_PARENT_FIELD_NUMBER: _builtins.int
+    NO_CACHE_STAGES_FIELD_NUMBER: _builtins.int
+    ATTESTATIONS_FIELD_NUMBER: _builtins.int
+    CALL_FIELD_NUMBER: _builtins.int
+    RESOURCES_FIELD_NUMBER: _builtins.int
+    SAVE_IMAGE_FIELD_NUMBER: _builtins.int
+    METADATA_PROVENANCE_FIELD_NUMBER: _builtins.int
     dockerfile_path: _builtins.str
     """Path of the Dockerfile below the "dockerfile" local source."""
     target: _builtins.str
@@ -231,6 +265,22 @@ class BuildSpec(_message.Message):
     context_url: _builtins.str
     """A build context that BuildKit fetches itself: the URL of a git repository, an archive or a
     Dockerfile. Empty for the local source "context".
+    """
+    network_mode: _builtins.str
+    """--network: "", "default", "none" or "host"."""
+    shm_size_bytes: _builtins.int
+    """--shm-size in bytes; 0 for the default."""
+    cgroup_parent: _builtins.str
+    """--cgroup-parent; empty for the default."""
+    call: _builtins.str
+    """--call and --check: BuildKit's name of the frontend's request, for example "frontend.lint";
+    empty for a build. Its answer is Success.call_result.
+    """
+    save_image: _builtins.bool
+    """--save: the image outlives the node's disk, in the shared store."""
+    metadata_provenance: _builtins.str
+    """Provenance wanted in Success.exporter_response as "buildx.build.provenance": "min", "max", or
+    empty for none.
     """
     @_builtins.property
     def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -271,6 +321,40 @@ class BuildSpec(_message.Message):
     def cache_exports(self) -> _containers.RepeatedCompositeFieldContainer[Global___CacheOption]:
         """--cache-to: caches beside the pool's, which BuildKit writes itself."""
 
+    @_builtins.property
+    def secret_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """--secret: identifiers that the client answers with SecretReply."""
+
+    @_builtins.property
+    def ssh_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """--ssh: identifiers of agents that the client forwards; "default" is the usual one."""
+
+    @_builtins.property
+    def entitlements(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """--allow: entitlements wanted, with BuildKit's names; what the pool does not permit is refused."""
+
+    @_builtins.property
+    def extra_hosts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """--add-host, "NAME=ADDRESS"."""
+
+    @_builtins.property
+    def ulimits(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """--ulimit, "NAME=SOFT:HARD"."""
+
+    @_builtins.property
+    def no_cache_stages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """--no-cache-filter: stages that are built anew."""
+
+    @_builtins.property
+    def attestations(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """--attest, --provenance, --sbom: attributes by type, in BuildKit's form, for example
+        "provenance" -> "mode=max"; "disabled=true" turns a type off.
+        """
+
+    @_builtins.property
+    def resources(self) -> Global___ResourceLimits:
+        """--resource: bounds of each step of this build."""
+
     def __init__(
         self,
         *,
@@ -290,14 +374,74 @@ class BuildSpec(_message.Message):
         named_contexts: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         cache_imports: _abc.Iterable[Global___CacheOption] | None = ...,
         cache_exports: _abc.Iterable[Global___CacheOption] | None = ...,
+        secret_ids: _abc.Iterable[_builtins.str] | None = ...,
+        ssh_ids: _abc.Iterable[_builtins.str] | None = ...,
+        entitlements: _abc.Iterable[_builtins.str] | None = ...,
+        network_mode: _builtins.str = ...,
+        extra_hosts: _abc.Iterable[_builtins.str] | None = ...,
+        ulimits: _abc.Iterable[_builtins.str] | None = ...,
+        shm_size_bytes: _builtins.int = ...,
+        cgroup_parent: _builtins.str = ...,
+        no_cache_stages: _abc.Iterable[_builtins.str] | None = ...,
+        attestations: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        call: _builtins.str = ...,
+        resources: Global___ResourceLimits | None = ...,
+        save_image: _builtins.bool = ...,
+        metadata_provenance: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["resources", b"resources"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_args", b"build_args", "cache_exports", b"cache_exports", "cache_imports", b"cache_imports", "context_url", b"context_url", "definition", b"definition", "definition_is_name", b"definition_is_name", "dockerfile_path", b"dockerfile_path", "frontend_attributes", b"frontend_attributes", "labels", b"labels", "named_contexts", b"named_contexts", "no_cache", b"no_cache", "outputs", b"outputs", "platforms", b"platforms", "pull", b"pull", "tags", b"tags", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attestations", b"attestations", "build_args", b"build_args", "cache_exports", b"cache_exports", "cache_imports", b"cache_imports", "call", b"call", "cgroup_parent", b"cgroup_parent", "context_url", b"context_url", "definition", b"definition", "definition_is_name", b"definition_is_name", "dockerfile_path", b"dockerfile_path", "entitlements", b"entitlements", "extra_hosts", b"extra_hosts", "frontend_attributes", b"frontend_attributes", "labels", b"labels", "metadata_provenance", b"metadata_provenance", "named_contexts", b"named_contexts", "network_mode", b"network_mode", "no_cache", b"no_cache", "no_cache_stages", b"no_cache_stages", "outputs", b"outputs", "platforms", b"platforms", "pull", b"pull", "resources", b"resources", "save_image", b"save_image", "secret_ids", b"secret_ids", "shm_size_bytes", b"shm_size_bytes", "ssh_ids", b"ssh_ids", "tags", b"tags", "target", b"target", "ulimits", b"ulimits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BuildSpec: _TypeAlias = BuildSpec  # noqa: Y015
+
+@_typing.final
+class ResourceLimits(_message.Message):
+    """ResourceLimits bound a step; 0 leaves the node's own bound, and never lifts one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    MEMORY_SWAP_BYTES_FIELD_NUMBER: _builtins.int
+    CPU_SHARES_FIELD_NUMBER: _builtins.int
+    CPU_QUOTA_FIELD_NUMBER: _builtins.int
+    CPU_PERIOD_FIELD_NUMBER: _builtins.int
+    CPUSET_CPUS_FIELD_NUMBER: _builtins.int
+    CPUSET_MEMS_FIELD_NUMBER: _builtins.int
+    memory_bytes: _builtins.int
+    """Memory."""
+    memory_swap_bytes: _builtins.int
+    """Memory and swap together."""
+    cpu_shares: _builtins.int
+    """Weight against other steps, 1024 is usual."""
+    cpu_quota: _builtins.int
+    """Microseconds of processor time per cpu_period."""
+    cpu_period: _builtins.int
+    """Microseconds."""
+    cpuset_cpus: _builtins.str
+    """Processors, for example "0-3"."""
+    cpuset_mems: _builtins.str
+    """Memory nodes, for example "0"."""
+    def __init__(
+        self,
+        *,
+        memory_bytes: _builtins.int = ...,
+        memory_swap_bytes: _builtins.int = ...,
+        cpu_shares: _builtins.int = ...,
+        cpu_quota: _builtins.int = ...,
+        cpu_period: _builtins.int = ...,
+        cpuset_cpus: _builtins.str = ...,
+        cpuset_mems: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_period", b"cpu_period", "cpu_quota", b"cpu_quota", "cpu_shares", b"cpu_shares", "cpuset_cpus", b"cpuset_cpus", "cpuset_mems", b"cpuset_mems", "memory_bytes", b"memory_bytes", "memory_swap_bytes", b"memory_swap_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResourceLimits: _TypeAlias = ResourceLimits  # noqa: Y015
 
 @_typing.final
 class CacheOption(_message.Message):

@@ -114,6 +114,9 @@ class CreateRequest(_message.Message):
     VCS_REVISION_FIELD_NUMBER: _builtins.int
     VCS_TARGET_BRANCH_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
+    GROUP_ID_FIELD_NUMBER: _builtins.int
+    PREFERRED_PLATFORM_FIELD_NUMBER: _builtins.int
+    REPEAT_OF_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Chosen by the client; a repeated request with the same id is the same build."""
     project_id: _builtins.str
@@ -130,6 +133,16 @@ class CreateRequest(_message.Message):
     """Version control revision of the context; empty when unknown."""
     vcs_target_branch: _builtins.str
     """Branch that the pull request is to be merged into; empty when this builds none."""
+    group_id: _builtins.str
+    """Builds with the same text are parts of one command, each for other platforms; at most 64
+    characters. Empty for a build that is whole.
+    """
+    preferred_platform: _builtins.str
+    """Where platforms is empty: the platform of the client. Nodes that build it natively go first."""
+    repeat_of: _builtins.str
+    """Build of the caller that was lost and that this one repeats; it is placed at another node where
+    there is one. Empty for none; ignored when it is not a build of the caller in this project.
+    """
     @_builtins.property
     def platforms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Platforms wanted; empty for any."""
@@ -151,14 +164,93 @@ class CreateRequest(_message.Message):
         vcs_revision: _builtins.str = ...,
         vcs_target_branch: _builtins.str = ...,
         cache: Global___CacheChoice | None = ...,
+        group_id: _builtins.str = ...,
+        preferred_platform: _builtins.str = ...,
+        repeat_of: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "dockerfile_path", b"dockerfile_path", "name", b"name", "platforms", b"platforms", "project_id", b"project_id", "request_id", b"request_id", "target", b"target", "vcs_branch", b"vcs_branch", "vcs_revision", b"vcs_revision", "vcs_target_branch", b"vcs_target_branch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "dockerfile_path", b"dockerfile_path", "group_id", b"group_id", "name", b"name", "platforms", b"platforms", "preferred_platform", b"preferred_platform", "project_id", b"project_id", "repeat_of", b"repeat_of", "request_id", b"request_id", "target", b"target", "vcs_branch", b"vcs_branch", "vcs_revision", b"vcs_revision", "vcs_target_branch", b"vcs_target_branch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CreateRequest: _TypeAlias = CreateRequest  # noqa: Y015
+
+@_typing.final
+class PlanPlatformsRequest(_message.Message):
+    """PlanPlatformsRequest names the platforms of a build."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROJECT_ID_FIELD_NUMBER: _builtins.int
+    PLATFORMS_FIELD_NUMBER: _builtins.int
+    project_id: _builtins.str
+    """Project that the build belongs to."""
+    @_builtins.property
+    def platforms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Platforms wanted."""
+
+    def __init__(
+        self,
+        *,
+        project_id: _builtins.str = ...,
+        platforms: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["platforms", b"platforms", "project_id", b"project_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanPlatformsRequest: _TypeAlias = PlanPlatformsRequest  # noqa: Y015
+
+@_typing.final
+class PlanPlatformsResponse(_message.Message):
+    """PlanPlatformsResponse says how to build them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUPS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlatformGroup]:
+        """One build for each; all wanted platforms, each once, in the order of the request."""
+
+    def __init__(
+        self,
+        *,
+        groups: _abc.Iterable[Global___PlatformGroup] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["groups", b"groups"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanPlatformsResponse: _TypeAlias = PlanPlatformsResponse  # noqa: Y015
+
+@_typing.final
+class PlatformGroup(_message.Message):
+    """PlatformGroup is what one node can build."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLATFORMS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def platforms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """As they were named in the request."""
+
+    def __init__(
+        self,
+        *,
+        platforms: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["platforms", b"platforms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlatformGroup: _TypeAlias = PlatformGroup  # noqa: Y015
 
 @_typing.final
 class CacheChoice(_message.Message):
@@ -481,6 +573,10 @@ class Build(_message.Message):
     PLATFORMS_FIELD_NUMBER: _builtins.int
     VCS_BRANCH_FIELD_NUMBER: _builtins.int
     VCS_REVISION_FIELD_NUMBER: _builtins.int
+    GROUP_ID_FIELD_NUMBER: _builtins.int
+    REPEAT_OF_FIELD_NUMBER: _builtins.int
+    REPEATED_BY_FIELD_NUMBER: _builtins.int
+    IMAGE_SAVED_FIELD_NUMBER: _builtins.int
     build_id: _builtins.str
     """Identifier."""
     project_id: _builtins.str
@@ -507,6 +603,14 @@ class Build(_message.Message):
     """Branch of the context."""
     vcs_revision: _builtins.str
     """Revision of the context."""
+    group_id: _builtins.str
+    """The same for all builds of one command that are parts of one image; else empty."""
+    repeat_of: _builtins.str
+    """Lost build that this one repeats; empty for none."""
+    repeated_by: _builtins.str
+    """Build that repeats this one, which was lost; empty for none."""
+    image_saved: _builtins.bool
+    """The shared store keeps the image, so that every node can give it."""
     @_builtins.property
     def created_at(self) -> _timestamp_pb2.Timestamp:
         """When it was asked for."""
@@ -548,10 +652,14 @@ class Build(_message.Message):
         platforms: _abc.Iterable[_builtins.str] | None = ...,
         vcs_branch: _builtins.str = ...,
         vcs_revision: _builtins.str = ...,
+        group_id: _builtins.str = ...,
+        repeat_of: _builtins.str = ...,
+        repeated_by: _builtins.str = ...,
+        image_saved: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["completed_at", b"completed_at", "created_at", b"created_at", "started_at", b"started_at", "stats", b"stats"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_id", b"build_id", "cache_state", b"cache_state", "completed_at", b"completed_at", "created_at", b"created_at", "dockerfile_path", b"dockerfile_path", "error", b"error", "image_digest", b"image_digest", "member", b"member", "name", b"name", "node_id", b"node_id", "platforms", b"platforms", "project_id", b"project_id", "started_at", b"started_at", "state", b"state", "stats", b"stats", "target", b"target", "vcs_branch", b"vcs_branch", "vcs_revision", b"vcs_revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_id", b"build_id", "cache_state", b"cache_state", "completed_at", b"completed_at", "created_at", b"created_at", "dockerfile_path", b"dockerfile_path", "error", b"error", "group_id", b"group_id", "image_digest", b"image_digest", "image_saved", b"image_saved", "member", b"member", "name", b"name", "node_id", b"node_id", "platforms", b"platforms", "project_id", b"project_id", "repeat_of", b"repeat_of", "repeated_by", b"repeated_by", "started_at", b"started_at", "state", b"state", "stats", b"stats", "target", b"target", "vcs_branch", b"vcs_branch", "vcs_revision", b"vcs_revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -714,6 +822,162 @@ class LogsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LogsResponse: _TypeAlias = LogsResponse  # noqa: Y015
+
+@_typing.final
+class LocateRequest(_message.Message):
+    """LocateRequest names a build that the caller may see."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUILD_ID_FIELD_NUMBER: _builtins.int
+    SAVED_IMAGE_FIELD_NUMBER: _builtins.int
+    build_id: _builtins.str
+    """Identifier, or a prefix of it that is unique."""
+    saved_image: _builtins.bool
+    """Also find another node that can give the build's saved image."""
+    def __init__(
+        self,
+        *,
+        build_id: _builtins.str = ...,
+        saved_image: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_id", b"build_id", "saved_image", b"saved_image"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LocateRequest: _TypeAlias = LocateRequest  # noqa: Y015
+
+@_typing.final
+class LocateResponse(_message.Message):
+    """LocateResponse says how to reach its node."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUILD_FIELD_NUMBER: _builtins.int
+    ENDPOINTS_FIELD_NUMBER: _builtins.int
+    SERVER_NAME_FIELD_NUMBER: _builtins.int
+    SAVED_IMAGE_FIELD_NUMBER: _builtins.int
+    server_name: _builtins.str
+    """TLS server name of the node."""
+    @_builtins.property
+    def build(self) -> Global___Build:
+        """The build."""
+
+    @_builtins.property
+    def endpoints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Addresses "HOST:PORT" to try in order; the last may be the gateway's relay. Empty when the
+        node is not attached.
+        """
+
+    @_builtins.property
+    def saved_image(self) -> Global___ImagePlace:
+        """Where the saved image can be had instead; unset when it was not asked for, the image was not
+        saved, the build is not the caller's, or no node can give it.
+        """
+
+    def __init__(
+        self,
+        *,
+        build: Global___Build | None = ...,
+        endpoints: _abc.Iterable[_builtins.str] | None = ...,
+        server_name: _builtins.str = ...,
+        saved_image: Global___ImagePlace | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["build", b"build", "saved_image", b"saved_image"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build", b"build", "endpoints", b"endpoints", "saved_image", b"saved_image", "server_name", b"server_name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LocateResponse: _TypeAlias = LocateResponse  # noqa: Y015
+
+@_typing.final
+class ImagePlace(_message.Message):
+    """ImagePlace is a node that can give the saved image of a build which ran elsewhere."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    ENDPOINTS_FIELD_NUMBER: _builtins.int
+    SERVER_NAME_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
+    node_id: _builtins.str
+    """Identifier of the node."""
+    server_name: _builtins.str
+    """TLS server name of the node."""
+    @_builtins.property
+    def endpoints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Addresses "HOST:PORT" to try in order; the last may be the gateway's relay."""
+
+    @_builtins.property
+    def ticket(self) -> Global___SignedTicket:
+        """Proof for the node: serialised and in base64 it is the metadata "offload-image-ticket" of
+        BlobsService.Download and NodeBuildsService.PushImage. Its payload is an ImageTicket.
+        """
+
+    def __init__(
+        self,
+        *,
+        node_id: _builtins.str = ...,
+        endpoints: _abc.Iterable[_builtins.str] | None = ...,
+        server_name: _builtins.str = ...,
+        ticket: Global___SignedTicket | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ticket", b"ticket"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoints", b"endpoints", "node_id", b"node_id", "server_name", b"server_name", "ticket", b"ticket"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImagePlace: _TypeAlias = ImagePlace  # noqa: Y015
+
+@_typing.final
+class ImageTicket(_message.Message):
+    """ImageTicket is the right to read and push one saved image at one node. It is signed over
+    "offload.v1.ImageTicket\\n" followed by the payload.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUILD_ID_FIELD_NUMBER: _builtins.int
+    PROJECT_ID_FIELD_NUMBER: _builtins.int
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    MEMBER_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    EXPIRES_AT_FIELD_NUMBER: _builtins.int
+    build_id: _builtins.str
+    """The build that made the image."""
+    project_id: _builtins.str
+    """Its project."""
+    node_id: _builtins.str
+    """The only node that may accept."""
+    member: _builtins.str
+    """Name of the member who started the build; must equal the name in the client certificate."""
+    digest: _builtins.str
+    """Of the manifest or index."""
+    @_builtins.property
+    def expires_at(self) -> _timestamp_pb2.Timestamp:
+        """From when on it is refused; it may be used any number of times before."""
+
+    def __init__(
+        self,
+        *,
+        build_id: _builtins.str = ...,
+        project_id: _builtins.str = ...,
+        node_id: _builtins.str = ...,
+        member: _builtins.str = ...,
+        digest: _builtins.str = ...,
+        expires_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_id", b"build_id", "digest", b"digest", "expires_at", b"expires_at", "member", b"member", "node_id", b"node_id", "project_id", b"project_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImageTicket: _TypeAlias = ImageTicket  # noqa: Y015
 
 @_typing.final
 class CancelRequest(_message.Message):

@@ -60,6 +60,16 @@ class BuildsServiceStub:
                 request_serializer=offload_dot_v1_dot_builds__service__pb2.CancelRequest.SerializeToString,
                 response_deserializer=offload_dot_v1_dot_builds__service__pb2.CancelResponse.FromString,
                 _registered_method=True)
+        self.Locate = channel.unary_unary(
+                '/offload.v1.BuildsService/Locate',
+                request_serializer=offload_dot_v1_dot_builds__service__pb2.LocateRequest.SerializeToString,
+                response_deserializer=offload_dot_v1_dot_builds__service__pb2.LocateResponse.FromString,
+                _registered_method=True)
+        self.PlanPlatforms = channel.unary_unary(
+                '/offload.v1.BuildsService/PlanPlatforms',
+                request_serializer=offload_dot_v1_dot_builds__service__pb2.PlanPlatformsRequest.SerializeToString,
+                response_deserializer=offload_dot_v1_dot_builds__service__pb2.PlanPlatformsResponse.FromString,
+                _registered_method=True)
 
 
 class BuildsServiceServicer:
@@ -102,6 +112,21 @@ class BuildsServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Locate(self, request, context):
+        """Locate says where a build is, for NodeBuildsService.Rejoin and BlobsService.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PlanPlatforms(self, request, context):
+        """PlanPlatforms says which platforms of a build one node can build together. NOT_FOUND with the
+        reason PLATFORM_UNAVAILABLE when no node of the pool builds one of them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_BuildsServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -129,6 +154,16 @@ def add_BuildsServiceServicer_to_server(servicer, server):
                     servicer.Cancel,
                     request_deserializer=offload_dot_v1_dot_builds__service__pb2.CancelRequest.FromString,
                     response_serializer=offload_dot_v1_dot_builds__service__pb2.CancelResponse.SerializeToString,
+            ),
+            'Locate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Locate,
+                    request_deserializer=offload_dot_v1_dot_builds__service__pb2.LocateRequest.FromString,
+                    response_serializer=offload_dot_v1_dot_builds__service__pb2.LocateResponse.SerializeToString,
+            ),
+            'PlanPlatforms': grpc.unary_unary_rpc_method_handler(
+                    servicer.PlanPlatforms,
+                    request_deserializer=offload_dot_v1_dot_builds__service__pb2.PlanPlatformsRequest.FromString,
+                    response_serializer=offload_dot_v1_dot_builds__service__pb2.PlanPlatformsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -267,6 +302,60 @@ class BuildsService:
             '/offload.v1.BuildsService/Cancel',
             offload_dot_v1_dot_builds__service__pb2.CancelRequest.SerializeToString,
             offload_dot_v1_dot_builds__service__pb2.CancelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Locate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/offload.v1.BuildsService/Locate',
+            offload_dot_v1_dot_builds__service__pb2.LocateRequest.SerializeToString,
+            offload_dot_v1_dot_builds__service__pb2.LocateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PlanPlatforms(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/offload.v1.BuildsService/PlanPlatforms',
+            offload_dot_v1_dot_builds__service__pb2.PlanPlatformsRequest.SerializeToString,
+            offload_dot_v1_dot_builds__service__pb2.PlanPlatformsResponse.FromString,
             options,
             channel_credentials,
             insecure,

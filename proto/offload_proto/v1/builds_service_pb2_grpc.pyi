@@ -45,6 +45,12 @@ class BuildsServiceStub:
     """Logs replays everything that a build printed."""
     Cancel: _grpc.UnaryUnaryMultiCallable[_builds_service_pb2.CancelRequest, _builds_service_pb2.CancelResponse]
     """Cancel ends a queued or running build."""
+    Locate: _grpc.UnaryUnaryMultiCallable[_builds_service_pb2.LocateRequest, _builds_service_pb2.LocateResponse]
+    """Locate says where a build is, for NodeBuildsService.Rejoin and BlobsService."""
+    PlanPlatforms: _grpc.UnaryUnaryMultiCallable[_builds_service_pb2.PlanPlatformsRequest, _builds_service_pb2.PlanPlatformsResponse]
+    """PlanPlatforms says which platforms of a build one node can build together. NOT_FOUND with the
+    reason PLATFORM_UNAVAILABLE when no node of the pool builds one of them.
+    """
 
 @_typing.type_check_only
 class BuildsServiceAsyncStub(BuildsServiceStub):
@@ -63,6 +69,12 @@ class BuildsServiceAsyncStub(BuildsServiceStub):
     """Logs replays everything that a build printed."""
     Cancel: _aio.UnaryUnaryMultiCallable[_builds_service_pb2.CancelRequest, _builds_service_pb2.CancelResponse]  # type: ignore[assignment]
     """Cancel ends a queued or running build."""
+    Locate: _aio.UnaryUnaryMultiCallable[_builds_service_pb2.LocateRequest, _builds_service_pb2.LocateResponse]  # type: ignore[assignment]
+    """Locate says where a build is, for NodeBuildsService.Rejoin and BlobsService."""
+    PlanPlatforms: _aio.UnaryUnaryMultiCallable[_builds_service_pb2.PlanPlatformsRequest, _builds_service_pb2.PlanPlatformsResponse]  # type: ignore[assignment]
+    """PlanPlatforms says which platforms of a build one node can build together. NOT_FOUND with the
+    reason PLATFORM_UNAVAILABLE when no node of the pool builds one of them.
+    """
 
 class BuildsServiceServicer(metaclass=_abc_1.ABCMeta):
     """BuildsService admits builds and remembers them."""
@@ -108,5 +120,23 @@ class BuildsServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_builds_service_pb2.CancelResponse, _abc.Awaitable[_builds_service_pb2.CancelResponse]]:
         """Cancel ends a queued or running build."""
+
+    @_abc_1.abstractmethod
+    def Locate(
+        self,
+        request: _builds_service_pb2.LocateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_builds_service_pb2.LocateResponse, _abc.Awaitable[_builds_service_pb2.LocateResponse]]:
+        """Locate says where a build is, for NodeBuildsService.Rejoin and BlobsService."""
+
+    @_abc_1.abstractmethod
+    def PlanPlatforms(
+        self,
+        request: _builds_service_pb2.PlanPlatformsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_builds_service_pb2.PlanPlatformsResponse, _abc.Awaitable[_builds_service_pb2.PlanPlatformsResponse]]:
+        """PlanPlatforms says which platforms of a build one node can build together. NOT_FOUND with the
+        reason PLATFORM_UNAVAILABLE when no node of the pool builds one of them.
+        """
 
 def add_BuildsServiceServicer_to_server(servicer: BuildsServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -225,6 +225,7 @@ class VertexWarning(_message.Message):
     SOURCE_FILENAME_FIELD_NUMBER: _builtins.int
     SOURCE_DATA_FIELD_NUMBER: _builtins.int
     RANGES_FIELD_NUMBER: _builtins.int
+    SOURCE_LANGUAGE_FIELD_NUMBER: _builtins.int
     vertex: _builtins.str
     """Digest of the step."""
     level: _builtins.int
@@ -237,6 +238,8 @@ class VertexWarning(_message.Message):
     """Name of the file that the ranges refer to."""
     source_data: _builtins.bytes
     """Content of that file."""
+    source_language: _builtins.str
+    """Language of that file, for example "Dockerfile"; empty when the frontend does not say."""
     @_builtins.property
     def detail(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """Further lines."""
@@ -256,10 +259,11 @@ class VertexWarning(_message.Message):
         source_filename: _builtins.str = ...,
         source_data: _builtins.bytes = ...,
         ranges: _abc.Iterable[Global___SourceRange] | None = ...,
+        source_language: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "level", b"level", "ranges", b"ranges", "short", b"short", "source_data", b"source_data", "source_filename", b"source_filename", "url", b"url", "vertex", b"vertex"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "level", b"level", "ranges", b"ranges", "short", b"short", "source_data", b"source_data", "source_filename", b"source_filename", "source_language", b"source_language", "url", b"url", "vertex", b"vertex"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

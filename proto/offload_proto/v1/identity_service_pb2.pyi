@@ -655,6 +655,7 @@ class NodeInfo(_message.Message):
     LAST_SEEN_AT_FIELD_NUMBER: _builtins.int
     DISK_FREE_BYTES_FIELD_NUMBER: _builtins.int
     HEALTH_FIELD_NUMBER: _builtins.int
+    EMULATED_PLATFORMS_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     """Name."""
     state: _builtins.str
@@ -673,11 +674,15 @@ class NodeInfo(_message.Message):
     """One sentence about what is degraded; empty when nothing is."""
     @_builtins.property
     def platforms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Platforms that it builds."""
+        """Platforms that it builds natively."""
 
     @_builtins.property
     def last_seen_at(self) -> _timestamp_pb2.Timestamp:
         """When it was heard last."""
+
+    @_builtins.property
+    def emulated_platforms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Platforms that it builds with emulation."""
 
     def __init__(
         self,
@@ -692,10 +697,11 @@ class NodeInfo(_message.Message):
         last_seen_at: _timestamp_pb2.Timestamp | None = ...,
         disk_free_bytes: _builtins.int = ...,
         health: _builtins.str = ...,
+        emulated_platforms: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["last_seen_at", b"last_seen_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["buildkit_version", b"buildkit_version", "disk_free_bytes", b"disk_free_bytes", "health", b"health", "last_seen_at", b"last_seen_at", "node_id", b"node_id", "platforms", b"platforms", "running", b"running", "slots", b"slots", "state", b"state", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buildkit_version", b"buildkit_version", "disk_free_bytes", b"disk_free_bytes", "emulated_platforms", b"emulated_platforms", "health", b"health", "last_seen_at", b"last_seen_at", "node_id", b"node_id", "platforms", b"platforms", "running", b"running", "slots", b"slots", "state", b"state", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

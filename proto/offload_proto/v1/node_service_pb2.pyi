@@ -36,6 +36,10 @@ class RunRequest(_message.Message):
     DONE_FIELD_NUMBER: _builtins.int
     BLOB_FAILURE_FIELD_NUMBER: _builtins.int
     CONTEXT_PAGE_FIELD_NUMBER: _builtins.int
+    REJOIN_FIELD_NUMBER: _builtins.int
+    LEAVE_FIELD_NUMBER: _builtins.int
+    SECRET_REPLY_FIELD_NUMBER: _builtins.int
+    SSH_DATA_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def start(self) -> Global___Start:
         """First message."""
@@ -58,7 +62,9 @@ class RunRequest(_message.Message):
 
     @_builtins.property
     def done(self) -> Global___Done:
-        """The client has fetched everything it wants; the node may forget the build's blobs."""
+        """The client has fetched everything it wants; the node may forget the build's blobs when their
+        time is over.
+        """
 
     @_builtins.property
     def blob_failure(self) -> Global___BlobFailure:
@@ -67,6 +73,22 @@ class RunRequest(_message.Message):
     @_builtins.property
     def context_page(self) -> Global___ContextPage:
         """Answer to NeedPages; one message per page."""
+
+    @_builtins.property
+    def rejoin(self) -> Global___Rejoin:
+        """First message of Rejoin."""
+
+    @_builtins.property
+    def leave(self) -> Global___Leave:
+        """The user leaves; the build goes on. Refused while the build needs its client."""
+
+    @_builtins.property
+    def secret_reply(self) -> Global___SecretReply:
+        """Answer to SecretRequest."""
+
+    @_builtins.property
+    def ssh_data(self) -> Global___SshData:
+        """Bytes of a forwarded SSH agent."""
 
     def __init__(
         self,
@@ -79,16 +101,348 @@ class RunRequest(_message.Message):
         done: Global___Done | None = ...,
         blob_failure: Global___BlobFailure | None = ...,
         context_page: Global___ContextPage | None = ...,
+        rejoin: Global___Rejoin | None = ...,
+        leave: Global___Leave | None = ...,
+        secret_reply: Global___SecretReply | None = ...,
+        ssh_data: Global___SshData | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["blob_failure", b"blob_failure", "cancel", b"cancel", "context_failure", b"context_failure", "context_listing", b"context_listing", "context_page", b"context_page", "credentials_reply", b"credentials_reply", "done", b"done", "message", b"message", "start", b"start"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blob_failure", b"blob_failure", "cancel", b"cancel", "context_failure", b"context_failure", "context_listing", b"context_listing", "context_page", b"context_page", "credentials_reply", b"credentials_reply", "done", b"done", "leave", b"leave", "message", b"message", "rejoin", b"rejoin", "secret_reply", b"secret_reply", "ssh_data", b"ssh_data", "start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob_failure", b"blob_failure", "cancel", b"cancel", "context_failure", b"context_failure", "context_listing", b"context_listing", "context_page", b"context_page", "credentials_reply", b"credentials_reply", "done", b"done", "message", b"message", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob_failure", b"blob_failure", "cancel", b"cancel", "context_failure", b"context_failure", "context_listing", b"context_listing", "context_page", b"context_page", "credentials_reply", b"credentials_reply", "done", b"done", "leave", b"leave", "message", b"message", "rejoin", b"rejoin", "secret_reply", b"secret_reply", "ssh_data", b"ssh_data", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["start", "context_listing", "context_failure", "credentials_reply", "cancel", "done", "blob_failure", "context_page"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["start", "context_listing", "context_failure", "credentials_reply", "cancel", "done", "blob_failure", "context_page", "rejoin", "leave", "secret_reply", "ssh_data"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
 Global___RunRequest: _TypeAlias = RunRequest  # noqa: Y015
+
+@_typing.final
+class Rejoin(_message.Message):
+    """Rejoin names a build."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUILD_ID_FIELD_NUMBER: _builtins.int
+    RESUME_AFTER_FIELD_NUMBER: _builtins.int
+    VIEW_ONLY_FIELD_NUMBER: _builtins.int
+    build_id: _builtins.str
+    """The build."""
+    resume_after: _builtins.int
+    """Progress up to and including this sequence number is known."""
+    view_only: _builtins.bool
+    """Only look on: outputs and requests stay with whoever has them, and nothing may be said but
+    Leave and Done. Open to administrators, too; other members read BuildsService.Logs.
+    """
+    def __init__(
+        self,
+        *,
+        build_id: _builtins.str = ...,
+        resume_after: _builtins.int = ...,
+        view_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_id", b"build_id", "resume_after", b"resume_after", "view_only", b"view_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Rejoin: _TypeAlias = Rejoin  # noqa: Y015
+
+@_typing.final
+class PushImageRequest(_message.Message):
+    """PushImageRequest says where to."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LoginsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___RegistryLogin: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___RegistryLogin | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    BUILD_ID_FIELD_NUMBER: _builtins.int
+    NAMES_FIELD_NUMBER: _builtins.int
+    LOGINS_FIELD_NUMBER: _builtins.int
+    build_id: _builtins.str
+    """The build."""
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Image names, normalised with registry and tag."""
+
+    @_builtins.property
+    def logins(self) -> _containers.MessageMap[_builtins.str, Global___RegistryLogin]:
+        """Logins at their registries, by host; kept in memory for this call only."""
+
+    def __init__(
+        self,
+        *,
+        build_id: _builtins.str = ...,
+        names: _abc.Iterable[_builtins.str] | None = ...,
+        logins: _abc.Mapping[_builtins.str, Global___RegistryLogin] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_id", b"build_id", "logins", b"logins", "names", b"names"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PushImageRequest: _TypeAlias = PushImageRequest  # noqa: Y015
+
+@_typing.final
+class PushIndexRequest(_message.Message):
+    """PushIndexRequest says of what, and where to."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LoginsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___RegistryLogin: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___RegistryLogin | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    BUILD_ID_FIELD_NUMBER: _builtins.int
+    NAMES_FIELD_NUMBER: _builtins.int
+    LOGINS_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
+    PLATFORMS_FIELD_NUMBER: _builtins.int
+    INSECURE_FIELD_NUMBER: _builtins.int
+    build_id: _builtins.str
+    """A build of the caller at this node; the pool's logins are those of its project."""
+    insecure: _builtins.bool
+    """Registries with certificates that cannot be verified, and without TLS, are accepted."""
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Image names, normalised with registry and tag. Their repositories have all parts."""
+
+    @_builtins.property
+    def logins(self) -> _containers.MessageMap[_builtins.str, Global___RegistryLogin]:
+        """Logins at their registries, by host; kept in memory for this call only."""
+
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Digests of the indexes to join, in order."""
+
+    @_builtins.property
+    def platforms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Order of the images, as "linux/arm64"; others come behind them."""
+
+    def __init__(
+        self,
+        *,
+        build_id: _builtins.str = ...,
+        names: _abc.Iterable[_builtins.str] | None = ...,
+        logins: _abc.Mapping[_builtins.str, Global___RegistryLogin] | None = ...,
+        parts: _abc.Iterable[_builtins.str] | None = ...,
+        platforms: _abc.Iterable[_builtins.str] | None = ...,
+        insecure: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_id", b"build_id", "insecure", b"insecure", "logins", b"logins", "names", b"names", "parts", b"parts", "platforms", b"platforms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PushIndexRequest: _TypeAlias = PushIndexRequest  # noqa: Y015
+
+@_typing.final
+class PushIndexResponse(_message.Message):
+    """PushIndexResponse says what there is now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    MEDIA_TYPE_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """Digest of the index."""
+    media_type: _builtins.str
+    """Media type."""
+    size_bytes: _builtins.int
+    """Bytes."""
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+        media_type: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "media_type", b"media_type", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PushIndexResponse: _TypeAlias = PushIndexResponse  # noqa: Y015
+
+@_typing.final
+class RegistryLogin(_message.Message):
+    """RegistryLogin proves who one is to a registry."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USERNAME_FIELD_NUMBER: _builtins.int
+    SECRET_FIELD_NUMBER: _builtins.int
+    username: _builtins.str
+    """User name; empty when the secret is an identity token."""
+    secret: _builtins.str
+    """Password or identity token."""
+    def __init__(
+        self,
+        *,
+        username: _builtins.str = ...,
+        secret: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["secret", b"secret", "username", b"username"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RegistryLogin: _TypeAlias = RegistryLogin  # noqa: Y015
+
+@_typing.final
+class PushImageResponse(_message.Message):
+    """PushImageResponse says what there is now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    SENT_BYTES_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """Digest of the manifest or index."""
+    sent_bytes: _builtins.int
+    """Bytes that were sent; what a registry had is not sent again."""
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+        sent_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "sent_bytes", b"sent_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PushImageResponse: _TypeAlias = PushImageResponse  # noqa: Y015
+
+@_typing.final
+class Leave(_message.Message):
+    """Leave ends the client's part without ending the build: the node ends the call well, without a
+    Result. While the build needs its client, it answers with Independence once more instead, and
+    the call goes on.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Leave: _TypeAlias = Leave  # noqa: Y015
+
+@_typing.final
+class SecretReply(_message.Message):
+    """SecretReply answers a SecretRequest."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    FOUND_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.int
+    """Identifier of the request."""
+    found: _builtins.bool
+    """There is such a secret."""
+    data: _builtins.bytes
+    """Its value, at most 500 KiB as in BuildKit."""
+    error: _builtins.str
+    """Why it cannot be read, in one sentence; empty when it can or does not exist."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.int = ...,
+        found: _builtins.bool = ...,
+        data: _builtins.bytes = ...,
+        error: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "error", b"error", "found", b"found", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SecretReply: _TypeAlias = SecretReply  # noqa: Y015
+
+@_typing.final
+class SshData(_message.Message):
+    """SshData carries bytes between a step and the client's SSH agent."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STREAM_ID_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    stream_id: _builtins.int
+    """Chosen by the node in SshOpen."""
+    data: _builtins.bytes
+    """Bytes."""
+    end: _builtins.bool
+    """This side sends no more."""
+    error: _builtins.str
+    """The agent cannot be reached, in one sentence; ends the stream."""
+    def __init__(
+        self,
+        *,
+        stream_id: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+        end: _builtins.bool = ...,
+        error: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "end", b"end", "error", b"error", "stream_id", b"stream_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SshData: _TypeAlias = SshData  # noqa: Y015
 
 @_typing.final
 class Start(_message.Message):
@@ -99,6 +453,11 @@ class Start(_message.Message):
     TICKET_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int
     INLINE_FILES_FIELD_NUMBER: _builtins.int
+    DETACH_FIELD_NUMBER: _builtins.int
+    detach: _builtins.bool
+    """--detach: the client leaves as soon as the build is independent; one that is lost then is taken
+    to have left, so nothing waits for its answers.
+    """
     @_builtins.property
     def ticket(self) -> _builds_service_pb2.SignedTicket:
         """Proof from the gateway."""
@@ -117,10 +476,11 @@ class Start(_message.Message):
         ticket: _builds_service_pb2.SignedTicket | None = ...,
         spec: _build_spec_pb2.BuildSpec | None = ...,
         inline_files: _abc.Iterable[Global___InlineFile] | None = ...,
+        detach: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec", "ticket", b"ticket"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["inline_files", b"inline_files", "spec", b"spec", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detach", b"detach", "inline_files", b"inline_files", "spec", b"spec", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -527,6 +887,10 @@ class RunResponse(_message.Message):
     RESULT_FIELD_NUMBER: _builtins.int
     NOTICE_FIELD_NUMBER: _builtins.int
     NEED_PAGES_FIELD_NUMBER: _builtins.int
+    INDEPENDENCE_FIELD_NUMBER: _builtins.int
+    SECRET_REQUEST_FIELD_NUMBER: _builtins.int
+    SSH_OPEN_FIELD_NUMBER: _builtins.int
+    SSH_DATA_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def progress(self) -> _events_pb2.ProgressBatch:
         """What happens."""
@@ -561,6 +925,22 @@ class RunResponse(_message.Message):
     def need_pages(self) -> Global___NeedPages:
         """Pages of a listing that the node lacks."""
 
+    @_builtins.property
+    def independence(self) -> Global___Independence:
+        """Whether the build would go on without its client; sent whenever it changes."""
+
+    @_builtins.property
+    def secret_request(self) -> Global___SecretRequest:
+        """BuildKit wants a secret."""
+
+    @_builtins.property
+    def ssh_open(self) -> Global___SshOpen:
+        """A step wants to talk to an SSH agent."""
+
+    @_builtins.property
+    def ssh_data(self) -> Global___SshData:
+        """Bytes for the client's SSH agent."""
+
     def __init__(
         self,
         *,
@@ -572,20 +952,109 @@ class RunResponse(_message.Message):
         result: Global___Result | None = ...,
         notice: Global___Notice | None = ...,
         need_pages: Global___NeedPages | None = ...,
+        independence: Global___Independence | None = ...,
+        secret_request: Global___SecretRequest | None = ...,
+        ssh_open: Global___SshOpen | None = ...,
+        ssh_data: Global___SshData | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["context_request", b"context_request", "credentials_request", b"credentials_request", "message", b"message", "need_blobs", b"need_blobs", "need_pages", b"need_pages", "notice", b"notice", "output_ready", b"output_ready", "progress", b"progress", "result", b"result"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["context_request", b"context_request", "credentials_request", b"credentials_request", "independence", b"independence", "message", b"message", "need_blobs", b"need_blobs", "need_pages", b"need_pages", "notice", b"notice", "output_ready", b"output_ready", "progress", b"progress", "result", b"result", "secret_request", b"secret_request", "ssh_data", b"ssh_data", "ssh_open", b"ssh_open"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_request", b"context_request", "credentials_request", b"credentials_request", "message", b"message", "need_blobs", b"need_blobs", "need_pages", b"need_pages", "notice", b"notice", "output_ready", b"output_ready", "progress", b"progress", "result", b"result"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_request", b"context_request", "credentials_request", b"credentials_request", "independence", b"independence", "message", b"message", "need_blobs", b"need_blobs", "need_pages", b"need_pages", "notice", b"notice", "output_ready", b"output_ready", "progress", b"progress", "result", b"result", "secret_request", b"secret_request", "ssh_data", b"ssh_data", "ssh_open", b"ssh_open"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["progress", "context_request", "need_blobs", "credentials_request", "output_ready", "result", "notice", "need_pages"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["progress", "context_request", "need_blobs", "credentials_request", "output_ready", "result", "notice", "need_pages", "independence", "secret_request", "ssh_open", "ssh_data"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
 Global___RunResponse: _TypeAlias = RunResponse  # noqa: Y015
 
 @_typing.final
+class Independence(_message.Message):
+    """Independence says whether a client may leave."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEPENDENT_FIELD_NUMBER: _builtins.int
+    NEEDS_FIELD_NUMBER: _builtins.int
+    independent: _builtins.bool
+    """The build goes on when the client leaves or is lost."""
+    needs: _builtins.str
+    """What it still needs the client for, in words that follow "it needs you for ": "the build
+    context", "the registry logins", "the SSH agent", "the output of type tar", "the exported
+    cache"; several are joined by " and ". Empty when independent.
+    """
+    def __init__(
+        self,
+        *,
+        independent: _builtins.bool = ...,
+        needs: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["independent", b"independent", "needs", b"needs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Independence: _TypeAlias = Independence  # noqa: Y015
+
+@_typing.final
+class SecretRequest(_message.Message):
+    """SecretRequest asks for a secret."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    SECRET_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.int
+    """Chosen by the node."""
+    secret_id: _builtins.str
+    """Identifier."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.int = ...,
+        secret_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "secret_id", b"secret_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SecretRequest: _TypeAlias = SecretRequest  # noqa: Y015
+
+@_typing.final
+class SshOpen(_message.Message):
+    """SshOpen begins a stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STREAM_ID_FIELD_NUMBER: _builtins.int
+    SSH_ID_FIELD_NUMBER: _builtins.int
+    stream_id: _builtins.int
+    """Chosen by the node."""
+    ssh_id: _builtins.str
+    """Identifier of the agent."""
+    def __init__(
+        self,
+        *,
+        stream_id: _builtins.int = ...,
+        ssh_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ssh_id", b"ssh_id", "stream_id", b"stream_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SshOpen: _TypeAlias = SshOpen  # noqa: Y015
+
+@_typing.final
 class ContextRequest(_message.Message):
-    """ContextRequest asks for entries of a local source."""
+    """ContextRequest asks for entries of a local source. When it is repeated after a Rejoin, the client
+    lists once more from the first page, whatever it has listed in a former call, and answers
+    NeedPages and NeedBlobs as soon as it has listed what they name; a listing that differs from the
+    former one ends the build with KIND_CONTEXT_CHANGED.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -733,19 +1202,23 @@ class CredentialsRequest(_message.Message):
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     HOST_FIELD_NUMBER: _builtins.int
+    REPOSITORY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     """Chosen by the node."""
     host: _builtins.str
     """Registry host; Docker Hub is "registry-1.docker.io"."""
+    repository: _builtins.str
+    """Repository that the login is for, without the host; empty when the registry does not say."""
     def __init__(
         self,
         *,
         request_id: _builtins.int = ...,
         host: _builtins.str = ...,
+        repository: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "repository", b"repository", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -889,9 +1362,30 @@ class Success(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class CallResultEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.bytes
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.bytes = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     IMAGE_FIELD_NUMBER: _builtins.int
     EXPORTER_RESPONSE_FIELD_NUMBER: _builtins.int
     CACHE_LAYOUTS_FIELD_NUMBER: _builtins.int
+    CALL_RESULT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def image(self) -> _build_spec_pb2.ImageDescriptor:
         """The image in the node's registry; unset when none was asked for."""
@@ -904,16 +1398,23 @@ class Success(_message.Message):
     def cache_layouts(self) -> _containers.RepeatedCompositeFieldContainer[Global___CacheLayout]:
         """Caches that belong into directories of the client; their blobs are read with Download."""
 
+    @_builtins.property
+    def call_result(self) -> _containers.ScalarMap[_builtins.str, _builtins.bytes]:
+        """Answer to BuildSpec.call, with BuildKit's names: "result.txt", "result.json",
+        "result.statuscode", "version".
+        """
+
     def __init__(
         self,
         *,
         image: _build_spec_pb2.ImageDescriptor | None = ...,
         exporter_response: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         cache_layouts: _abc.Iterable[Global___CacheLayout] | None = ...,
+        call_result: _abc.Mapping[_builtins.str, _builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_layouts", b"cache_layouts", "exporter_response", b"exporter_response", "image", b"image"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_layouts", b"cache_layouts", "call_result", b"call_result", "exporter_response", b"exporter_response", "image", b"image"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -975,6 +1476,8 @@ class Failure(_message.Message):
         """A file of the context changed while it was read."""
         KIND_LIMIT: Failure._Kind.ValueType  # 7
         """A limit of the node is reached, for example its disk is full."""
+        KIND_OUT_OF_MEMORY: Failure._Kind.ValueType  # 8
+        """A step was ended because it used more memory than its limit."""
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper):
         """Why a build failed."""
@@ -995,6 +1498,8 @@ class Failure(_message.Message):
     """A file of the context changed while it was read."""
     KIND_LIMIT: Failure.Kind.ValueType  # 7
     """A limit of the node is reached, for example its disk is full."""
+    KIND_OUT_OF_MEMORY: Failure.Kind.ValueType  # 8
+    """A step was ended because it used more memory than its limit."""
 
     KIND_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
@@ -1003,6 +1508,7 @@ class Failure(_message.Message):
     SOURCE_FILENAME_FIELD_NUMBER: _builtins.int
     SOURCE_DATA_FIELD_NUMBER: _builtins.int
     SOURCE_RANGES_FIELD_NUMBER: _builtins.int
+    NODE_LOST_FIELD_NUMBER: _builtins.int
     kind: Global___Failure.Kind.ValueType
     """Kind."""
     message: _builtins.str
@@ -1015,6 +1521,10 @@ class Failure(_message.Message):
     """Name of the Dockerfile; empty when there is no excerpt."""
     source_data: _builtins.bytes
     """Its content."""
+    node_lost: _builtins.bool
+    """The node stopped or was restarted while the build ran; with KIND_NODE. Nothing is wrong with
+    the build, and it can be repeated at another node.
+    """
     @_builtins.property
     def source_ranges(self) -> _containers.RepeatedCompositeFieldContainer[_events_pb2.SourceRange]:
         """Lines concerned."""
@@ -1029,10 +1539,11 @@ class Failure(_message.Message):
         source_filename: _builtins.str = ...,
         source_data: _builtins.bytes = ...,
         source_ranges: _abc.Iterable[_events_pb2.SourceRange] | None = ...,
+        node_lost: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "message", b"message", "process_exit_code", b"process_exit_code", "source_data", b"source_data", "source_filename", b"source_filename", "source_ranges", b"source_ranges", "vertex", b"vertex"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "message", b"message", "node_lost", b"node_lost", "process_exit_code", b"process_exit_code", "source_data", b"source_data", "source_filename", b"source_filename", "source_ranges", b"source_ranges", "vertex", b"vertex"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

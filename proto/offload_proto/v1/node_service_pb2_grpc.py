@@ -40,6 +40,21 @@ class NodeBuildsServiceStub:
                 request_serializer=offload_dot_v1_dot_node__service__pb2.RunRequest.SerializeToString,
                 response_deserializer=offload_dot_v1_dot_node__service__pb2.RunResponse.FromString,
                 _registered_method=True)
+        self.Rejoin = channel.stream_stream(
+                '/offload.v1.NodeBuildsService/Rejoin',
+                request_serializer=offload_dot_v1_dot_node__service__pb2.RunRequest.SerializeToString,
+                response_deserializer=offload_dot_v1_dot_node__service__pb2.RunResponse.FromString,
+                _registered_method=True)
+        self.PushImage = channel.unary_unary(
+                '/offload.v1.NodeBuildsService/PushImage',
+                request_serializer=offload_dot_v1_dot_node__service__pb2.PushImageRequest.SerializeToString,
+                response_deserializer=offload_dot_v1_dot_node__service__pb2.PushImageResponse.FromString,
+                _registered_method=True)
+        self.PushIndex = channel.unary_unary(
+                '/offload.v1.NodeBuildsService/PushIndex',
+                request_serializer=offload_dot_v1_dot_node__service__pb2.PushIndexRequest.SerializeToString,
+                response_deserializer=offload_dot_v1_dot_node__service__pb2.PushIndexResponse.FromString,
+                _registered_method=True)
 
 
 class NodeBuildsServiceServicer:
@@ -47,8 +62,40 @@ class NodeBuildsServiceServicer:
     """
 
     def Run(self, request_iterator, context):
-        """Run is one build. The first message must be Start; half-closing without Cancel is a loss of
-        the client. Cancelling the call cancels the build.
+        """Run is one build. The first message must be Start. Half-closing or cancelling the call is a
+        loss of the client; only CancelRun and BuildsService.Cancel end the build. A client that has
+        half-closed is still told what happens.
+
+        A build is the node's: when a client is lost, the build waits some time for it to come back,
+        or goes on without it as soon as it needs nothing from it (see Independence).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rejoin(self, request_iterator, context):
+        """Rejoin takes up a build that runs here or has ended not long ago, for the member who started
+        it. The first message must be Rejoin. Then all is as in Run: what the client has not got yet is
+        told again, open requests of the node are repeated with the ids that they had: first every
+        ContextRequest of a local source that is not complete, then NeedPages, CredentialsRequest,
+        NeedBlobs and OutputReady. It takes the place of a former client, whose call ends with
+        PERMISSION_DENIED. NOT_FOUND when the node knows no such build of the member.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PushImage(self, request, context):
+        """PushImage pushes the image of a build that has ended well, from the node to registries, for the
+        member who started it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PushIndex(self, request, context):
+        """PushIndex joins indexes that several nodes have pushed by digest to one that has the images of
+        all of them, and pushes that. For the member who started the build, while it can be read.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -61,6 +108,21 @@ def add_NodeBuildsServiceServicer_to_server(servicer, server):
                     servicer.Run,
                     request_deserializer=offload_dot_v1_dot_node__service__pb2.RunRequest.FromString,
                     response_serializer=offload_dot_v1_dot_node__service__pb2.RunResponse.SerializeToString,
+            ),
+            'Rejoin': grpc.stream_stream_rpc_method_handler(
+                    servicer.Rejoin,
+                    request_deserializer=offload_dot_v1_dot_node__service__pb2.RunRequest.FromString,
+                    response_serializer=offload_dot_v1_dot_node__service__pb2.RunResponse.SerializeToString,
+            ),
+            'PushImage': grpc.unary_unary_rpc_method_handler(
+                    servicer.PushImage,
+                    request_deserializer=offload_dot_v1_dot_node__service__pb2.PushImageRequest.FromString,
+                    response_serializer=offload_dot_v1_dot_node__service__pb2.PushImageResponse.SerializeToString,
+            ),
+            'PushIndex': grpc.unary_unary_rpc_method_handler(
+                    servicer.PushIndex,
+                    request_deserializer=offload_dot_v1_dot_node__service__pb2.PushIndexRequest.FromString,
+                    response_serializer=offload_dot_v1_dot_node__service__pb2.PushIndexResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -101,9 +163,92 @@ class NodeBuildsService:
             metadata,
             _registered_method=True)
 
+    @staticmethod
+    def Rejoin(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/offload.v1.NodeBuildsService/Rejoin',
+            offload_dot_v1_dot_node__service__pb2.RunRequest.SerializeToString,
+            offload_dot_v1_dot_node__service__pb2.RunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PushImage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/offload.v1.NodeBuildsService/PushImage',
+            offload_dot_v1_dot_node__service__pb2.PushImageRequest.SerializeToString,
+            offload_dot_v1_dot_node__service__pb2.PushImageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PushIndex(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/offload.v1.NodeBuildsService/PushIndex',
+            offload_dot_v1_dot_node__service__pb2.PushIndexRequest.SerializeToString,
+            offload_dot_v1_dot_node__service__pb2.PushIndexResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
 
 class BlobsServiceStub:
-    """BlobsService moves bytes. Metadata "offload-build-id" names a build of the caller that runs.
+    """BlobsService moves bytes. Metadata "offload-build-id" names a build of the caller that runs; for
+    Download it may have ended. With the metadata "offload-image-ticket" (see ImagePlace) a node
+    gives the saved image of a build that ran elsewhere.
     """
 
     def __init__(self, channel):
@@ -130,7 +275,9 @@ class BlobsServiceStub:
 
 
 class BlobsServiceServicer:
-    """BlobsService moves bytes. Metadata "offload-build-id" names a build of the caller that runs.
+    """BlobsService moves bytes. Metadata "offload-build-id" names a build of the caller that runs; for
+    Download it may have ended. With the metadata "offload-image-ticket" (see ImagePlace) a node
+    gives the saved image of a build that ran elsewhere.
     """
 
     def Upload(self, request_iterator, context):
@@ -141,7 +288,7 @@ class BlobsServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Download(self, request, context):
-        """Download reads one blob of the image that the build produced.
+        """Download reads one blob of the image that the build produced, also for a while after its end.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -181,7 +328,9 @@ def add_BlobsServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class BlobsService:
-    """BlobsService moves bytes. Metadata "offload-build-id" names a build of the caller that runs.
+    """BlobsService moves bytes. Metadata "offload-build-id" names a build of the caller that runs; for
+    Download it may have ended. With the metadata "offload-image-ticket" (see ImagePlace) a node
+    gives the saved image of a build that ran elsewhere.
     """
 
     @staticmethod

@@ -34,8 +34,28 @@ class NodeBuildsServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> NodeBuildsServiceAsyncStub: ...
     Run: _grpc.StreamStreamMultiCallable[_node_service_pb2.RunRequest, _node_service_pb2.RunResponse]
-    """Run is one build. The first message must be Start; half-closing without Cancel is a loss of
-    the client. Cancelling the call cancels the build.
+    """Run is one build. The first message must be Start. Half-closing or cancelling the call is a
+    loss of the client; only CancelRun and BuildsService.Cancel end the build. A client that has
+    half-closed is still told what happens.
+
+    A build is the node's: when a client is lost, the build waits some time for it to come back,
+    or goes on without it as soon as it needs nothing from it (see Independence).
+    """
+    Rejoin: _grpc.StreamStreamMultiCallable[_node_service_pb2.RunRequest, _node_service_pb2.RunResponse]
+    """Rejoin takes up a build that runs here or has ended not long ago, for the member who started
+    it. The first message must be Rejoin. Then all is as in Run: what the client has not got yet is
+    told again, open requests of the node are repeated with the ids that they had: first every
+    ContextRequest of a local source that is not complete, then NeedPages, CredentialsRequest,
+    NeedBlobs and OutputReady. It takes the place of a former client, whose call ends with
+    PERMISSION_DENIED. NOT_FOUND when the node knows no such build of the member.
+    """
+    PushImage: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.PushImageRequest, _node_service_pb2.PushImageResponse]
+    """PushImage pushes the image of a build that has ended well, from the node to registries, for the
+    member who started it.
+    """
+    PushIndex: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.PushIndexRequest, _node_service_pb2.PushIndexResponse]
+    """PushIndex joins indexes that several nodes have pushed by digest to one that has the images of
+    all of them, and pushes that. For the member who started the build, while it can be read.
     """
 
 @_typing.type_check_only
@@ -44,8 +64,28 @@ class NodeBuildsServiceAsyncStub(NodeBuildsServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Run: _aio.StreamStreamMultiCallable[_node_service_pb2.RunRequest, _node_service_pb2.RunResponse]  # type: ignore[assignment]
-    """Run is one build. The first message must be Start; half-closing without Cancel is a loss of
-    the client. Cancelling the call cancels the build.
+    """Run is one build. The first message must be Start. Half-closing or cancelling the call is a
+    loss of the client; only CancelRun and BuildsService.Cancel end the build. A client that has
+    half-closed is still told what happens.
+
+    A build is the node's: when a client is lost, the build waits some time for it to come back,
+    or goes on without it as soon as it needs nothing from it (see Independence).
+    """
+    Rejoin: _aio.StreamStreamMultiCallable[_node_service_pb2.RunRequest, _node_service_pb2.RunResponse]  # type: ignore[assignment]
+    """Rejoin takes up a build that runs here or has ended not long ago, for the member who started
+    it. The first message must be Rejoin. Then all is as in Run: what the client has not got yet is
+    told again, open requests of the node are repeated with the ids that they had: first every
+    ContextRequest of a local source that is not complete, then NeedPages, CredentialsRequest,
+    NeedBlobs and OutputReady. It takes the place of a former client, whose call ends with
+    PERMISSION_DENIED. NOT_FOUND when the node knows no such build of the member.
+    """
+    PushImage: _aio.UnaryUnaryMultiCallable[_node_service_pb2.PushImageRequest, _node_service_pb2.PushImageResponse]  # type: ignore[assignment]
+    """PushImage pushes the image of a build that has ended well, from the node to registries, for the
+    member who started it.
+    """
+    PushIndex: _aio.UnaryUnaryMultiCallable[_node_service_pb2.PushIndexRequest, _node_service_pb2.PushIndexResponse]  # type: ignore[assignment]
+    """PushIndex joins indexes that several nodes have pushed by digest to one that has the images of
+    all of them, and pushes that. For the member who started the build, while it can be read.
     """
 
 class NodeBuildsServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -57,14 +97,55 @@ class NodeBuildsServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_node_service_pb2.RunRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_node_service_pb2.RunResponse], _abc.AsyncIterator[_node_service_pb2.RunResponse]]:
-        """Run is one build. The first message must be Start; half-closing without Cancel is a loss of
-        the client. Cancelling the call cancels the build.
+        """Run is one build. The first message must be Start. Half-closing or cancelling the call is a
+        loss of the client; only CancelRun and BuildsService.Cancel end the build. A client that has
+        half-closed is still told what happens.
+
+        A build is the node's: when a client is lost, the build waits some time for it to come back,
+        or goes on without it as soon as it needs nothing from it (see Independence).
+        """
+
+    @_abc_1.abstractmethod
+    def Rejoin(
+        self,
+        request_iterator: _MaybeAsyncIterator[_node_service_pb2.RunRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_node_service_pb2.RunResponse], _abc.AsyncIterator[_node_service_pb2.RunResponse]]:
+        """Rejoin takes up a build that runs here or has ended not long ago, for the member who started
+        it. The first message must be Rejoin. Then all is as in Run: what the client has not got yet is
+        told again, open requests of the node are repeated with the ids that they had: first every
+        ContextRequest of a local source that is not complete, then NeedPages, CredentialsRequest,
+        NeedBlobs and OutputReady. It takes the place of a former client, whose call ends with
+        PERMISSION_DENIED. NOT_FOUND when the node knows no such build of the member.
+        """
+
+    @_abc_1.abstractmethod
+    def PushImage(
+        self,
+        request: _node_service_pb2.PushImageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_service_pb2.PushImageResponse, _abc.Awaitable[_node_service_pb2.PushImageResponse]]:
+        """PushImage pushes the image of a build that has ended well, from the node to registries, for the
+        member who started it.
+        """
+
+    @_abc_1.abstractmethod
+    def PushIndex(
+        self,
+        request: _node_service_pb2.PushIndexRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_service_pb2.PushIndexResponse, _abc.Awaitable[_node_service_pb2.PushIndexResponse]]:
+        """PushIndex joins indexes that several nodes have pushed by digest to one that has the images of
+        all of them, and pushes that. For the member who started the build, while it can be read.
         """
 
 def add_NodeBuildsServiceServicer_to_server(servicer: NodeBuildsServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
 class BlobsServiceStub:
-    """BlobsService moves bytes. Metadata "offload-build-id" names a build of the caller that runs."""
+    """BlobsService moves bytes. Metadata "offload-build-id" names a build of the caller that runs; for
+    Download it may have ended. With the metadata "offload-image-ticket" (see ImagePlace) a node
+    gives the saved image of a build that ran elsewhere.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -73,24 +154,30 @@ class BlobsServiceStub:
     Upload: _grpc.StreamStreamMultiCallable[_node_service_pb2.UploadRequest, _node_service_pb2.UploadResponse]
     """Upload sends blobs that the node asked for with NeedBlobs."""
     Download: _grpc.UnaryStreamMultiCallable[_node_service_pb2.DownloadRequest, _node_service_pb2.DownloadResponse]
-    """Download reads one blob of the image that the build produced."""
+    """Download reads one blob of the image that the build produced, also for a while after its end."""
     ReadOutput: _grpc.UnaryStreamMultiCallable[_node_service_pb2.ReadOutputRequest, _node_service_pb2.ReadOutputResponse]
     """ReadOutput reads the stream of an exporter, announced with OutputReady."""
 
 @_typing.type_check_only
 class BlobsServiceAsyncStub(BlobsServiceStub):
-    """BlobsService moves bytes. Metadata "offload-build-id" names a build of the caller that runs."""
+    """BlobsService moves bytes. Metadata "offload-build-id" names a build of the caller that runs; for
+    Download it may have ended. With the metadata "offload-image-ticket" (see ImagePlace) a node
+    gives the saved image of a build that ran elsewhere.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Upload: _aio.StreamStreamMultiCallable[_node_service_pb2.UploadRequest, _node_service_pb2.UploadResponse]  # type: ignore[assignment]
     """Upload sends blobs that the node asked for with NeedBlobs."""
     Download: _aio.UnaryStreamMultiCallable[_node_service_pb2.DownloadRequest, _node_service_pb2.DownloadResponse]  # type: ignore[assignment]
-    """Download reads one blob of the image that the build produced."""
+    """Download reads one blob of the image that the build produced, also for a while after its end."""
     ReadOutput: _aio.UnaryStreamMultiCallable[_node_service_pb2.ReadOutputRequest, _node_service_pb2.ReadOutputResponse]  # type: ignore[assignment]
     """ReadOutput reads the stream of an exporter, announced with OutputReady."""
 
 class BlobsServiceServicer(metaclass=_abc_1.ABCMeta):
-    """BlobsService moves bytes. Metadata "offload-build-id" names a build of the caller that runs."""
+    """BlobsService moves bytes. Metadata "offload-build-id" names a build of the caller that runs; for
+    Download it may have ended. With the metadata "offload-image-ticket" (see ImagePlace) a node
+    gives the saved image of a build that ran elsewhere.
+    """
 
     @_abc_1.abstractmethod
     def Upload(
@@ -106,7 +193,7 @@ class BlobsServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _node_service_pb2.DownloadRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_node_service_pb2.DownloadResponse], _abc.AsyncIterator[_node_service_pb2.DownloadResponse]]:
-        """Download reads one blob of the image that the build produced."""
+        """Download reads one blob of the image that the build produced, also for a while after its end."""
 
     @_abc_1.abstractmethod
     def ReadOutput(

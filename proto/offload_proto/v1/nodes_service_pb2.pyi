@@ -105,7 +105,7 @@ class Hello(_message.Message):
 
     @_builtins.property
     def platforms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Platforms, the native one first."""
+        """Platforms that it builds natively, its own first."""
 
     @_builtins.property
     def running_build_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -140,6 +140,7 @@ class Heartbeat(_message.Message):
     DRAINING_FIELD_NUMBER: _builtins.int
     DISK_FREE_BYTES_FIELD_NUMBER: _builtins.int
     HEALTH_FIELD_NUMBER: _builtins.int
+    PLATFORMS_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     """Builds that run."""
     draining: _builtins.bool
@@ -148,6 +149,10 @@ class Heartbeat(_message.Message):
     """Free bytes below the data directory."""
     health: _builtins.str
     """One sentence about what is degraded; empty when nothing is."""
+    @_builtins.property
+    def platforms(self) -> Global___NodePlatforms:
+        """Unset until the node knows what its BuildKit can build."""
+
     def __init__(
         self,
         *,
@@ -155,14 +160,45 @@ class Heartbeat(_message.Message):
         draining: _builtins.bool = ...,
         disk_free_bytes: _builtins.int = ...,
         health: _builtins.str = ...,
+        platforms: Global___NodePlatforms | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["platforms", b"platforms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["disk_free_bytes", b"disk_free_bytes", "draining", b"draining", "health", b"health", "running", b"running"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["disk_free_bytes", b"disk_free_bytes", "draining", b"draining", "health", b"health", "platforms", b"platforms", "running", b"running"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Heartbeat: _TypeAlias = Heartbeat  # noqa: Y015
+
+@_typing.final
+class NodePlatforms(_message.Message):
+    """NodePlatforms is what a node builds; they are named as in "linux/arm64"."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NATIVE_FIELD_NUMBER: _builtins.int
+    EMULATED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def native(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Without emulation, the node's own first."""
+
+    @_builtins.property
+    def emulated(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """With QEMU, or because the administrator says so."""
+
+    def __init__(
+        self,
+        *,
+        native: _abc.Iterable[_builtins.str] | None = ...,
+        emulated: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["emulated", b"emulated", "native", b"native"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NodePlatforms: _TypeAlias = NodePlatforms  # noqa: Y015
 
 @_typing.final
 class OfferReply(_message.Message):
@@ -207,16 +243,19 @@ class BuildUpdate(_message.Message):
     IMAGE_DIGEST_FIELD_NUMBER: _builtins.int
     CACHE_STATE_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
+    IMAGE_SAVED_FIELD_NUMBER: _builtins.int
     build_id: _builtins.str
     """The build."""
     state: _builds_service_pb2.BuildState.ValueType
-    """RUNNING, SUCCEEDED, FAILED or CANCELED."""
+    """RUNNING, SUCCEEDED, FAILED, CANCELED, or LOST when the node stopped while it ran."""
     error: _builtins.str
     """One sentence; empty unless it failed."""
     image_digest: _builtins.str
     """Digest of the image; empty when there is none."""
     cache_state: _builds_service_pb2.CacheState.ValueType
     """Cache entries; may change after the build has ended."""
+    image_saved: _builtins.bool
+    """The shared store keeps the image."""
     @_builtins.property
     def stats(self) -> _builds_service_pb2.BuildStats:
         """Numbers so far."""
@@ -235,10 +274,11 @@ class BuildUpdate(_message.Message):
         image_digest: _builtins.str = ...,
         cache_state: _builds_service_pb2.CacheState.ValueType = ...,
         steps: _abc.Iterable[Global___StepTime] | None = ...,
+        image_saved: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["stats", b"stats"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_id", b"build_id", "cache_state", b"cache_state", "error", b"error", "image_digest", b"image_digest", "state", b"state", "stats", b"stats", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_id", b"build_id", "cache_state", b"cache_state", "error", b"error", "image_digest", b"image_digest", "image_saved", b"image_saved", "state", b"state", "stats", b"stats", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import contextvars
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from offload_client import dockerauth
+from offload_client import credentialhelper
 from offload_client.dockerauth import Credentials, credentials_for
 from offload_client.eventlog import show_events
 from offload_core.errors import ConfigError
@@ -136,7 +137,8 @@ def test_missing_helper_is_no_login_and_a_warning(home: Home) -> None:
 
 
 def test_slow_helper_is_given_up(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dockerauth, "_HELPER_SECONDS", 0.3)
+    monkeypatch.setattr(credentialhelper, "SLOW_SECONDS", 0.1)
+    monkeypatch.setattr(credentialhelper, "HELPER_SECONDS", 0.3)
     home.helper("main")
     home.configure(credsStore="main")
     assert credentials_for("slow.example.com", home.environment) is None
@@ -181,3 +183,82 @@ def test_nothing_secret_is_logged(home: Home, capsys: pytest.CaptureFixture[str]
     assert "hunter2" not in told[0]
     assert encoded("u:hunter2")["auth"] not in told[0]
     assert capsys.readouterr() == ("", "")
+
+
+def test_entry_for_a_part_of_a_registry_is_used_for_it(home: Home) -> None:
+    home.helper("main")
+    home.configure(
+        credsStore="main",
+        auths={
+            "ghcr.io/shop": encoded("shop:1"),
+            "ghcr.io/shop/deep/app": encoded("deep:2"),
+            "https://index.docker.io/v1/": encoded("hub:3"),
+            "docker.io/acme": encoded("acme:4"),
+        },
+    )
+    found = {
+        name: login.username
+        for name in ("shop/app", "shop/deep/app", "shopping/app", "", "shop")
+        if (login := credentials_for("ghcr.io", home.environment, name))
+    }
+    assert found == {
+        "shop/app": "shop", "shop/deep/app": "deep", "shopping/app": "main", "": "main",
+        "shop": "shop",
+    }  # fmt: skip
+    hub = credentials_for("registry-1.docker.io", home.environment, "acme/app")
+    assert hub == ("acme", "4")
+
+
+def test_part_of_a_registry_counts_for_all_of_it_when_nothing_else_does(home: Home) -> None:
+    home.configure(auths={"ghcr.io/shop": encoded("shop:1")})
+    assert credentials_for("ghcr.io", home.environment) == ("shop", "1")
+
+
+def test_ports_tell_registries_apart(home: Home) -> None:
+    home.configure(auths={"r.io:5000": encoded("a:1"), "http://r.io:6000/v2/": encoded("b:2")})
+    assert credentials_for("r.io:5000", home.environment) == ("a", "1")
+    assert credentials_for("r.io:6000", home.environment) == ("b", "2")
+    assert credentials_for("r.io", home.environment) is None
+
+
+def test_damaged_variable_is_a_warning_and_the_file_counts(home: Home) -> None:
+    told: list[str] = []
+    home.configure(auths={"ghcr.io": encoded("file:f")})
+    context = contextvars.copy_context()
+    context.run(show_events, lambda _level, text: told.append(text), everything=False)
+    environment = {**home.environment, "DOCKER_AUTH_CONFIG": '{"auths": "hunter2"'}
+    assert context.run(credentials_for, "ghcr.io", environment) == ("file", "f")
+    assert "docker auth config ignored" in told[0]
+    assert "hunter2" not in told[0]
+
+
+def test_hanging_helper_is_told_of_long_before_it_is_given_up(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(credentialhelper, "HELPER_SECONDS", 2.5)
+    told: list[tuple[float, str]] = []
+    home.helper("main")
+    home.configure(credsStore="main")
+    began = time.monotonic()
+
+    def tell(_level: str, text: str) -> None:
+        told.append((time.monotonic() - began, text))
+
+    context = contextvars.copy_context()
+    context.run(show_events, tell, everything=False)
+    assert context.run(credentials_for, "slow.example.com", home.environment) is None
+    assert told[0][0] < 2
+    assert "slow (helper=docker-credential-main, registry=slow.example.com" in told[0][1]
+    assert "unlock a keychain" in told[0][1]
+    assert "timed out" in told[1][1]
+
+
+def test_words_of_a_failing_helper_are_shown(home: Home) -> None:
+    told: list[str] = []
+    home.helper("main")
+    home.configure(credsStore="main")
+    context = contextvars.copy_context()
+    context.run(show_events, lambda _level, text: told.append(text), everything=False)
+    assert context.run(credentials_for, "broken.example.com", home.environment) is None
+    assert "says=keychain is locked" in told[0]
+    assert "log in again" in told[0]

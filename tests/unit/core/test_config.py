@@ -25,6 +25,7 @@ class Settings:
     names: list[str] = option([], "texts")
     pair: tuple[str, ...] = option(("a",), "texts")
     key: str = option("", "a secret", secret=True)
+    table: dict[str, list[str]] = option({}, "texts by name")
 
 
 def settings(tmp_path: Path, text: str = "", options=None, **environment: str) -> Settings:
@@ -52,6 +53,19 @@ def test_environment_is_converted(tmp_path):
         names="a, b,,c", pair="x,y",
     )  # fmt: skip
     assert found == Settings("n", 7, 0.25, True, None, 10**9, 5.0, ["a", "b", "c"], ("x", "y"))
+
+
+def test_tables_come_from_a_file_or_a_variable(tmp_path):
+    text = 'name = "n"\n[table]\na = ["x", "y"]\n"b-*" = []\n'
+    assert settings(tmp_path, text).table == {"a": ["x", "y"], "b-*": []}
+    assert settings(tmp_path, text, table="c=x, y; d=;").table == {"c": ["x", "y"], "d": []}
+    assert settings(tmp_path, text, table="").table == {}
+    for wrong in ("c", "=x", "a=1;b"):
+        with pytest.raises(ConfigError, match=r"X_TABLE: .* is not a table of lists"):
+            settings(tmp_path, text, table=wrong)
+    for wrong in ("table = 3\n", "[table]\na = 3\n", "[table]\na = [3]\n", "table = ['a']\n"):
+        with pytest.raises(ConfigError, match=r"table: .* is not a table of lists"):
+            settings(tmp_path, f'name = "n"\n{wrong}')
 
 
 def test_option_beats_environment_beats_file_beats_default(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Self
 
 from offload_builder.buildkit.h2.connection import Http2Connection
@@ -208,13 +209,15 @@ class GrpcClient:
         except StreamResetError as error:
             raise _as_grpc_error(error) from error
 
-    async def unary(self, method: str, request: bytes) -> bytes:
+    async def unary(
+        self, method: str, request: bytes, metadata: Sequence[tuple[str, str]] = ()
+    ) -> bytes:
         """Call a method with one request and one answer; cancelling this cancels the call.
 
         Raises:
             GrpcError: the call failed.
         """
-        async with await self.call(method) as call:
+        async with await self.call(method, metadata) as call:
             await call.send([request], len(request))
             call.end()
             answer: bytes | None = None
@@ -230,12 +233,22 @@ class GrpcClient:
         Raises:
             GrpcError: the call failed.
         """
+        async with aclosing(self.stream_runs(method, request)) as runs:
+            async for messages in runs:
+                for message in messages:
+                    yield message
+
+    async def stream_runs(self, method: str, request: bytes) -> AsyncGenerator[list[bytes], None]:
+        """Do as `stream`, but yield all answers together that have come meanwhile.
+
+        Raises:
+            GrpcError: the call failed.
+        """
         async with await self.call(method) as call:
             await call.send([request], len(request))
             call.end()
             while messages := await call.receive():
-                for message in messages:
-                    yield message
+                yield messages
 
     async def _usable_connection(self) -> UnixConnection:
         async with self._opening:

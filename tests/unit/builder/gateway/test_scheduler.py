@@ -180,3 +180,11 @@ def test_reason_says_why_a_build_waits(nodes, platforms, reason):
 )
 def test_platforms_are_compared_in_normal_form(given, expected):
     assert normalise_platform(given) == expected
+
+
+def test_node_with_which_a_build_was_lost_is_asked_last() -> None:
+    nodes = [node("one"), node("two"), node("three")]
+    first, *others = candidates(QueuedBuild("b", "shop", 1), nodes)
+    again = QueuedBuild("b", "shop", 1, last_choice=first)
+    assert candidates(again, nodes) == [*others, first]
+    assert candidates(again, [node(first)]) == [first]

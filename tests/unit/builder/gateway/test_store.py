@@ -295,7 +295,8 @@ async def test_database_of_version_1_gets_the_new_columns_and_keeps_its_builds(t
     async with Store(url) as store:
         await History(store).insert(build("aaaaaaaaaaaa", vcs_branch="topic"))
     with sqlite3.connect(tmp_path / "gateway.sqlite") as database:
-        for column in ("vcs_target_branch", "cache_choice"):
+        added = ("vcs_target_branch", "cache_choice", "repeat_of", "repeated_by", "image_saved")
+        for column in added:
             database.execute(f"ALTER TABLE builds DROP COLUMN {column}")
         database.execute("UPDATE meta SET value = '1' WHERE key = 'schema_version'")
     database.close()
@@ -304,7 +305,14 @@ async def test_database_of_version_1_gets_the_new_columns_and_keeps_its_builds(t
         old = await history.find("aaaaaaaaaaaa")
         assert old is not None
         assert (old.vcs_branch, old.vcs_target_branch, old.cache_choice) == ("topic", "", b"")
-        new = build("bbbbbbbbbbbb", vcs_target_branch="main", cache_choice=b"\x10\x01")
+        assert (old.repeat_of, old.repeated_by, old.image_saved) == ("", "", False)
+        new = build(
+            "bbbbbbbbbbbb",
+            vcs_target_branch="main",
+            cache_choice=b"\x10\x01",
+            repeat_of="aaaaaaaaaaaa",
+            image_saved=True,
+        )
         await history.insert(new)
         assert await history.find("bbbbbbbbbbbb") == new
     async with Store(url):

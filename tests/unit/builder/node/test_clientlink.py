@@ -274,3 +274,24 @@ async def test_outbox_gives_what_is_queued_before_its_end():
     assert (await reading).notice.text == "1"
     assert await outbox.get() is None
     assert outbox.taken == 1
+
+
+async def test_login_and_secret_are_waited_for_while_the_client_is_away(link, monkeypatch):
+    monkeypatch.setattr(clientlink, "CREDENTIALS_SECONDS", 0.05)
+    monkeypatch.setattr(clientlink, "SECRET_SECONDS", 0.05)
+    login = asyncio.ensure_future(link.request_credentials("r.example"))
+    secret = asyncio.ensure_future(link.request_secret("s"))
+    await asyncio.sleep(0)
+    link.detach(link.outbox)
+    await asyncio.sleep(0.2)
+    assert not login.done()
+    assert not secret.done()
+    link.attach(Outbox())
+    asked = {message.WhichOneof("message"): message for message in link.repeated(context=False)}
+    request_id = asked["credentials_request"].credentials_request.request_id
+    link.credentials_reply(CredentialsReply(request_id=request_id, username="u", secret="p"))
+    assert await asyncio.wait_for(login, 5) == ("u", "p")
+    # One that is there and does not answer is not waited for.
+    with pytest.raises(ContextError, match="has not sent the secret s"):
+        await asyncio.wait_for(secret, 5)
+    assert await asyncio.wait_for(link.request_credentials("r.example"), 5) == ("", "")

@@ -78,3 +78,86 @@ async def test_nothing_is_taken_after_the_end(tmp_path):
         assert journal.append(batch(b"two"))
         assert await read_all(journal) == [(1, b"one")]
         assert journal.sequence == 1
+
+
+async def test_large_output_is_compressed_and_reads_as_written(tmp_path):
+    lines = [b"".join(b"line %d\n" % number for number in range(start, start + 20_000))
+             for start in range(0, 100_000, 20_000)]  # fmt: skip
+    with Journal(tmp_path / "log") as journal:
+        for data in lines:
+            assert journal.append(batch(data))
+        size = (tmp_path / "log").stat().st_size
+        assert size < sum(map(len, lines)) / 3
+        journal.finish()
+        assert await read_all(journal) == list(enumerate(lines, 1))
+
+
+async def test_a_viewer_is_given_little_at_a_time_however_well_it_was_compressed(tmp_path):
+    with Journal(tmp_path / "log") as journal:
+        for _ in range(200):
+            journal.append(batch(bytes(100_000)))
+        journal.finish()
+        async with aclosing(journal.read()) as runs:
+            sizes = [sum(len(item.logs[0].data) for item in run) async for run in runs]
+    assert sum(sizes) == 200 * 100_000
+    assert max(sizes) <= 400_000
+
+
+async def test_what_a_killed_process_left_is_read_as_far_as_it_is_whole(tmp_path: Path):
+    path = tmp_path / "log"
+    journal = Journal(path)
+    for data in (b"a", b"b", b"c"):
+        assert journal.append(batch(data))
+    journal.close()
+    whole = path.read_bytes()
+    for check in (True, False):
+        with Journal.restored(path, check=check) as found:
+            assert await read_all(found, after=1) == [(2, b"b"), (3, b"c")]
+        assert not path.exists()
+        path.write_bytes(whole)
+    for torn in (whole[:-1], whole[:-3] + b"xxx", whole + b"\0\0"):
+        path.write_bytes(torn)
+        with Journal.restored(path, check=True) as found:
+            assert [number for number, _ in await read_all(found)][:2] == [1, 2]
+            assert found.sequence == (3 if torn.startswith(whole) else 2)
+
+
+def test_journal_that_is_closed_stays_on_the_disk(tmp_path: Path):
+    journal = Journal(tmp_path / "log")
+    assert journal.append(batch(b"a"))
+    journal.close()
+    assert (tmp_path / "log").stat().st_size > 0
+
+
+async def test_who_comes_back_reads_on_after_any_batch(tmp_path: Path):
+    path = tmp_path / "log"
+    journal = Journal(path)
+    contents = [(number, b"%d" % number) for number in range(1, 301)]
+    for _, data in contents:
+        assert journal.append(batch(data))
+    for after in (-1, 0, 1, 63, 64, 65, 127, 128, 299, 300, 301, 1 << 62):
+        journal.finish()
+        assert await read_all(journal, after) == contents[max(0, after) :]
+    journal.close()
+    with Journal.restored(path, check=False) as found:
+        for after in (0, 63, 64, 200, 300):
+            assert await read_all(found, after) == contents[after:]
+
+
+async def test_who_comes_back_makes_nobody_wait_for_what_was_read_before(tmp_path, monkeypatch):
+    read_bytes = 0
+    pread = os.pread
+
+    def counting(file: int, size: int, offset: int) -> bytes:
+        nonlocal read_bytes
+        data = pread(file, size, offset)
+        read_bytes += len(data)
+        return data
+
+    monkeypatch.setattr(os, "pread", counting)
+    with Journal(tmp_path / "log") as journal:
+        for _ in range(1000):
+            assert journal.append(batch(os.urandom(10_000)))
+        journal.finish()
+        assert [number for number, _ in await read_all(journal, 999)] == [1000]
+        assert read_bytes < 1_000_000

@@ -135,3 +135,37 @@ async def test_layout_that_cannot_be_listed_is_an_error():
     with pytest.raises(ContextError):
         await layouts.size("store", DIGESTS[0])
     assert broken.closed
+
+
+class Near:
+    """Blobs that the node has anyway."""
+
+    def __init__(self, blobs: dict[str, bytes]) -> None:
+        self.blobs = blobs
+        self.ended = 0
+
+    async def size(self, layout: str, digest: str) -> int | None:
+        assert layout == "store"
+        return len(self.blobs[digest]) if digest in self.blobs else None
+
+    async def read(self, layout: str, digest: str, offset: int, size: int):
+        try:
+            yield self.blobs[digest][offset : offset + size]
+        finally:
+            self.ended += 1
+
+
+async def test_what_is_near_is_not_asked_of_the_client(tree):
+    async def open_tree(name: str) -> Tree:
+        return tree
+
+    near = Near({DIGESTS[0]: b"here"})
+    layouts = ClientLayouts({"store": "oci:base"}, open_tree, near)
+    assert await layouts.size("store", DIGESTS[0]) == 4
+    assert await read(layouts, DIGESTS[0], 1, 2) == b"er"
+    assert tree.begun == []
+    assert near.ended == 1
+    assert await layouts.size("store", DIGESTS[1]) == len(CONTENT)
+    assert await read(layouts, DIGESTS[1], 0, 10) == CONTENT[:10]
+    assert len(tree.begun) == 1
+    await layouts.close()

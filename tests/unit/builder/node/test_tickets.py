@@ -9,10 +9,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from offload_builder.gateway.savedimages import sign_image
 from offload_builder.gateway.tickets import sign
 from offload_builder.node.tickets import TicketVerifier
 from offload_core.errors import AccessDeniedError, InternalError
-from offload_proto.v1.builds_service_pb2 import SignedTicket, Ticket
+from offload_proto.v1.builds_service_pb2 import ImageTicket, SignedTicket, Ticket
 
 KEY = Ed25519PrivateKey.generate()
 
@@ -97,3 +98,31 @@ def test_node_without_a_key_takes_nothing_and_takes_only_ed25519():
         fresh.redeem(sign(KEY, ticket()), member="alice")
     with pytest.raises(InternalError):
         fresh.trust(pem(X25519PrivateKey.generate()))
+
+
+def image_ticket(**values) -> ImageTicket:
+    made = ImageTicket(build_id="b", project_id="p", node_id="node-1", member="alice", digest="d")
+    made.expires_at.FromSeconds(int(time.time()) + 60)
+    made.MergeFrom(ImageTicket(**values))
+    return made
+
+
+def test_image_ticket_may_be_used_again(verifier):
+    signed = sign_image(KEY, image_ticket())
+    for _ in range(2):
+        assert verifier.image(signed, member="alice").digest == "d"
+
+
+def test_image_ticket_of_another_kind_member_node_or_time_is_refused(verifier):
+    late = image_ticket()
+    late.expires_at.FromSeconds(int(time.time()) - 1)
+    with pytest.raises(AccessDeniedError, match="expired"):
+        verifier.image(sign_image(KEY, late), member="alice")
+    with pytest.raises(AccessDeniedError, match="another member"):
+        verifier.image(sign_image(KEY, image_ticket()), member="bob")
+    with pytest.raises(AccessDeniedError, match="is for node node-2"):
+        verifier.image(sign_image(KEY, image_ticket(node_id="node-2")), member="alice")
+    with pytest.raises(AccessDeniedError, match="not signed by this gateway"):
+        verifier.image(sign(KEY, ticket()), member="alice")
+    with pytest.raises(AccessDeniedError, match="not signed by this gateway"):
+        verifier.redeem(sign_image(KEY, image_ticket()), member="alice")

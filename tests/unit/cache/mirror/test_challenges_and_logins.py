@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import time
 from pathlib import Path
 
 import pytest
 
+from offload_cache.mirror import loginhelper
 from offload_cache.mirror.challenges import Challenge, parse_challenges
 from offload_cache.mirror.logins import Login, Logins, LoginSource
+from offload_cache.mirror.patterns import matches
 from offload_core.errors import ConfigError
 
 
@@ -96,3 +99,61 @@ def test_login_is_never_shown():
 def test_half_a_login_is_refused(values):
     with pytest.raises(ConfigError):
         LoginSource(**values)
+
+
+async def test_short_lived_login_is_renewed_before_it_expires(tmp_path):
+    script = tmp_path / "cloud-login"
+    script.write_text(
+        "#!/bin/sh\ncat > /dev/null\necho x >> $0.runs\n"
+        "runs=$(wc -l < $0.runs)\n"
+        'echo "{\\"Username\\": \\"u\\", \\"Secret\\": \\"s$runs\\",'
+        ' \\"ExpiresAt\\": \\"$(date -u -d @$(($(date +%s) + $1)) +%Y-%m-%dT%H:%M:%SZ)\\"}"\n'
+    )
+    script.chmod(0o755)
+    long = Logins("r.example", LoginSource(command=(str(script), "3600")))
+    assert [await long.get() for _ in range(2)] == [Login("u", "s1")] * 2
+    short = Logins("r.example", LoginSource(command=(str(script), "0")))
+    assert [await short.get() for _ in range(2)] == [Login("u", "s2"), Login("u", "s3")]
+    # A registry that refuses it gets a new one at once.
+    assert await long.get(fresh=True) == Login("u", "s4")
+
+
+async def test_helper_that_hangs_or_fails_is_one_sentence_and_holds_up_one_build(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(loginhelper, "HELPER_SECONDS", 0.3)
+    script = tmp_path / "cloud-login"
+    script.write_text("#!/bin/sh\necho x >> $0.runs\nsleep 30 & sleep 30\n")
+    script.chmod(0o755)
+    logins = Logins("r.example", LoginSource(command=(str(script),)))
+    began = time.monotonic()
+    assert [await logins.get() for _ in range(3)] == [None] * 3
+    assert time.monotonic() - began < 2
+    assert logins.problem == (
+        "the pool's login for r.example cannot be read: cloud-login did not answer in 0.3 seconds"
+    )
+    assert Path(f"{script}.runs").read_text() == "x\n"
+    script.write_text("#!/bin/sh\necho no role for you\nexit 3\n")
+    failing = Logins("r.example", LoginSource(command=(str(script),)))
+    assert await failing.get() is None
+    assert "cloud-login ended with code 3 and says: no role for you" in failing.problem
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "fits"),
+    [
+        ("team/*", "team/app", True),
+        ("team/*", "team/app/db", False),
+        ("team/**", "team/app/db", True),
+        ("team/**", "team", False),
+        ("team", "teams", False),
+        ("**", "any/thing", True),
+        ("te?m/app", "team/app", True),
+        ("t.am/app", "team/app", False),
+        ("team/*", "other/team/app", False),
+        ("team/*", "team/app\n", True),
+        ("team/app", "team/app\n", False),
+    ],
+)
+def test_patterns_of_repositories(pattern, name, fits):
+    assert matches([pattern], name) is fits

@@ -49,7 +49,8 @@ async def upstream(*handlers: Handler, login: LoginSource | None = None) -> Asyn
     async with AsyncExitStack() as stack:
         addresses = [await stack.enter_async_context(serving(handler)) for handler in handlers]
         session = await stack.enter_async_context(new_session())
-        endpoints = [(Endpoint(address, http=True), login) for address in addresses]
+        logins = [login] if login else []
+        endpoints = [(Endpoint(address, http=True), logins) for address in addresses]
         yield Upstream(RegistrySource(addresses[-1], endpoints), session)
 
 
@@ -315,7 +316,7 @@ async def test_registry_that_is_away_is_not_asked_at_each_request():
     started = time.monotonic()
     async with new_session() as session:
         registry = Upstream(
-            RegistrySource("127.0.0.1:1", [(Endpoint("127.0.0.1:1", http=True), None)]), session
+            RegistrySource("127.0.0.1:1", [(Endpoint("127.0.0.1:1", http=True), [])]), session
         )
         for _ in range(3):
             with pytest.raises(AwayError, match="not reachable"):

@@ -20,6 +20,7 @@ import zstandard
 
 from offload_client.build.contextfiles import ContextFiles, find_context, open_context
 from offload_client.build.options import BuildOptions, parse_build_contexts
+from offload_client.build.remotecontext import is_git_over_ssh
 from offload_client.build.spec import build_spec
 from offload_client.invocation import Invocation
 from offload_core.errors import ContextError, InvalidValueError, OffloadError
@@ -268,9 +269,13 @@ def test_dockerfile_option_with_a_url(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("url", ["git@host:x/y.git", "ssh://git@host/x.git", "SSH://host/x"])
-def test_git_over_ssh_is_refused_by_name(tmp_path: Path, url: str) -> None:
-    assert "over SSH" in problem(tmp_path, url).message
-    assert "over SSH" in problem(tmp_path, ".", named=(f"x={url}",)).message
+def test_git_over_ssh_is_fetched_by_the_node_with_the_default_agent(
+    tmp_path: Path, url: str
+) -> None:
+    with found(tmp_path, url) as files:
+        assert files.url == url
+    assert is_git_over_ssh(url)
+    assert not is_git_over_ssh("https://host/x.git")
 
 
 @pytest.mark.parametrize("path", ["ftp://host/x", "file:///x", "user@host", "gitlab.com/x/y"])

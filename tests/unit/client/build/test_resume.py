@@ -3,38 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import io
 import json
-import os
 import random
 import re
 import time
-from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import pytest
 
-from offload_builder.gateway.ca import CertificateAuthority
+from offload_client.build import comeback
 from offload_client.build import resume as module
-from offload_client.build.options import BuildOptions
-from offload_client.build.resume import PAUSES_SECONDS, Resume
-from offload_client.build.runner import run_build
-from offload_client.connections import Connections
-from offload_client.identity import StoredIdentity, save_identity
-from offload_client.invocation import Invocation
-from offload_core.errors import GatewayUnreachableError, NodeLostError
-from offload_core.tls import Identity
-from tests.fixtures.cutrelay import CutRelay
-from tests.fixtures.nodepeer import serving_node
+from offload_client.build.attachment import LOST
+from offload_client.build.resume import PAUSES_SECONDS, Resume, repeats_of
+from offload_core.errors import ConfigError, GatewayUnreachableError, NodeLostError
+from tests.fixtures.localcommand import SIZE
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
-    from pathlib import Path
-
+    from tests.fixtures.cutrelay import CutRelay
+    from tests.fixtures.localcommand import Command
     from tests.fixtures.nodepeer import NodePeer
 
-SIZE = 12 << 20
 NOTICE = "the connection to node node-1 was lost; trying again, what has arrived is not sent again"
 
 
@@ -55,59 +43,19 @@ def test_progress_starts_the_count_anew() -> None:
     assert pauses == [*PAUSES_SECONDS[1:], None]
 
 
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> CertificateAuthority:
-    return CertificateAuthority.open(tmp_path_factory.mktemp("ca"))
-
-
-@pytest.fixture
-async def peer(authority: CertificateAuthority) -> AsyncIterator[NodePeer]:
-    async with serving_node(authority.gateway_keys()) as running:
-        yield running
-
-
-@pytest.fixture
-def relay(peer: NodePeer) -> Iterator[CutRelay]:
-    with CutRelay(peer.address) as running:
-        peer.address = running.address
-        yield running
-
-
-class Command:
-    """One `offload-build` in this process."""
-
-    def __init__(self, home: Path, authority: CertificateAuthority, gateway: str) -> None:
-        self.context = home / "context"
-        self.context.mkdir()
-        (self.context / "Dockerfile").write_text("FROM scratch\nCOPY . /\n")
-        self.screen = io.StringIO()
-        environment = {"HOME": str(home), "OFFLOAD_GATEWAY": gateway}
-        self.invocation = Invocation([], home, environment, 0, io.StringIO(), self.screen)
-        end = datetime.now(UTC) + timedelta(days=30)
-        keys, expires = authority.issue_member(Identity("member", "ann", "t1", "member"), end)
-        save_identity(self.invocation, gateway, StoredIdentity(keys, expires.timestamp()))
-
-    def fill(self) -> set[bytes]:
-        """Write small files and a large one; return the digests of the small ones."""
-        digests = set()
-        for number in range(60):
-            content = os.urandom((SIZE - (6 << 20)) // 60)
-            (self.context / str(number)).write_bytes(content)
-            digests.add(hashlib.sha256(content).digest())
-        (self.context / "large").write_bytes(os.urandom(6 << 20))
-        return digests
-
-    async def run(self, progress: str = "plain") -> str:
-        """Build; return what was shown."""
-        async with Connections() as connections:
-            options = BuildOptions(path=str(self.context), progress=progress)
-            await run_build(self.invocation, options, connections)
-        return self.screen.getvalue()
-
-
-@pytest.fixture
-def command(tmp_path: Path, authority: CertificateAuthority, relay: CutRelay) -> Command:
-    return Command(tmp_path, authority, relay.address)
+def test_repeats_are_counted_and_configured() -> None:
+    assert Resume().may_repeat
+    assert repeats_of({}) == 2
+    assert repeats_of({"OFFLOAD_REPEATS": "0"}) == 0
+    assert not Resume(0).may_repeat
+    assert Resume(0).given_up == "run it again"
+    lost = Resume(2)
+    lost.repeated = 2
+    assert not lost.may_repeat
+    assert lost.given_up == "it was repeated 2 times and lost again; run it again"
+    for wrong in ("-1", "many", "1.5", "101", "\u0662"):
+        with pytest.raises(ConfigError, match="OFFLOAD_REPEATS"):
+            repeats_of({"OFFLOAD_REPEATS": wrong})
 
 
 async def test_undisturbed_build_sends_everything_once_and_says_so(
@@ -165,13 +113,15 @@ async def test_steps_of_a_lost_attempt_do_not_stay_open(
             errors.append(vertex.get("error"))
     assert "context canceled" in errors
     assert all("completed" in vertex for vertex in last.values())
-    assert last["sha256:load"].get("error") is None
+    # The step of the second run is another one.
+    loads = [item for item in last.values() if item["name"] == last["sha256:load"]["name"]]
+    assert loads[-1].get("error") is None
 
 
-async def test_loss_without_progress_ends_after_five_attempts(
+async def test_node_that_stays_away_is_given_up_in_the_end(
     command: Command, peer: NodePeer, relay: CutRelay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "PAUSES_SECONDS", (0.01,) * 5)
+    monkeypatch.setattr(comeback, "COME_BACK_SECONDS", 3.0)
     peer.hold_after = 1
     target = relay.target
 
@@ -190,7 +140,10 @@ async def test_loss_without_progress_ends_after_five_attempts(
     finally:
         cutting.cancel()
         relay.target = target
-    assert command.screen.getvalue().count(NOTICE) == 1
+    shown = command.screen.getvalue()
+    assert shown.count(LOST) == 1
+    assert NOTICE not in shown
+    assert len(peer.created) == 1
 
 
 async def test_cancelling_during_a_pause_ends_at_once(

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from offload_client.build.callrequest import CallRequest
 from offload_client.build.options import BuildOptions
+from offload_client.build.stepoptions import Resources, StepOptions
 from offload_client.cli.build import parse_build
 from offload_client.invocation import Invocation
 from offload_core.errors import InvalidValueError, UsageError
@@ -103,6 +105,94 @@ def test_wrong_flags_are_refused_by_name(arguments: list[str], sentence: str | N
     assert caught.value.exit_code == 125
 
 
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["--check"], "lint"),
+        (["--call=outline", "--check"], "lint"),
+        (["--check", "--call=outline"], "outline"),
+        (["--check", "--print", "targets"], "targets"),
+        (["--print=targets", "--check=true"], "lint"),
+        (["--call=outline", "--check=false"], "outline"),
+        (["--check", "--call=build"], None),
+        (["--check=0"], None),
+    ],
+)
+def test_last_of_the_flags_that_ask_counts(arguments: list[str], name: str | None) -> None:
+    call = parsed(*arguments, ".").call
+    assert (call.name if call is not None else None) == name
+
+
+def test_flags_for_steps_are_read() -> None:
+    options = parsed(
+        "--add-host=a:1.2.3.4", "--network", "none", "--shm-size=1k", "--ulimit", "core=1",
+        "--cgroup-parent=p", "--resource", "memory=1m", "--no-cache-filter=s",
+        "--annotation", "a=b", "--sbom=true", "-D", "--check", ".",
+    )  # fmt: skip
+    assert options.steps == StepOptions(
+        network="none", hosts=["a=1.2.3.4"], ulimits=["core=1:1"], shm_size_bytes=1024,
+        cgroup_parent="p", resources=Resources(memory_bytes=1 << 20),
+    )  # fmt: skip
+    assert options.no_cache_stages == ["s"]
+    assert options.annotations == {"annotation.a": "b"}
+    assert options.attestations == {"sbom": ""}
+    assert options.debug
+    assert options.call == CallRequest("lint")
+
+
+def test_flags_that_docker_only_tolerates_change_nothing() -> None:
+    legacy = [
+        "--compress", "--rm", "--force-rm", "--squash=false", "-m1g", "-c", "2",
+        "--memory-swap=-1", "--cpu-period=1", "--cpu-quota=-1", "--cpuset-cpus=0",
+        "--cpuset-mems=0", "--call=build",
+    ]  # fmt: skip
+    assert parsed(*legacy, ".") == parsed(".")
+    assert [remark[:12] for remark in parsed("--isolation=x", "--builder", "b", ".").remarks] == [
+        "isolation fl", "--builder b ",
+    ]  # fmt: skip
+    with pytest.raises(UsageError, match='invalid argument "x" for "-c, --cpu-shares" flag'):
+        parse("-c", "x", ".")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--no-cache", "--no-cache-filter=a"], "cannot currently be used together"),
+        (["-q", "--progress=plain"], "progress=plain and quiet cannot be used together"),
+        (["--iidfile=x", "-o", "out"], "incompatible with image ID file"),
+        (["--policy=filename=x"], "--policy cannot be honoured"),
+    ],
+)
+def test_flags_that_exclude_each_other(arguments: list[str], sentence: str) -> None:
+    with pytest.raises(InvalidValueError, match=sentence) as caught:
+        parse(*arguments, ".")
+    assert caught.value.exit_code == 1
+
+
+def test_load_and_push_add_an_output_only_where_none_does_it_yet() -> None:
+    pushed = parsed("-o", "type=image,compression=zstd", "-o", "out", "--push", ".").outputs
+    assert [(output.type, dict(output.attributes)) for output in pushed] == [
+        ("registry", {"compression": "zstd"}), ("local", {}),
+    ]  # fmt: skip
+    assert [out.load for out in parsed("-o", "type=docker", "--load", ".").outputs] == [True]
+    both = parsed("-o", "type=docker,dest=x", "--load", "--push", ".").outputs
+    assert [(out.type, out.load) for out in both] == [
+        ("docker", False), ("registry", False), ("image", True),
+    ]  # fmt: skip
+
+
+def test_environment_gives_defaults() -> None:
+    given = parsed(".", SOURCE_DATE_EPOCH="7", DOCKER_DEFAULT_PLATFORM="arm64")
+    assert given.build_args == {"SOURCE_DATE_EPOCH": "7"}
+    assert given.platforms == ["linux/arm64"]
+    said = parsed(
+        "--build-arg=SOURCE_DATE_EPOCH=8", "--platform=amd64", ".",
+        SOURCE_DATE_EPOCH="7", DOCKER_DEFAULT_PLATFORM="arm64",
+    )  # fmt: skip
+    assert said.build_args == {"SOURCE_DATE_EPOCH": "8"}
+    assert said.platforms == ["linux/amd64"]
+
+
 @pytest.mark.parametrize("arguments", [[], ["a", "b"], ["-t", "x"]])
 def test_exactly_one_path(arguments: list[str]) -> None:
     with pytest.raises(InvalidValueError, match="requires 1 argument") as caught:
@@ -135,3 +225,8 @@ def test_separate_and_joined_values_are_the_same(
         [*separate, "."], [".", *joined]
     )  # fmt: skip
     assert parsed(*first) == parsed(*second)
+
+
+def test_source_policy_of_the_environment_is_refused_and_not_ignored() -> None:
+    with pytest.raises(InvalidValueError, match="EXPERIMENTAL_BUILDKIT_SOURCE_POLICY"):
+        parse(".", EXPERIMENTAL_BUILDKIT_SOURCE_POLICY="policy.json")

@@ -71,10 +71,13 @@ class Terminal:
 
     def settle(self) -> None:
         """Wait until what was printed has been read."""
-        count = -1
-        while count != len(self.received):
-            count = len(self.received)
+        quiet = 0
+        # Twice, because the kernel hands on what was written a moment later.
+        while quiet < 2:
             time.sleep(0.03)
+            with self._lock:
+                ready, _, _ = select.select([self._ours], [], [], 0)
+            quiet = 0 if ready else quiet + 1
 
     def until(self, text: str, seconds: float = 5.0) -> list[str]:
         """Return the screen as soon as it shows a text."""
@@ -113,7 +116,8 @@ class Terminal:
                 if self._ending:
                     return
                 continue
-            data = os.read(self._ours, 65536)
             with self._lock:
+                # Within: who finds nothing to read under the lock sees all of it on the screen.
+                data = os.read(self._ours, 65536)
                 self._parser.feed(data)
                 self.received += data

@@ -173,8 +173,12 @@ def test_quiet_says_nothing_unless_the_build_fails() -> None:
             lines = text.splitlines()
             assert lines[0] == "------"
             assert lines[1].startswith(" > [3/4] RUN for i in")
-            assert lines[-3:] == ["line 14", "------", "ERROR: failed to solve: exit code: 7"]
-            assert len(lines) == 14
+            assert lines[-3:] == [
+                "line 14",
+                "------",
+                "ERROR: failed to build: failed to solve: exit code: 7",
+            ]
+            assert len(lines) == 19
 
 
 def test_warnings_are_listed_at_the_end_of_a_build_that_worked() -> None:

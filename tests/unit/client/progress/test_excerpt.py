@@ -62,8 +62,8 @@ def test_a_failed_build_says_failed_to_solve_once() -> None:
     )
     text = failure_report(failure).decode()
     assert text.startswith("Dockerfile:2\n")
-    error = 'ERROR: failed to solve: process "/bin/sh -c x" did not complete successfully: '
-    assert text.endswith(f"\n{error}exit code: 1\n")
+    error = 'process "/bin/sh -c x" did not complete successfully: exit code: 1'
+    assert text.endswith(f"\nERROR: failed to build: failed to solve: {error}\n")
     failure.message = f"failed to solve: {failure.message}"
     assert failure_report(failure).decode() == text
 

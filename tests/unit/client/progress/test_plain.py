@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -34,7 +35,7 @@ class Printed:
         new = self.printer.render(self.now)
         self.text += new
         self.now += seconds
-        return new.decode()
+        return new.decode("utf-8", "replace")
 
     def end(self) -> str:
         self.view.reveal_all()
@@ -51,7 +52,8 @@ def test_recorded_build_reads_as_from_buildkits_own_printer(name: str) -> None:
     text = printed.end()
     for step in printed.view.shown:
         if step.failed:
-            text += step_excerpt(step, printed.printer.tail_of(step)).decode()
+            # BuildKit repeats 10 lines, we 20.
+            text += step_excerpt(step, printed.printer.tail_of(step)[-10:]).decode()
     expected = plain(name)
     extra = _FIRST_OF_A_COUNTER.search(text, text.index("#3 "))
     assert extra is not None
@@ -82,6 +84,18 @@ def test_a_partial_line_that_was_interrupted_is_printed_again_whole() -> None:
     text = printed.end()
     assert "#1 1.000 be\n#1 ...\n\n#2 step a\n#2 DONE 2.0s\n" in text
     assert text.endswith("\n\n#1 step b\n#1 1.000 before\n#1 DONE 3.0s\n")
+
+
+def test_a_line_without_an_end_is_kept_in_part_and_shown_as_a_whole() -> None:
+    scribe, printed = Scribe(), Printed()
+    printed.feed(scribe.vertex("a", "[1/2] RUN a", start=0))
+    bars = [b"%9d\r" % number * 1000 for number in range(100)]
+    for bar in bars:
+        printed.feed(scribe.log("a", bar, 1))
+        (kept,) = printed.printer.tail_of(printed.view.steps["a"])
+        assert len(kept) <= 64 << 10
+    printed.feed(scribe.log("a", b"done\n", 2))
+    assert (b"".join(bars) + b"done\n").decode() in printed.end()
 
 
 def test_a_character_that_comes_in_two_pieces_is_never_cut() -> None:
@@ -284,3 +298,39 @@ def test_no_byte_of_any_step_is_lost_whatever_the_order(
                 # the begin may be all of it but the newline.
                 assert any(whole.startswith(line) for whole in (*expected[:1], last))
         assert not expected
+
+
+@given(
+    data=st.lists(st.sampled_from([b"one\n", b"\n", b"tw\r\no", b"50%\r99%", b"\xff\xe2", b"x"])),
+    cuts=st.lists(st.integers(0, 40)),
+)
+def test_output_reads_the_same_in_whatever_pieces_it_comes(
+    data: list[bytes], cuts: list[int]
+) -> None:
+    whole = b"".join(data)
+    edges = sorted({0, len(whole), *(cut for cut in cuts if cut < len(whole))})
+    pieces = [whole[start:end] for start, end in pairwise(edges)]
+    texts = []
+    for parts in ([whole] if whole else [], pieces):
+        scribe, printed = Scribe(), Printed()
+        printed.feed(scribe.vertex("a", start=0))
+        for part in parts:
+            printed.feed(scribe.log("a", part, 1.5))
+        printed.feed(scribe.vertex("a", start=0, end=2))
+        printed.view.reveal_all()
+        printed.text += printed.printer.render(printed.now, final=True)
+        texts.append(printed.text)
+    assert texts[0] == texts[1]
+    lines = [line for line in whole.split(b"\n") if line] if whole else []
+    for line in lines:
+        assert line in texts[0]
+
+
+def test_the_last_20_lines_are_repeated_however_they_came() -> None:
+    scribe, printed = Scribe(), Printed()
+    printed.feed(scribe.vertex("a", start=0))
+    printed.feed(scribe.log("a", b"".join(b"%d\n" % number for number in range(1000)), 1))
+    printed.feed(scribe.log("a", b"1000\n", 1), scribe.log("a", b"1001\n1002", 1))
+    step = printed.view.steps["a"]
+    tail = printed.printer.tail_of(step)
+    assert tail == [b"1.000 %d" % number for number in range(982, 1003)]

@@ -45,6 +45,12 @@ def test_times_have_no_trailing_zeros() -> None:
     }
 
 
+def test_language_of_the_source_is_told() -> None:
+    batch = Scribe().warning("d", "w", source_filename="Dockerfile", source_language="Dockerfile")
+    source = json.loads(encode_batch(batch))["warnings"][0]["sourceInfo"]
+    assert source == {"filename": "Dockerfile", "language": "Dockerfile"}
+
+
 def test_an_empty_batch_is_no_line() -> None:
     assert encode_batch(ProgressBatch(sequence=3)) == b""
 
@@ -68,4 +74,4 @@ def test_the_error_follows_as_text() -> None:
     stream = io.BytesIO()
     display = make_display("rawjson", stream, {})
     display.finish(Failure(kind=Failure.KIND_BUILD, message="no such stage"))
-    assert stream.getvalue() == b"ERROR: failed to solve: no such stage\n"
+    assert stream.getvalue() == b"ERROR: failed to build: failed to solve: no such stage\n"

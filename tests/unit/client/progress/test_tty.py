@@ -155,7 +155,7 @@ def test_a_failed_step_is_reported_with_all_its_output() -> None:
     assert lines[start + 1 : start + 51] == [f"1.500 line {number}" for number in range(50)]
     assert lines[start + 51 : start + 53] == ["------", "Dockerfile:2"]
     assert "   2 | >>> RUN make" in lines
-    assert lines[-1] == "ERROR: failed to solve: exit code: 2"
+    assert lines[-1] == "ERROR: failed to build: failed to solve: exit code: 2"
 
 
 def test_a_smaller_and_a_larger_window_are_respected() -> None:

@@ -107,6 +107,33 @@ async def test_received_descriptors_are_not_inherited_by_children(folder: Path) 
             os.close(number)
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("DOCKER_CONFIG=conf", "/work/here/conf"),
+        ("DOCKER_CONFIG=/conf", "/conf"),
+        ("HOME=", ""),
+        ("OFFLOAD_BUILDX=./own", "/work/here/own"),
+        ("OFFLOAD_BUILDX=none", "none"),
+        ("ANY=conf", "conf"),
+    ],
+)
+async def test_relative_paths_in_the_environment_are_those_of_the_command(
+    given: str, expected: str
+) -> None:
+    here, there = socket.socketpair()
+    with here, there:
+        there.setblocking(False)
+        payload = f"/work/here\x000\0{given}".encode()
+        socket.send_fds(here, [len(payload).to_bytes(4, "big")], [0, 1, 2])
+        here.sendall(payload)
+        descriptors: list[int] = []
+        request = await read_request(there, descriptors)
+        for number in descriptors:
+            os.close(number)
+    assert list(request.environment.values()) == [expected]
+
+
 def test_pipelines_use_no_helper_unless_told() -> None:
     assert helper_enabled({})
     assert not helper_enabled({"CI": "true"})

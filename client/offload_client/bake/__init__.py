@@ -1,0 +1,1 @@
+"""`offload-build bake`: several targets of one file, built together."""

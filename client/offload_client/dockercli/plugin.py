@@ -1,0 +1,169 @@
+"""`docker-offload`: what docker's CLI runs for `docker offload` and, by its alias, `docker build`.
+
+Source: docker CLI, cli-plugins/metadata (the subcommand that tells about a plugin),
+cmd/docker/builder.go (what the alias "builder" becomes), cli-plugins/socket (how the CLI tells a
+plugin to end).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+from offload_client.goboolean import TRUE
+from offload_core import VERSION
+
+if TYPE_CHECKING:
+    from collections.abc import MutableMapping, Sequence
+
+METADATA = "docker-cli-plugin-metadata"
+NAME = "offload"
+SOCKET = "DOCKER_CLI_PLUGIN_SOCKET"
+_VALUES = {
+    "--config": "DOCKER_CONFIG",
+    "-c": "DOCKER_CONTEXT",
+    "--context": "DOCKER_CONTEXT",
+    "-H": "DOCKER_HOST",
+    "--host": "DOCKER_HOST",
+    "--tlscacert": "",
+    "--tlscert": "",
+    "--tlskey": "",
+    "-l": "",
+    "--log-level": "",
+}
+"""Docker's own flags that take a value, and the variable that says the same to us."""
+_BUILDER = "--builder"
+
+
+def metadata() -> str:
+    """Return what docker's CLI wants to know of a plugin."""
+    return json.dumps(
+        {
+            "SchemaVersion": "0.1.0",
+            "Vendor": "offload-build",
+            "Version": VERSION,
+            "ShortDescription": "Build on a pool of remote builder nodes",
+        }
+    )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the plugin; return its exit code."""
+    if list(arguments[:1]) == [METADATA]:
+        sys.stdout.write(metadata() + "\n")
+        return 0
+    words = strip_docker_flags(arguments, os.environ)
+    watch_docker(os.environ)
+    if words[:1] == [NAME]:
+        words = words[1:]
+    command, rest = (words[0], words[1:]) if words else ("", [])
+    if command in ("build", "bake"):
+        if wants_other_builder(rest, os.environ):
+            return run_buildx(words)
+        if os.environ.get("BUILDX_NO_DEFAULT_LOAD", "") not in TRUE:
+            # What docker promises: the image is in the local engine afterwards.
+            os.environ.setdefault("OFFLOAD_DEFAULT_LOAD", "1")
+        return _build(rest if command == "build" else words)
+    from offload_client.cli.offload import COMMANDS
+
+    if not command or command in COMMANDS or command.startswith("-"):
+        from offload_client.cli.offload import main as offload_main
+
+        return offload_main(words)
+    return run_buildx(words)
+
+
+def _build(arguments: list[str]) -> int:
+    from offload_client.resident.thin import run_in_helper
+
+    code = run_in_helper(arguments)
+    if code is None:
+        from offload_client.cli.process import run_build_process
+
+        code = run_build_process(arguments)
+    return code
+
+
+def strip_docker_flags(
+    arguments: Sequence[str], environment: MutableMapping[str, str]
+) -> list[str]:
+    """Return a command line without docker's own flags, which are put into the environment."""
+    words = list(arguments)
+    while words and words[0].startswith("-") and words[0] not in ("--help", "-h", "--version"):
+        word = words.pop(0)
+        name, equals, value = word.partition("=")
+        if name not in _VALUES and word[:2] in _VALUES and not word.startswith("--"):
+            name, equals, value = word[:2], "=", word[2:].removeprefix("=")
+        if name not in _VALUES:
+            continue
+        if not equals and words:
+            value = words.pop(0)
+        if variable := _VALUES[name]:
+            environment[variable] = value
+    return words
+
+
+def wants_other_builder(arguments: Sequence[str], environment: MutableMapping[str, str]) -> bool:
+    """Return whether the user has named a builder of buildx."""
+    if environment.get("BUILDX_BUILDER"):
+        return True
+    for argument in arguments:
+        if argument == "--":
+            return False
+        if argument == _BUILDER or argument.startswith(f"{_BUILDER}="):
+            return True
+    return False
+
+
+def run_buildx(words: Sequence[str]) -> int:
+    """Become the user's buildx, which does what is not ours; return only when there is none."""
+    from offload_client.bake.buildxplan import find_buildx
+    from offload_core.errors import OffloadError
+
+    try:
+        buildx = find_buildx(os.environ)
+    except OffloadError as error:
+        sys.stderr.write(f"ERROR: {error.message}\n")
+        return error.exit_code
+    if buildx is not None:
+        sys.stdout.flush()
+        os.execv(buildx, [str(buildx), *words])  # noqa: S606 - the user's own program
+    what = words[0] if words else ""
+    sys.stderr.write(
+        f'ERROR: "{what}" is done by docker buildx, which is not installed; '
+        "install it, or run 'offload uninstall'\n"
+    )
+    return 1
+
+
+def watch_docker(environment: MutableMapping[str, str]) -> None:
+    """End as by SIGTERM when docker's CLI says so, by closing its socket.
+
+    Without a terminal the CLI alone gets the signal, and a plugin would build on.
+    """
+    address = environment.get(SOCKET, "")
+    if not address:
+        return
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        # "@" stands for Linux's abstract namespace.
+        connection.connect("\0" + address[1:] if address.startswith("@") else address)
+    except OSError:
+        connection.close()
+        return
+
+    def wait() -> None:
+        with connection:
+            try:
+                while connection.recv(64):
+                    continue
+            except OSError:
+                return
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, name="docker-cli", daemon=True).start()

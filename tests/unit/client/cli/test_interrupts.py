@@ -1,0 +1,49 @@
+"""Ctrl-C before a command has said what it means: an exit code, and nothing of Python's."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PROGRAMS = Path(sys.executable).parent
+
+
+@pytest.mark.parametrize("words", [("offload", "install"), ("docker-offload", "offload", "prune")])
+def test_interrupt_outside_of_a_build_shows_no_traceback(
+    tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    # The program stands still where it opens this file.
+    os.mkfifo(tmp_path / "config.json")
+    environment = {
+        "HOME": str(tmp_path), "DOCKER_CONFIG": str(tmp_path), "PATH": os.environ["PATH"],
+    }  # fmt: skip
+    with subprocess.Popen(
+        [PROGRAMS / words[0], *words[1:]], env=environment, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            writer = opened(tmp_path / "config.json")
+            process.send_signal(signal.SIGINT)
+            _, shown = process.communicate(timeout=10)
+            os.close(writer)
+        finally:
+            process.kill()
+    assert (process.returncode, shown.strip()) == (130, "")
+
+
+def opened(pipe: Path) -> int:
+    """Open a named pipe for writing, once somebody reads it."""
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno != errno.ENXIO or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
