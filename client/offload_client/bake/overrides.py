@@ -144,6 +144,9 @@ def apply_overrides(fields: dict[str, Any], overrides: Overrides | None) -> dict
         result["output"] = _pushed(_outputs(result), _boolean("push", overrides.texts["push"]))
     if "load" in overrides.texts and _boolean("load", overrides.texts["load"]):
         result["output"] = _loaded(_outputs(result))
+    if not result.get("output", ("none",)):
+        # buildx's plan does not have it either.
+        del result["output"]
     return result
 
 

@@ -128,7 +128,9 @@ SAME = [
         {"FROM_ENV": "yes"},
     ),
     ({"targets": ["app"], "provenance": "false", "sbom": "true"}, {}),
-    ({"targets": ["tool"], "overrides": ["tool.output=type=image,push=true", "*.push=false"]}, {}),
+    # Not both together: buildx takes them in an order of chance.
+    ({"targets": ["tool"], "overrides": ["tool.output=type=image,push=true"]}, {}),
+    ({"targets": ["tool"], "overrides": ["*.push=false"]}, {}),
 ]  # fmt: skip
 
 
@@ -138,6 +140,13 @@ def test_plan_is_that_of_buildx(invoke, asked: dict[str, Any], environment: dict
     own = plan_of(invoke(**environment), request, FILE)
     theirs = plan_of(invoke(**environment, OFFLOAD_BUILDX=str(BUILDX)), request, FILE)
     assert _sorted(own) == _sorted(theirs)
+
+
+def test_push_is_decided_after_the_outputs_that_it_is_about(invoke):
+    overrides = ["*.push=false", "tool.output=type=image,push=true"]
+    for words in (overrides, overrides[::-1]):
+        plan = plan_of(invoke(), BakeRequest(targets=["tool"], overrides=words), FILE)
+        assert plan["target"]["tool"]["output"] == [{"push": "false", "type": "image"}]
 
 
 @pytest.mark.parametrize("environment", [{}, {"V": "2"}])
