@@ -16,6 +16,7 @@ need="runc:runc setpriv:util-linux busybox:busybox-static git:git"
 if [ "$what" = test ]; then
   need="$need containerd:containerd dockerd:docker.io docker:docker.io"
   need="$need docker-registry:docker-registry iptables:iptables ip:iproute2 nsenter:util-linux"
+  need="$need ssh-agent:openssh-client sshd:openssh-server pgrep:procps"
 fi
 missing=""
 PATH=$PATH:/usr/sbin:/sbin
