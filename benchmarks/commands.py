@@ -116,24 +116,32 @@ def run(
             env=dict(environment),
             start_new_session=True,
         )
-        # Not wait(timeout): that polls, and adds up to 50 ms to what is measured.
-        limit = threading.Timer(TIMEOUT_SECONDS, kill_group, (process.pid,))
-        limit.start()
-        try:
-            code = process.wait()
-            seconds = time.perf_counter() - began
-        except BaseException:
-            kill_group(process.pid)
-            process.wait()
-            raise
-        finally:
-            limit.cancel()
+        code, seconds = await_exit(process, began)
         output.seek(0)
         text = output.read().decode(errors="replace")
     if code != 0 and not (tolerated and tolerated in text):
         line = " ".join(str(part) for part in command)
         raise BenchmarkError(f"{line} ended with {code}:\n{text}")
     return Finished(seconds, text)
+
+
+def await_exit(process: subprocess.Popen[bytes], began: float) -> tuple[int, float]:
+    """Return a command's exit code and its seconds since `began`; it leads a group of its own.
+
+    One that takes longer than TIMEOUT_SECONDS is killed, with what it has started.
+    """
+    # Not wait(timeout): that polls, and adds up to 50 ms to what is measured.
+    limit = threading.Timer(TIMEOUT_SECONDS, kill_group, (process.pid,))
+    limit.start()
+    try:
+        code = process.wait()
+        return code, time.perf_counter() - began
+    except BaseException:
+        kill_group(process.pid)
+        process.wait()
+        raise
+    finally:
+        limit.cancel()
 
 
 def kill_group(pid: int) -> None:

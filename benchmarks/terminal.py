@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from benchmarks.commands import TIMEOUT_SECONDS, Finished, Place, kill_group
+from benchmarks.commands import Finished, Place, await_exit
 from benchmarks.model import BenchmarkError
 
 if TYPE_CHECKING:
@@ -85,17 +85,9 @@ def run_on_terminal(
             os.close(theirs)
             theirs = -1
         reading.start()
-        limit = threading.Timer(TIMEOUT_SECONDS, kill_group, (process.pid,))
-        limit.start()
         try:
-            code = process.wait()
-            seconds = time.perf_counter() - began
-        except BaseException:
-            kill_group(process.pid)
-            process.wait()
-            raise
+            code, seconds = await_exit(process, began)
         finally:
-            limit.cancel()
             ended.set()
             reading.join()
     finally:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import structlog
 
 from offload_builder.node.endedbuilds import EndedBuild
-from offload_builder.node.pushing import MAX_NAMES, given_login, parse_name
+from offload_builder.node.pushing import MAX_NAMES, given_login, parse_name, push_errors
 from offload_cache.mirror.connection import Connection, new_session
-from offload_cache.mirror.errors import AwayError, DeniedError, UpstreamError
+from offload_cache.mirror.errors import AwayError
 from offload_cache.mirror.pushing import RepositoryPush
 from offload_core.digest import is_digest
-from offload_core.errors import BuildFailedError, RegistryAuthError, UsageError
+from offload_core.errors import UsageError
 from offload_core.imageindex import MAX_INDEX_BYTES, JoinedIndex, join_indexes
 from offload_proto.v1.node_service_pb2 import PushIndexResponse
 
@@ -62,20 +62,13 @@ async def push_index(
                 # The pool's password goes only where its administrator says that it may.
                 login = await _of_pool(build, host, repository)
             name = f"{host}/{repository}:{tag}"
-            try:
+            with push_errors(host, name):
                 push = await _open(
                     endpoint_of(host), session, repository, login, request.parts[0],
                     insecure=request.insecure,
                 )  # fmt: skip
                 index = index or await _join(push, request.parts, request.platforms)
                 await push.manifest(tag, index.raw, index.media_type)
-            except DeniedError as error:
-                raise RegistryAuthError(
-                    f"the registry refused to take {name}: {error}",
-                    hint=f"log in with: docker login {host}",
-                ) from error
-            except UpstreamError as error:
-                raise BuildFailedError(f"{name} could not be pushed: {error}") from error
             log.info("index.pushed", build_id=build.build_id, name=name, digest=index.digest)
     if index is None:
         raise UsageError("an index without a name cannot be pushed")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
 import structlog
@@ -27,7 +27,7 @@ from offload_core.errors import (
 from offload_proto.v1.node_service_pb2 import PushImageResponse
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 
     from offload_builder.node.imagefiles import ImageFiles
     from offload_builder.node.job import BuildJob
@@ -93,18 +93,34 @@ async def push_image(
                 given_login(request.logins, host),
             )
             name = f"{host}/{repository}:{tag}"
-            try:
+            with push_errors(host, name):
                 sent += await _push(push, build.image, digest, tag, before.get(address, ""))
-            except DeniedError as error:
-                raise RegistryAuthError(
-                    f"the registry refused to take {name}: {error}",
-                    hint=f"log in with: docker login {host}",
-                ) from error
-            except UpstreamError as error:
-                raise BuildFailedError(f"{name} could not be pushed: {error}") from error
             before[address] = repository
             log.info("image.pushed", build_id=build.build_id, name=name, sent_bytes=sent)
     return PushImageResponse(digest=digest, sent_bytes=sent)
+
+
+@contextmanager
+def push_errors(host: str, name: str) -> Iterator[None]:
+    """Say of a push that fails what was pushed, and what to do.
+
+    Args:
+        host: of the registry.
+        name: of the image, with its host.
+
+    Raises:
+        RegistryAuthError: the registry does not take it from this login.
+        BuildFailedError: anything else of the registry.
+    """
+    try:
+        yield
+    except DeniedError as error:
+        raise RegistryAuthError(
+            f"the registry refused to take {name}: {error}",
+            hint=f"log in with: docker login {host}",
+        ) from error
+    except UpstreamError as error:
+        raise BuildFailedError(f"{name} could not be pushed: {error}") from error
 
 
 @asynccontextmanager

@@ -129,7 +129,6 @@ class Attachment:
                 # VersionError: a node that knows no way back.
                 self.forgotten = True
                 raise await self._forgotten(error) from error
-            self._record.came_back = True
             rejoin = Rejoin(build_id=self._record.build_id, resume_after=self._record.last_sequence)
             request = RunRequest(rejoin=rejoin)
             await asyncio.sleep(pause)

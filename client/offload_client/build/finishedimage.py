@@ -64,8 +64,7 @@ class FinishedImage:
             ConfigError: docker's configuration cannot be read.
             OffloadError: what the node says.
         """
-        hosts = list(dict.fromkeys(split_reference(name)[0] for name in names))
-        logins = await in_thread(lambda: logins_for(hosts, environment), name="credentials")
+        logins = await logins_for(names, environment)
         request = PushImageRequest(build_id=self.build_id, names=names, logins=logins)
         try:
             reply = await NodeBuildsServiceStub(self.channel).PushImage(
@@ -162,12 +161,19 @@ async def _from_another(
     return image
 
 
-def logins_for(hosts: Sequence[str], environment: Mapping[str, str]) -> dict[str, RegistryLogin]:
-    """Return docker's logins at registries, by host, for a node; for a worker thread.
+async def logins_for(
+    names: Sequence[str], environment: Mapping[str, str]
+) -> dict[str, RegistryLogin]:
+    """Return docker's logins for a node, by host, at the registries of normalised image names.
 
     Raises:
         ConfigError: docker's configuration cannot be read.
     """
+    hosts = list(dict.fromkeys(split_reference(name)[0] for name in names))
+    return await in_thread(lambda: _logins_at(hosts, environment), name="credentials")
+
+
+def _logins_at(hosts: Sequence[str], environment: Mapping[str, str]) -> dict[str, RegistryLogin]:
     found: dict[str, RegistryLogin] = {}
     for host in hosts:
         login = credentials_for(HUB_HOST if host == HUB else host, environment)

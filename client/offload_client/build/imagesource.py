@@ -37,7 +37,6 @@ class NodeImageSource:
         self._channel = channel
         self._metadata = metadata
         self._renewed = renewed
-        self.received_bytes = 0
 
     @property
     def channel(self) -> aio.Channel:
@@ -70,9 +69,7 @@ class NodeImageSource:
         async for message in call:
             media_type = media_type or message.media_type
             parts.append(message.data)
-        data = b"".join(parts)
-        self.received_bytes += len(data)
-        return media_type, data
+        return media_type, b"".join(parts)
 
     async def blob(self, digest: str, offset: int = 0) -> AsyncIterator[bytes]:
         """Yield the bytes of a blob from `offset` on; a lost connection only delays them."""
@@ -84,7 +81,6 @@ class NodeImageSource:
             try:
                 async for message in call:
                     if message.data:
-                        self.received_bytes += len(message.data)
                         offset += len(message.data)
                         yield message.data
                 return
@@ -108,7 +104,6 @@ class NodeImageSource:
         )
         try:
             async for message in call:
-                self.received_bytes += len(message.data)
                 yield message.data
         except grpc.RpcError as error:
             raise node_error(error) from error  # type: ignore[arg-type]

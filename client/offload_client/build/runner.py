@@ -148,7 +148,7 @@ async def groups_of(
     Raises:
         OffloadError: as `platform_groups`.
     """
-    if len(options.platforms) < 2:
+    if len(options.platforms) < 2 or options.call is not None:
         return [tuple(options.platforms)]
     from offload_client.legs.grouping import platform_groups
 

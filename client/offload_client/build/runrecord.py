@@ -31,7 +31,6 @@ class RunRecord:
         needs: what it needs this client for, in the node's words; empty when nothing is known.
         left: the client has left, or is leaving, a build that goes on.
         leave_sent: the node was asked for that.
-        came_back: it was taken up again after a loss.
         over: nothing more is wanted from the node.
         warned: sentences that were told already.
     """
@@ -56,7 +55,6 @@ class RunRecord:
         self.needs = ""
         self.left = False
         self.leave_sent = False
-        self.came_back = False
         self.over = False
         self.warned: set[str] = set()
         self.step = SendingStep(display)

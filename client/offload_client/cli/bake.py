@@ -11,7 +11,7 @@ from offload_client.bake.request import BakeRequest
 from offload_client.bake.targetoptions import FlagParser, check_allow, target_options
 from offload_client.build.options import parse_progress
 from offload_client.build.remotecontext import is_remote
-from offload_client.cli.build import flag_syntax, parse_build
+from offload_client.cli.build import build_command, flag_syntax, parse_build
 from offload_client.cli.furtherflags import BUILDER
 from offload_client.goboolean import parse_boolean
 from offload_core.errors import InternalError, InvalidValueError
@@ -206,7 +206,6 @@ async def bake(invocation: Invocation, connections: Connections) -> None:
 
 def flag_parser(invocation: Invocation) -> FlagParser:
     """Return how command lines of `offload-build` are read."""
-    from offload_client.cli.build import build_command
 
     def parse(arguments: Sequence[str]) -> BuildOptions:
         options = parse_build(replace(invocation, arguments=arguments))

@@ -25,7 +25,7 @@ def with_default_load(options: BuildOptions, environment: Mapping[str, str]) -> 
         environment: of the command.
     """
     # A build that is only asked about something makes no image.
-    asked = getattr(options, "call", None) is not None
+    asked = options.call is not None
     if options.outputs or asked or environment.get(DEFAULT_LOAD, "") not in TRUE:
         return options
     return replace(options, outputs=[OutputOption("image", load=True)])

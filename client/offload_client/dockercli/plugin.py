@@ -7,7 +7,6 @@ plugin to end).
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -42,6 +41,8 @@ _BUILDER = "--builder"
 
 def metadata() -> str:
     """Return what docker's CLI wants to know of a plugin."""
+    import json
+
     return json.dumps(
         {
             "SchemaVersion": "0.1.0",

@@ -59,9 +59,7 @@ def _content_bytes(part: Path) -> int:
         raise _damaged(part) from error
 
 
-def join_layouts(
-    parts: Sequence[Path], target: Path, platforms: Sequence[str]
-) -> tuple[JoinedIndex, dict[str, str]]:
+def join_layouts(parts: Sequence[Path], target: Path, platforms: Sequence[str]) -> JoinedIndex:
     """Write one OCI layout with the images of several; for a worker thread.
 
     Args:
@@ -70,7 +68,7 @@ def join_layouts(
         platforms: of the whole build, in its order.
 
     Returns:
-        The index, and the annotations of its descriptor.
+        The index.
 
     Raises:
         InternalError: a part is no whole layout.
@@ -98,7 +96,7 @@ def join_layouts(
             _add(whole, "oci-layout", json.dumps({"imageLayoutVersion": "1.0.0"}).encode())
     except OSError as error:
         raise _unwritten(target, error) from error
-    return index, dict(names[0].get("annotations") or {})
+    return index
 
 
 def _open(part: Path) -> tarfile.TarFile:

@@ -30,7 +30,7 @@ async def platform_groups(
     connections: Connections,
     identity: StoredIdentity,
 ) -> list[tuple[str, ...]]:
-    """Return the platforms of a build, those together that one node is to build.
+    """Return several platforms of a build, those together that one node is to build.
 
     Raises:
         PlatformUnavailableError: no node of the pool builds one of them.
@@ -38,8 +38,6 @@ async def platform_groups(
         OffloadError: what the gateway says.
     """
     whole = [tuple(options.platforms)]
-    if len(options.platforms) < 2 or options.call is not None:
-        return whole
     gateway = settings.gateway
     request = PlanPlatformsRequest(project_id=settings.project, platforms=options.platforms)
     channel = await connections.gateway(gateway, identity)

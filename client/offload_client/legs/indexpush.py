@@ -8,8 +8,6 @@ import grpc
 
 from offload_client.build.callerrors import node_error
 from offload_client.build.finishedimage import PUSH_SECONDS, logins_for
-from offload_client.bytepipe import in_thread
-from offload_client.reference import split_reference
 from offload_proto.v1.node_service_pb2 import PushIndexRequest
 from offload_proto.v1.node_service_pb2_grpc import NodeBuildsServiceStub
 
@@ -46,12 +44,10 @@ async def push_index(
         ConfigError: docker's configuration cannot be read.
         OffloadError: what the node says.
     """
-    hosts = list(dict.fromkeys(split_reference(name)[0] for name in names))
-    logins = await in_thread(lambda: logins_for(hosts, environment), name="credentials")
     request = PushIndexRequest(
         build_id=build_id,
         names=names,
-        logins=logins,
+        logins=await logins_for(names, environment),
         parts=parts,
         platforms=platforms,
         insecure=insecure,

@@ -298,7 +298,7 @@ class LegsBuild:
             await in_thread(lambda: join_trees(parts, whole), name="join-archives")
         else:
             platforms = self._options.platforms
-            index, _ = await in_thread(
+            index = await in_thread(
                 lambda: join_layouts(parts, whole, platforms), name="join-archives"
             )
             self._answer(index.descriptor(self._annotations()))
