@@ -242,16 +242,21 @@ class BuildkitClient:
         except GrpcError as error:
             raise await self._translated("report progress", error) from error
 
-    async def disk_usage(self, filters: Sequence[str] = ()) -> list[DiskRecord]:
+    async def disk_usage(
+        self, filters: Sequence[str] = (), timeout: float = 60.0
+    ) -> list[DiskRecord]:
         """List what the daemon keeps, limited by containerd's filter syntax.
 
         Raises:
-            NodeLostError: the daemon does not answer.
+            NodeLostError: no answer within `timeout` seconds.
         """
         try:
-            answer = await self._unary("DiskUsage", control.DiskUsageRequest(filter=filters))
+            async with asyncio.timeout(timeout):
+                answer = await self._unary("DiskUsage", control.DiskUsageRequest(filter=filters))
         except GrpcError as error:
             raise await self._translated("list its disk usage", error) from error
+        except TimeoutError as error:
+            raise NodeLostError(f"BuildKit did not answer within {timeout:g} seconds") from error
         return [_disk_record(r) for r in control.DiskUsageResponse.FromString(answer).record]
 
     async def prune(

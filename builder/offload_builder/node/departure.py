@@ -92,11 +92,6 @@ class ClientSeat:
         self._closed = False
         needs.on_change = self._needs_changed
 
-    @property
-    def independent(self) -> bool:
-        """Whether the build goes on without a client."""
-        return self._needs.independent
-
     def first(self) -> Visit:
         """Return the visit of the client that starts the build."""
         visit = Visit(self._link.outbox)

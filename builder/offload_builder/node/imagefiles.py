@@ -5,18 +5,14 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from offload_cache.manifests import MAX_MANIFEST_BYTES
 from offload_core.errors import InternalError, NotFoundError
+from offload_core.imageindex import INDEX_TYPES
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from offload_cache.tiered import ProjectStore
-
-MAX_MANIFEST_BYTES = 4 << 20
-INDEX_TYPES = (
-    "application/vnd.oci.image.index.v1+json",
-    "application/vnd.docker.distribution.manifest.list.v2+json",
-)
 
 
 class ImageFiles:

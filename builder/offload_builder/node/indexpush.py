@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from offload_builder.node.endedbuilds import EndedBuild
-from offload_builder.node.pushing import MAX_NAMES, given_login, parse_name, push_errors
+from offload_builder.node.pushing import given_login, parse_names, push_errors
 from offload_cache.mirror.connection import Connection, new_session
 from offload_cache.mirror.errors import AwayError
 from offload_cache.mirror.pushing import RepositoryPush
@@ -49,9 +49,7 @@ async def push_index(
         RegistryAuthError: a registry refuses the login.
         BuildFailedError: a registry lacks a part, or does not take the index.
     """
-    targets = [parse_name(name) for name in request.names]
-    if not 0 < len(targets) <= MAX_NAMES:
-        raise UsageError(f"an image is pushed under 1 to {MAX_NAMES} names")
+    targets = parse_names(request.names)
     if not 0 < len(request.parts) <= MAX_PARTS or not all(map(is_digest, request.parts)):
         raise UsageError(f"an index is joined from 1 to {MAX_PARTS} digests")
     index: JoinedIndex | None = None

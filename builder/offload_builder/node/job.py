@@ -489,15 +489,12 @@ class BuildJob:
             self.cache_state = CacheState.CACHE_STATE_SKIPPED
             return False
         scope, key, ledger = self._ticket.write_scope, self._entry_key, self._runtime.exports
-        if self._steps.total != self._steps.cached:
+        all_cached = self._steps.total == self._steps.cached
+        if not all_cached:
             ledger.ran(key)
         if not scope:
             self.cache_state = CacheState.CACHE_STATE_SKIPPED
-        elif (
-            self._has_own_key
-            and self._steps.total == self._steps.cached
-            and ledger.is_exported(scope, key)
-        ):
+        elif self._has_own_key and all_cached and ledger.is_exported(scope, key):
             self.cache_state = CacheState.CACHE_STATE_UNCHANGED
         else:
             self.cache_state = CacheState.CACHE_STATE_PENDING

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from offload_builder.node.endedbuilds import EndedBuild
-from offload_builder.node.imagefiles import MAX_MANIFEST_BYTES
+from offload_cache.manifests import MAX_MANIFEST_BYTES
 from offload_cache.mirror.connection import Connection, new_session
 from offload_cache.mirror.errors import DeniedError, UpstreamError
 from offload_cache.mirror.logins import IDENTITY_USER, Login
@@ -27,7 +27,7 @@ from offload_core.errors import (
 from offload_proto.v1.node_service_pb2 import PushImageResponse
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 
     from offload_builder.node.imagefiles import ImageFiles
     from offload_builder.node.job import BuildJob
@@ -75,9 +75,7 @@ async def push_image(
         raise NotFoundError(
             f"the build {build.build_id} has made no image; build with --save or --load"
         )
-    targets = [parse_name(name) for name in request.names]
-    if not 0 < len(targets) <= MAX_NAMES:
-        raise UsageError(f"an image is pushed under 1 to {MAX_NAMES} names")
+    targets = parse_names(request.names)
     if _slots.locked():
         raise QuotaExceededError("the node pushes other images just now; try again in a moment")
     sent = 0
@@ -98,6 +96,18 @@ async def push_image(
             before[address] = repository
             log.info("image.pushed", build_id=build.build_id, name=name, sent_bytes=sent)
     return PushImageResponse(digest=digest, sent_bytes=sent)
+
+
+def parse_names(names: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Return registry, repository and tag of each name of a push.
+
+    Raises:
+        UsageError: there are too few or too many, or one cannot be understood.
+    """
+    targets = [parse_name(name) for name in names]
+    if not 0 < len(targets) <= MAX_NAMES:
+        raise UsageError(f"an image is pushed under 1 to {MAX_NAMES} names")
+    return targets
 
 
 @contextmanager

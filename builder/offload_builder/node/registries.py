@@ -118,9 +118,12 @@ class Registries:
 
     def reach(self, host: str) -> Endpoint:
         """Return where a registry is, by the name that BuildKit has for it."""
-        name = DOCKER_HUB if host == origin_address(DOCKER_HUB) else host
-        entry = self._entries.get(name)
+        entry = self._named(host)
         return self._reach(host) if entry is None else _endpoint(host, entry.settings)
+
+    def _named(self, host: str) -> RegistryEntry | None:
+        """Return the table of a registry, by the name that BuildKit has for it."""
+        return self._entries.get(DOCKER_HUB if host == origin_address(DOCKER_HUB) else host)
 
     def logins(
         self, project_id: str, session: aiohttp.ClientSession, *, trusted: bool
@@ -134,8 +137,7 @@ class Registries:
         """
 
         def of_host(host: str) -> list[PoolLogin]:
-            name = DOCKER_HUB if host == origin_address(DOCKER_HUB) else host
-            entry = self._entries.get(name)
+            entry = self._named(host)
             return entry.logins_of(project_id) if entry is not None and trusted else []
 
         return PoolLogins(self.reach, of_host, session)

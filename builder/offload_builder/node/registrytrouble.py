@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from offload_cache.mirror.upstream import DOCKER_HUB, origin_address
 from offload_proto.v1.node_service_pb2 import Failure
 
 if TYPE_CHECKING:
@@ -124,8 +125,8 @@ class RegistryTrouble:
     def __str__(self) -> str:
         """One or two sentences for people."""
         place = f"{self.host}/{self.repository}" if self.repository else self.host
-        shown = "docker.io" if self.host == "registry-1.docker.io" else self.host
-        target = "" if shown == "docker.io" else f" {shown}"
+        shown = _shown(self.host)
+        target = "" if shown == DOCKER_HUB else f" {shown}"
         if self.cause and not self.denied:
             return (
                 f"the login at {shown} was not possible: {self.cause}; check that the node can"
@@ -197,8 +198,13 @@ def _git_login(message: str) -> str:
     return ""
 
 
+def _shown(host: str) -> str:
+    """Return the name that people have for a registry."""
+    return DOCKER_HUB if host == origin_address(DOCKER_HUB) else host
+
+
 def _concerns(trouble: RegistryTrouble, message: str, host: str) -> bool:
-    names = {trouble.host, "docker.io" if trouble.host == "registry-1.docker.io" else trouble.host}
+    names = {trouble.host, _shown(trouble.host)}
     if host and host not in names:
         return False
     named = not trouble.repository or trouble.repository in message

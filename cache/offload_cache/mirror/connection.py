@@ -73,12 +73,8 @@ class Connection:
         """Whether a login may go to a URL: over TLS, or where plain HTTP is configured."""
         return url.startswith("https://") or self.endpoint.http
 
-    def is_own(self, answer: aiohttp.ClientResponse) -> bool:
-        """Whether an answer is the registry's, and not that of a place that it redirected to."""
-        return _origin(str(answer.url)) == self._origin
-
     def owns(self, url: str) -> bool:
-        """Whether a URL is one of the registry itself."""
+        """Whether a URL is one of the registry itself, and not where it redirects to."""
         return _origin(url) == self._origin
 
     async def send(

@@ -130,7 +130,7 @@ class EndpointClient:
                 return answer
             answer.release()
             # Only the registry may ask for its login, and say where it is to be sent.
-            if status == 401 and attempts and self._connection.is_own(answer):
+            if status == 401 and attempts and self._connection.owns(str(answer.url)):
                 attempts -= 1
                 authorization = await self._authorizer.answer(
                     repository,
