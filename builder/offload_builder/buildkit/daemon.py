@@ -193,7 +193,8 @@ class BuildkitDaemon:
     async def _watch(
         self, process: asyncio.subprocess.Process, done: asyncio.Future[DaemonExit]
     ) -> None:
-        oom_before = count_oom_kills()
+        # The daemon began in our group, and is gone when its own could be asked for.
+        oom_before = count_oom_kills(os.getpid())
         copying = self._tasks.start(self._log.copy(_pipe_of(process)), name="buildkitd-log")
         status = await process.wait()
         # Helpers of the daemon are in its group.
@@ -206,7 +207,7 @@ class BuildkitDaemon:
             code=status if status >= 0 else None,
             signal=-status if status < 0 else None,
             expected=self._stopping,
-            out_of_memory=killed and count_oom_kills() > oom_before,
+            out_of_memory=killed and count_oom_kills(os.getpid()) > oom_before,
             log_tail=self._log.tail(),
         )
         self.info = None

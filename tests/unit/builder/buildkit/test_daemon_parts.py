@@ -8,6 +8,7 @@ import pytest
 
 from offload_builder.buildkit import DaemonExit, DaemonSettings, RegistrySettings, find_buildkitd
 from offload_builder.buildkit.daemon_config import daemon_toml
+from offload_builder.buildkit.daemon_exit import count_oom_kills
 from offload_builder.buildkit.daemon_log import DaemonLog
 from offload_core.errors import ConfigError
 
@@ -96,10 +97,29 @@ async def test_log_files_stay_small(tmp_path):
     ("ended", "text"),
     [
         (DaemonExit(None, 9, False, False, ""), "buildkitd was killed by SIGKILL"),
-        (DaemonExit(None, 9, False, True, ""), "ran out of memory"),
+        (DaemonExit(None, 9, False, True, ""), "killed by SIGKILL as memory ran out"),
         (DaemonExit(1, None, False, False, "a\nbuildkitd: no disk"), "with code 1: no disk"),
         (DaemonExit(0, None, True, False, ""), "was stopped"),
     ],
 )
 def test_an_end_is_described(ended, text):
     assert text in ended.describe()
+
+
+@pytest.mark.parametrize(
+    ("groups", "file"),
+    [
+        ("3:cpu:/c\n2:name=systemd:/\n1:memory:/a/b\n0::/\n", "memory/a/b/memory.oom_control"),
+        ("0::/x.slice/y\n", "x.slice/y/memory.events.local"),
+    ],
+)
+def test_only_kills_for_memory_in_the_own_control_group_count(tmp_path, groups, file):
+    (tmp_path / "proc/7").mkdir(parents=True)
+    (tmp_path / "proc/7/cgroup").write_text(groups)
+    assert count_oom_kills(7, root=tmp_path) == 0
+    events = tmp_path / "sys/fs/cgroup" / file
+    events.parent.mkdir(parents=True)
+    events.write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 3\noom_group_kill 1\n")
+    (tmp_path / "proc/vmstat").write_text("oom_kill 50\n")
+    assert count_oom_kills(7, root=tmp_path) == 3
+    assert count_oom_kills(8, root=tmp_path) == 0
