@@ -37,10 +37,11 @@ class Buildx:
         self._docker = docker
         self._home = home
         self._place = place
-        plugins = home / "docker" / "cli-plugins"
+        self.docker_config = home / "docker"
+        plugins = self.docker_config / "cli-plugins"
         plugins.mkdir(parents=True)
         (plugins / "docker-buildx").symlink_to(TOOLS / "buildx")
-        self._environment = tool_environment(home, DOCKER_CONFIG=str(home / "docker"))
+        self._environment = tool_environment(home, DOCKER_CONFIG=str(self.docker_config))
 
     def create(self, builder: str, address: str, tls: TlsFiles | None = None) -> None:
         """Make a builder for a BuildKit at unix://PATH, or with TLS at tcp://HOST:PORT."""
@@ -102,11 +103,12 @@ def buildctl(
     context: Path,
     *arguments: str,
     tls: TlsFiles | None = None,
+    flags: tuple[str, ...] = (),
     place: Place = nullcontext,
 ) -> Finished:
-    """Run `buildctl build` of a Dockerfile."""
+    """Run `buildctl build` of a Dockerfile; `flags` are those before "build"."""
     return run(
-        [TOOLS / "buildctl", "--addr", address, *(tls.flags if tls else ()), "build",
+        [TOOLS / "buildctl", "--addr", address, *(tls.flags if tls else ()), *flags, "build",
          "--frontend", "dockerfile.v0", "--local", f"context={context}",
          "--local", f"dockerfile={context}", "--progress", "plain", *arguments],
         environment=tool_environment(home),

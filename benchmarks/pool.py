@@ -82,8 +82,14 @@ class Pool:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def start_node(self, name: str, viewer: Member) -> None:
-        """Start a node with an empty data directory, and return when it takes builds."""
+    def start_node(self, name: str, viewer: Member, *, slots: int = 0) -> None:
+        """Start a node with an empty data directory, and return when it takes builds.
+
+        Args:
+            name: of the node.
+            viewer: somebody who sees it come.
+            slots: builds that may run at once; 0 for the node's own default.
+        """
         address = f"{self._host}:{free_port()}"
         settings = {
             "gateway": self.address,
@@ -97,6 +103,8 @@ class Pool:
             "s3_access_key": self._minio.access_key,
             "s3_secret_key": self._minio.secret_key,
         }
+        if slots:
+            settings["slots"] = str(slots)
         if self._buildkitd is not None:
             settings["buildkitd"] = str(self._buildkitd)
         node = Daemon(
@@ -158,9 +166,11 @@ class Pool:
         return member
 
     def _make_token(self, role: str, name: str) -> str:
+        # Every node of the pool comes with the same one.
+        uses = ["--uses", "0"] if role == "node" else []
         done = run(
             [BIN / "offload-builder", "token", "create", "--data-dir", self._work / "gateway",
-             "--role", role, "--format", "json", name],
+             "--role", role, *uses, "--format", "json", name],
             environment=self._environment,
             folder=self._work,
         )  # fmt: skip
@@ -273,14 +283,22 @@ class Member:
         nodes = self._json("status", "--format", "json")["nodes"]
         return [node["node_id"] for node in nodes if node["state"] == "ready"]
 
+    def make_builder(self, name: str, docker_config: Path) -> None:
+        """Make a builder of stock buildx, for whoever has this docker configuration."""
+        self._offload("buildx", "create", name, DOCKER_CONFIG=str(docker_config))
+
+    def builder_folder(self, name: str) -> Path:
+        """Return where the certificate of a builder is."""
+        return self._home / ".config" / "offload" / "buildx" / name
+
     def _json(self, *arguments: str) -> Any:
         return json.loads(self._offload(*arguments))
 
-    def _offload(self, *arguments: str) -> str:
+    def _offload(self, *arguments: str, **environment: str) -> str:
         with self._place():
             done = subprocess.run(
                 [BIN / "offload", *arguments],
-                env=self.environment,
+                env=self.environment | environment,
                 capture_output=True,
                 text=True,
                 timeout=WAIT_SECONDS,

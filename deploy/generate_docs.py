@@ -18,6 +18,7 @@ import pkgutil
 import re
 import sys
 import typing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ from offload_core.units import parse_duration, parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
+    from offload_client.ci.scaffold import Template
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -108,6 +111,20 @@ def registry_table() -> str:
         for name, key in keys.items()
     ]
     return table(("Key", "In", "Form", "Meaning"), rows)
+
+
+def identity_table() -> str:
+    """Return the keys of identity.toml."""
+    from offload_builder.gateway.oidc.policykeys import ISSUER_KEYS, RULE_KEYS, TOP_KEYS
+
+    rows = [
+        (f"`{name}`", place, key.form, key.default or "-", sentence(key.about))
+        for place, keys in (
+            ("top", TOP_KEYS), ("`[issuer.NAME]`", ISSUER_KEYS), ("`[[rule]]`", RULE_KEYS)
+        )
+        for name, key in keys.items()
+    ]  # fmt: skip
+    return table(("Key", "In", "Form", "Default", "Meaning"), rows)
 
 
 # --- Errors.
@@ -210,6 +227,37 @@ def ready_help() -> dict[Path, str]:
     return files
 
 
+# --- Continuous integration.
+
+
+def ci_source(template: Template) -> Path:
+    """Return where a file of a pipeline is kept."""
+    return ROOT / "deploy" / "ci" / template.source
+
+
+def ci_files() -> dict[Path, str]:
+    """Return the files that `offload init --ci` writes, with their content."""
+    from offload_client.ci import scaffold
+
+    folder = Path(scaffold.__file__).parent / "files"
+    found = {template for templates in scaffold.TEMPLATES.values() for template in templates}
+    return {folder / item.source: ci_source(item).read_text("utf-8") for item in found}
+
+
+def ci_example(system: str) -> str:
+    """Return the files of a system for the documentation."""
+    from offload_client.ci.scaffold import TEMPLATES
+
+    languages = {".yml": "yaml", ".sh": "bash", "": "bash"}
+    shown = []
+    for template in TEMPLATES[system]:
+        path = Path(template.path)
+        language = "groovy" if path.name == "Jenkinsfile" else languages[path.suffix]
+        text = ci_source(template).read_text("utf-8").rstrip()
+        shown.append(f"`{template.path}`:\n\n```{language}\n{text}\n```")
+    return "\n\n".join(shown)
+
+
 # --- Writing.
 
 
@@ -229,14 +277,17 @@ def parts() -> dict[str, Callable[[], str]]:
     """Return what can be generated, by name."""
     from offload_builder.gateway.config import ENVIRONMENT_PREFIX, GatewayConfig
     from offload_builder.node.config import NodeConfig
+    from offload_client.ci.scaffold import TEMPLATES
 
     return {
         "gateway-config": lambda: config_table(GatewayConfig, ENVIRONMENT_PREFIX),
         "node-config": lambda: config_table(NodeConfig, "OFFLOAD_NODE"),
         "registry-keys": registry_table,
+        "identity-keys": identity_table,
         "errors": error_table,
         "cli": command_help,
         "flags": flag_table,
+        **{f"ci-{system}": partial(ci_example, system) for system in TEMPLATES},
     }
 
 
@@ -259,7 +310,7 @@ def main() -> int:
     files = {
         path: BLOCK.sub(generate, path.read_text("utf-8")) for path in sorted(DOCS.rglob("*.md"))
     }
-    for path, new in (files | ready_help()).items():
+    for path, new in (files | ready_help() | ci_files()).items():
         old = path.read_text("utf-8") if path.exists() else ""
         if new == old:
             continue
@@ -270,7 +321,7 @@ def main() -> int:
                 old.splitlines(keepends=True), new.splitlines(keepends=True), name, "generated", n=1
             ))  # fmt: skip
         else:
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(new, "utf-8")
             print(f"wrote {name}")
     if unused := sorted(set(available) - set(used)):

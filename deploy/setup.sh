@@ -60,10 +60,18 @@ fi
 
 # --- Go programs, by package name, from modules that pin their versions.
 command -v go >/dev/null 2>&1 || die "Go 1.26.8 or newer is needed to build BuildKit; install it and run this again"
-go_tool() { # go_tool PROGRAM MODULE_DIR PACKAGE
+# Some programs know their version only when the linker writes it into a VARIABLE.
+go_tool() { # go_tool PROGRAM MODULE_DIR PACKAGE [VARIABLE]
   if [ ! -x "$tools/$1" ] || [ "$2/go.mod" -nt "$tools/$1" ]; then
     say "building $1 (some minutes)"
-    (cd "$2" && GOFLAGS=-buildvcs=false GOBIN="$tools" CGO_ENABLED=0 go install "$3")
+    (
+      cd "$2"
+      export GOFLAGS=-buildvcs=false CGO_ENABLED=0
+      link=""
+      [ -z "${4:-}" ] || link="-X $4=$(go list -f '{{.Module.Version}}' "$3")"
+      go build -ldflags "$link" -o "$tools/.$1.new" "$3"
+    )
+    mv "$tools/.$1.new" "$tools/$1"
     touch "$tools/$1"
   fi
 }
@@ -77,7 +85,10 @@ if [ "$what" = test ]; then
   go_tool buildctl deploy/tools github.com/moby/buildkit/cmd/buildctl
   go_tool dockerfile-frontend deploy/tools \
     github.com/moby/buildkit/frontend/dockerfile/cmd/dockerfile-frontend
-  go_tool buildx deploy/tools/buildx github.com/docker/buildx/cmd/buildx
+  go_tool buildx deploy/tools/buildx github.com/docker/buildx/cmd/buildx \
+    github.com/docker/buildx/version.Version
+  go_tool docker-compose deploy/tools/compose github.com/docker/compose/v5/cmd \
+    github.com/docker/compose/v5/internal.Version
   go_tool dockerd deploy/tools/engine github.com/moby/moby/v2/cmd/dockerd
   if [ ! -x "$tools/versitygw" ]; then
     say "building versitygw (some minutes)"

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 from weakref import WeakKeyDictionary
 
+from offload_client.bytepipe import in_thread
 from offload_client.identity import (
     StoredIdentity,
+    check_not_ended,
     from_certificate,
     load_identity,
     login,
@@ -23,17 +25,18 @@ from offload_client.identity import (
     save_identity,
 )
 from offload_core.aio import TaskSet
-from offload_core.errors import ConfigError, NodeLostError
+from offload_core.errors import AuthenticationError, ConfigError, NodeLostError, OffloadError
 from offload_core.tls import GATEWAY_NAME, open_channel
 from offload_core.versions import call_metadata
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
     from types import TracebackType
 
     from grpc import aio
 
     from offload_client.invocation import Invocation
+    from offload_client.oidc.citokens import TokenSource
 
 MAX_CHANNELS = 32
 RENEW_SECONDS = 5.0
@@ -86,8 +89,19 @@ class Connections:
             _, kept = self._channels.popitem()
             await kept.channel.close()
 
-    async def identity(self, invocation: Invocation, gateway: str) -> StoredIdentity:
+    async def identity(
+        self,
+        invocation: Invocation,
+        gateway: str,
+        *,
+        stale: Callable[[StoredIdentity], bool] = needs_renewal,
+    ) -> StoredIdentity:
         """Return who the command acts as at a gateway.
+
+        Args:
+            invocation: the command.
+            gateway: HOST:PORT.
+            stale: says of a stored certificate whether it is renewed first.
 
         Raises:
             AuthenticationError: not logged in, or the token in OFFLOAD_TOKEN is refused.
@@ -99,10 +113,66 @@ class Connections:
                 known, _ = await login(gateway, token)
                 self._token_logins[(gateway, token)] = known
             return known
-        identity = load_identity(invocation, gateway)
-        if needs_renewal(identity):
-            identity = await self._renew(invocation, gateway, identity)
-        return identity
+        return await self._stored_or_of_pipeline(invocation, gateway, stale)
+
+    async def _stored_or_of_pipeline(
+        self, invocation: Invocation, gateway: str, stale: Callable[[StoredIdentity], bool]
+    ) -> StoredIdentity:
+        from offload_client.oidc.citokens import find_source
+
+        source = find_source(invocation)
+        try:
+            # In a thread: a keyring may ask the person to unlock it.
+            identity = await in_thread(
+                lambda: load_identity(invocation, gateway, ended_too=True), name="identity"
+            )
+        except AuthenticationError:
+            if source is None:
+                raise
+            return await self._of_pipeline(invocation, gateway, source)
+        origin = identity.origin
+        if source is not None and origin is not None and origin.job != source.job:
+            # Another job, or a person, has logged in here; each job acts as itself.
+            return await self._of_pipeline(invocation, gateway, source)
+        if not stale(identity):
+            return identity
+        if origin is not None:
+            return await self._renew_at_provider(invocation, gateway, identity)
+        check_not_ended(identity, gateway)
+        return await self._renew(invocation, gateway, identity)
+
+    async def _of_pipeline(
+        self, invocation: Invocation, gateway: str, source: TokenSource
+    ) -> StoredIdentity:
+        from offload_client.oidc.renewal import automatic_login
+
+        key = gateway, f"{source.name} {source.job}"
+        known = self._token_logins.get(key)
+        if known is None or needs_renewal(known):
+            try:
+                known = await automatic_login(invocation, gateway, source)
+            except OffloadError:
+                if known is None or known.expires_at <= time.time():
+                    raise
+                return known
+            self._token_logins[key] = known
+        return known
+
+    async def _renew_at_provider(
+        self, invocation: Invocation, gateway: str, identity: StoredIdentity
+    ) -> StoredIdentity:
+        from offload_client.oidc.renewal import renewed
+
+        try:
+            return await renewed(invocation, gateway, identity)
+        except OffloadError as error:
+            if identity.expires_at > time.time():
+                # It still works; the next command tries again.
+                return identity
+            raise AuthenticationError(
+                f"your login at {gateway} has expired: {error.message}",
+                hint=f"run 'offload login https://{gateway}'",
+            ) from error
 
     async def _renew(
         self, invocation: Invocation, gateway: str, identity: StoredIdentity

@@ -70,6 +70,17 @@ class Invocation:
         base = self.environment.get("XDG_CACHE_HOME")
         return (Path(base) if base else self.home() / ".cache") / "offload"
 
+    def out_foreign(self, text: str) -> None:
+        """Print text that comes from a build, and is for people.
+
+        Raises:
+            BrokenPipeError: as `out`.
+            ConfigError: as `out`.
+        """
+        from offload_client.ci.guard import guard_foreign
+
+        self.out(guard_foreign(self.environment, text))
+
     def out(self, text: str) -> None:
         """Print a line of results.
 
@@ -87,8 +98,10 @@ class Invocation:
 
     def err(self, text: str) -> None:
         """Print a line that is not a result; one that nobody reads is no error."""
+        from offload_client.ci.guard import guard_foreign
+
         try:
-            print(text, file=self.stderr, flush=True)
+            print(guard_foreign(self.environment, text), file=self.stderr, flush=True)
         except OSError:
             _give_up(self.stderr)
 

@@ -16,6 +16,7 @@ from offload_core.errors import ConfigError
 from offload_core.trust import join_address, split_address
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from offload_client.invocation import Invocation
@@ -24,6 +25,7 @@ PROJECT_FILE = "offload.toml"
 USER_FILE = "config.toml"
 KEYS = {
     "gateway": "address of the gateway, https://HOST:PORT",
+    "gateway_ca": "SHA-256 fingerprint of the gateway's CA, for logins without a token of ours",
     "project": "project that builds belong to",
 }
 DEFAULT_PROJECT = "default"
@@ -68,13 +70,38 @@ def resolve_settings(
     if gateway is None:
         raise ConfigError(
             "no gateway is configured",
-            hint="run 'offload login https://HOST:PORT --token TOKEN', or set OFFLOAD_GATEWAY",
+            hint="run 'offload login https://HOST:PORT', or set OFFLOAD_GATEWAY",
         )
     return Settings(join_address(*split_address(gateway)), project or DEFAULT_PROJECT)
 
 
-def remember_gateway(invocation: Invocation, gateway: str) -> Path:
+def pinned_ca(invocation: Invocation, gateway: str) -> str:
+    """Return the fingerprint of a gateway's CA, empty when it is not known.
+
+    OFFLOAD_CA, else the file that names this gateway: the project file above the current
+    directory, or the user file.
+
+    Raises:
+        ConfigError: a file is wrong.
+    """
+    if told := invocation.environment.get("OFFLOAD_CA"):
+        return told
+    nearest = _find_project_file(invocation.cwd)
+    for file in (nearest, invocation.config_dir() / USER_FILE):
+        values = _read(file) if file is not None and _is_file(file) else {}
+        address = values.get("gateway")
+        if address and join_address(*split_address(address)) == gateway:
+            return values.get("gateway_ca", "")
+    return ""
+
+
+def remember_gateway(invocation: Invocation, gateway: str, *, ca: str = "") -> Path:
     """Write the gateway into the user file, keeping its other keys; return the file.
+
+    Args:
+        invocation: the command.
+        gateway: HOST:PORT.
+        ca: fingerprint of its CA; empty to keep the one of the same gateway.
 
     Raises:
         ConfigError: the file cannot be written, or is wrong as it is.
@@ -82,7 +109,11 @@ def remember_gateway(invocation: Invocation, gateway: str) -> Path:
     folder = invocation.config_dir()
     path = folder / USER_FILE
     values = _read(path) if _is_file(path) else {}
+    if values.get("gateway") != f"https://{gateway}":
+        values.pop("gateway_ca", None)
     values["gateway"] = f"https://{gateway}"
+    if ca:
+        values["gateway_ca"] = ca
     lines = [f"{key} = {_quoted(value)}" for key, value in sorted(values.items())]
     scratch = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
@@ -92,6 +123,20 @@ def remember_gateway(invocation: Invocation, gateway: str) -> Path:
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from error
     return path
+
+
+def project_file_text(values: Mapping[str, str]) -> str:
+    """Return the text of a project file with the keys of `KEYS`; empty values are left out."""
+    return "".join(f"{key} = {_quoted(values[key])}\n" for key in KEYS if values.get(key))
+
+
+def read_project_file(path: Path) -> dict[str, str]:
+    """Return the values of a project file.
+
+    Raises:
+        ConfigError: it cannot be read, or is wrong.
+    """
+    return _read(path)
 
 
 def _find_project_file(directory: Path) -> Path | None:

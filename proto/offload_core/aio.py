@@ -76,6 +76,22 @@ async def for_each(
         raise find_offload_error(failed) or failed from None
 
 
+async def stop(*tasks: asyncio.Future[Any], expected: tuple[type[BaseException], ...] = ()) -> None:
+    """Cancel tasks and wait for their ends; errors that are not `expected` are raised.
+
+    Unlike awaiting a task, this does not take a cancellation of the caller for that of the task.
+    """
+    for task in tasks:
+        task.cancel()
+        # Also when the caller is cancelled and looks at no end.
+        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+    await asyncio.wait(tasks)
+    for task in tasks:
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, expected):
+            raise error
+
+
 async def finish(awaitable: Awaitable[T], timeout: float) -> T | None:
     """Await clean-up that must run even while we are being cancelled; None when it took too long.
 

@@ -45,6 +45,7 @@ class OffloadError(Exception):
         retryable: the same call may work later.
         hint: what the person can do next; empty when the message says it.
         shown: the person has already read the message.
+        retry_after_seconds: when the same call may work; 0 when that is not known.
     """
 
     status_code: ClassVar[int] = 13
@@ -54,6 +55,7 @@ class OffloadError(Exception):
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
+        self.retry_after_seconds = 0.0
         self.hint = hint
         self.shown = False
 

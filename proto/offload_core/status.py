@@ -72,6 +72,10 @@ def pack_status(error: OffloadError) -> bytes:
         info.metadata["hint"] = error.hint
     status = status_pb2.Status(code=error.status_code, message=error.message)
     status.details.add().Pack(info)
+    if error.retry_after_seconds:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(int(error.retry_after_seconds * 1000))
+        status.details.add().Pack(retry)
     return cast("bytes", status.SerializeToString())
 
 
@@ -82,13 +86,19 @@ def unpack_status(data: bytes) -> OffloadError | None:
 
     try:
         status = status_pb2.Status.FromString(data)
+        retry = error_details_pb2.RetryInfo()
+        for detail in status.details:
+            if detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
+                detail.Unpack(retry)
         for detail in status.details:
             if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
                 info = error_details_pb2.ErrorInfo()
                 detail.Unpack(info)
                 cls = error_for_reason(info.reason)
                 if info.domain == DOMAIN and cls is not None:
-                    return cls(status.message, hint=info.metadata.get("hint", ""))
+                    error = cls(status.message, hint=info.metadata.get("hint", ""))
+                    error.retry_after_seconds = retry.retry_delay.ToMilliseconds() / 1000
+                    return error
     except DecodeError:
         return None
     return None

@@ -1,7 +1,8 @@
 """mTLS for gRPC: server and channel credentials, names in certificates, routing names.
 
 The gateway has one public port; TLS server names route connections (RFC 6066, section 3):
-`enroll.offload` is the enrolment service, `gateway.offload` the API, `NODE.node.offload` a node.
+`enroll.offload` is the enrolment service, `gateway.offload` the API, `NODE.node.offload` a node,
+`PROJECT.buildkit.offload` BuildKit's API of a project at one of its nodes.
 Identities are URIs in the subject alternative name: `offload://member/NAME?token=ID&role=ROLE`
 and `offload://node/NAME?token=ID`.
 """
@@ -16,13 +17,15 @@ from offload_core.errors import AuthenticationError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from datetime import datetime
 
-    import grpc
+    from cryptography import x509
     from grpc import aio
 
 ENROLL_NAME = "enroll.offload"
 GATEWAY_NAME = "gateway.offload"
 NODE_SUFFIX = ".node.offload"
+BUILDKIT_SUFFIX = ".buildkit.offload"
 
 MAX_MESSAGE_BYTES = 16 << 20
 
@@ -103,15 +106,33 @@ def peer_identity(context: aio.ServicerContext[Any, Any]) -> Identity:
     raise AuthenticationError("this call needs a client certificate; run: offload login")
 
 
-def server_credentials(keys: KeyPair, *, require_client: bool) -> grpc.ServerCredentials:
-    """Return credentials for a listener; with `require_client` only our CA's clients get in."""
-    import grpc
+def certificate_identity(certificate: x509.Certificate, now: datetime) -> Identity:
+    """Return whom a certificate speaks for, whose signature was verified before.
 
-    return grpc.ssl_server_credentials(
-        [(keys.private_key_pem, keys.certificate_pem + keys.ca_pem)],
-        root_certificates=keys.ca_pem if require_client else None,
-        require_client_auth=require_client,
-    )
+    Raises:
+        AuthenticationError: it is not valid now, or is none of ours.
+    """
+    from cryptography import x509
+
+    begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    if now > end:
+        raise AuthenticationError(
+            f"the client certificate expired at {end:%Y-%m-%d %H:%M} UTC; run: offload login"
+        )
+    if now < begin:
+        raise AuthenticationError(
+            f"the client certificate is valid from {begin:%Y-%m-%d %H:%M} UTC on; check the clocks"
+        )
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    except (x509.ExtensionNotFound, ValueError):
+        names = None
+    uris = names.value.get_values_for_type(x509.UniformResourceIdentifier) if names else []
+    for uri in uris:
+        identity = Identity.parse(uri)
+        if identity is not None:
+            return identity
+    raise AuthenticationError("the client certificate names no member; run: offload login")
 
 
 def open_channel(

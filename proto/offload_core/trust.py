@@ -12,14 +12,22 @@ import hashlib
 import re
 import socket
 import ssl
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from offload_core.errors import AuthenticationError, ConfigError, GatewayUnreachableError
 from offload_core.tls import ENROLL_NAME
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cryptography import x509
+
 CONNECT_SECONDS = 10.0
 FINGERPRINT_CHARACTERS = 32
 MAX_PORT = 65_535
+MIN_LINKED = 3
+"""Certificates that a server shows at least when its CA has followed another one."""
+_FINGERPRINT = re.compile(r"[0-9a-f]{32,64}")
 _ADDRESS = re.compile(
     r"(?:\[(?P<v6>[0-9A-Fa-f:.]+(?:%[\w.-]+)?)\]|(?P<host>[^\s:/\[\]@]+))(?::(?P<port>[0-9]{1,5})?)?"
 )
@@ -65,7 +73,45 @@ async def fetch_pinned_ca(address: str, token: str) -> bytes:
         AuthenticationError: not a token, or the gateway has another CA.
         GatewayUnreachableError: nothing answers at the address.
     """
-    fingerprint = token_fingerprint(token)
+    return await fetch_ca(
+        address, token_fingerprint(token), named="the one that this token was made for"
+    )
+
+
+def check_fingerprint(text: str) -> str:
+    """Return the fingerprint of a CA in the form in which it is compared.
+
+    Args:
+        text: 32 to 64 hexadecimal characters, with or without colons and "sha256:".
+
+    Raises:
+        ConfigError: it is none.
+    """
+    plain = text.strip().lower().removeprefix("sha256:").replace(":", "")
+    if _FINGERPRINT.fullmatch(plain) is None:
+        raise ConfigError(
+            f'"{text[:80]}" is not the fingerprint of a CA: 32 to 64 hexadecimal characters',
+            hint="'offload-builder identity show' prints it",
+        )
+    return plain
+
+
+async def fetch_ca(address: str, fingerprint: str, *, named: str = "the one you expect") -> bytes:
+    """Return the PEM of the gateway's CA after comparing its SHA-256 with a fingerprint.
+
+    When that CA was replaced since, the successors that it has vouched for come with it.
+
+    Args:
+        address: of the gateway.
+        fingerprint: at least the first 32 hexadecimal characters.
+        named: who should answer, for the sentence.
+
+    Raises:
+        AuthenticationError: the gateway has another CA.
+        ConfigError: the fingerprint is none.
+        GatewayUnreachableError: nothing answers at the address.
+    """
+    fingerprint = check_fingerprint(fingerprint)
     host, port = split_address(address)
     try:
         chain = await asyncio.to_thread(_peer_chain, host, port)
@@ -75,12 +121,63 @@ async def fetch_pinned_ca(address: str, token: str) -> bytes:
             hint="check the address, and that 'offload-builder gateway' or 'up' runs there",
         ) from error
     for der in chain:
-        if hashlib.sha256(der).hexdigest()[:FINGERPRINT_CHARACTERS] == fingerprint:
-            return ssl.DER_cert_to_PEM_cert(der).encode()
+        if hashlib.sha256(der).hexdigest().startswith(fingerprint):
+            found = successors(der, chain) if len(chain) > MIN_LINKED else [der]
+            return "".join(ssl.DER_cert_to_PEM_cert(item) for item in found).encode()
     raise AuthenticationError(
-        f"the gateway at {address} is not the one that this token was made for "
-        "(its CA has another fingerprint)"
+        f"the gateway at {address} is not {named} (its CA has another fingerprint)"
     )
+
+
+def successors(root_der: bytes, chain: Sequence[bytes]) -> list[bytes]:
+    """Return a CA and those that have followed it, the newest first.
+
+    A CA that is replaced signs a link: a certificate of a CA with name and key of its successor.
+
+    Args:
+        root_der: certificate that is trusted, DER.
+        chain: what a server has shown, DER; only what the links prove is taken from it.
+    """
+    from cryptography import x509
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.serialization import Encoding
+
+    certificates = [x509.load_der_x509_certificate(der) for der in chain]
+
+    def signed(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
+        try:
+            certificate.verify_directly_issued_by(issuer)
+        except (ValueError, TypeError, InvalidSignature):
+            return False
+        return True
+
+    found = [x509.load_der_x509_certificate(root_der)]
+    for trusted in found:
+        for link in certificates:
+            if not signed(link, trusted) or not _is_authority(link):
+                continue
+            for other in certificates:
+                same = other.public_key() == link.public_key() and other.subject == link.subject
+                if same and signed(other, other) and other not in found:
+                    found.append(other)
+    return [item.public_bytes(Encoding.DER) for item in reversed(found)]
+
+
+def _is_authority(certificate: x509.Certificate) -> bool:
+    from cryptography import x509
+
+    try:
+        rights = certificate.extensions.get_extension_for_class(x509.BasicConstraints)
+    except (ValueError, x509.ExtensionNotFound):
+        return False
+    return rights.value.ca
+
+
+def fingerprints(ca_pem: bytes) -> tuple[str, ...]:
+    """Return the SHA-256 of each certificate in a PEM text, 64 hexadecimal characters each."""
+    ends = ca_pem.decode("ascii").split("-----END CERTIFICATE-----")
+    texts = [f"{text.strip()}\n-----END CERTIFICATE-----\n" for text in ends if text.strip()]
+    return tuple(hashlib.sha256(ssl.PEM_cert_to_DER_cert(text)).hexdigest() for text in texts)
 
 
 def _peer_chain(host: str, port: int) -> list[bytes]:

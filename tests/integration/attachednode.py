@@ -44,6 +44,7 @@ class AttachedNode:
         self.offers: list[str] = []
         self.cancelled: dict[str, str] = {}
         self.running = 0
+        self.revoked: set[str] = set()
         self.limits: list[nodes_pb.ProjectLimits] = []
         self.tasks: list[nodes_pb.CacheTask] = []
         self.answer: Callable[[nodes_pb.CacheTask], nodes_pb.CacheTaskReply] | None = None
@@ -120,6 +121,8 @@ class AttachedNode:
                     self.cancelled[message.cancel_build.build_id] = message.cancel_build.reason
                 elif kind == "project_limits":
                     self.limits.append(message.project_limits)
+                elif kind == "revocations":
+                    self.revoked = {item.token_id for item in message.revocations.revocations}
                 elif kind == "cache_task":
                     self.tasks.append(message.cache_task)
                     if self.answer is not None:

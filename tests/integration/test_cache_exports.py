@@ -55,7 +55,7 @@ async def test_a_failed_export_is_made_up_for_by_the_next_build(
     await pool.start_node()
     assert await build(pool, "base", FIRST) == "published"
     with monkeypatch.context() as patched:
-        patched.setattr("offload_builder.node.job.EXPORT_SECONDS", 0.0)
+        patched.setattr("offload_builder.node.solvejob.EXPORT_SECONDS", 0.0)
         assert await build(pool, "base", SECOND) == "failed"
     assert await build(pool, "base", SECOND) == "published"
     assert await build(pool, "base", SECOND) == "unchanged"

@@ -183,6 +183,24 @@ async def test_connections_beyond_the_limit_are_closed():
         assert (await answer_to_first(gateway.address, hello_for("enroll.offload"))) == b"\x16"
 
 
+async def test_one_address_leaves_connections_to_others():
+    async with RunningGateway(max_connections_per_address=2) as gateway:
+        kept = [await asyncio.open_connection(*split(gateway.address)) for _ in range(2)]
+        for _, writer in kept:
+            writer.write(hello_for("enroll.offload"))
+        await asyncio.sleep(0.1)
+        assert await answer_to(gateway.address, hello_for("enroll.offload")) == b""
+        host, port = split(gateway.address)
+        reader, writer = await asyncio.open_connection(host, port, local_addr=("127.0.0.2", 0))
+        writer.write(hello_for("enroll.offload"))
+        async with asyncio.timeout(5):
+            assert await reader.read(1) == b"\x16"
+        for _, each in [*kept, (reader, writer)]:
+            each.close()
+        await asyncio.sleep(0.1)
+        assert (await answer_to_first(gateway.address, hello_for("enroll.offload"))) == b"\x16"
+
+
 async def answer_to_first(address: str, data: bytes) -> bytes:
     reader, writer = await asyncio.open_connection(*split(address))
     writer.write(data)

@@ -23,7 +23,6 @@ from offload_core.errors import (
     UsageError,
     VersionError,
 )
-from offload_core.status import error_from_rpc
 from offload_core.tls import GATEWAY_NAME, Identity, KeyPair, open_channel
 from offload_core.trust import fetch_pinned_ca
 from offload_core.versions import VERSION_KEY, call_metadata
@@ -31,7 +30,7 @@ from offload_proto.v1 import builds_service_pb2 as builds_pb
 from offload_proto.v1 import identity_service_pb2 as identity_pb
 from offload_proto.v1.builds_service_pb2_grpc import BuildsServiceStub
 from offload_proto.v1.identity_service_pb2_grpc import AdminServiceStub, IdentityServiceStub
-from tests.fixtures.gateway import RunningGateway
+from tests.fixtures.gateway import RunningGateway, failure
 from tests.integration.attachednode import AttachedNode
 
 SECONDS = 10.0
@@ -41,13 +40,6 @@ SECONDS = 10.0
 async def gateway():
     async with RunningGateway() as running:
         yield running
-
-
-async def failure(call):
-    """Return the domain error of a call that must fail."""
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call
-    return error_from_rpc(caught.value, peer="the gateway", unreachable=GatewayUnreachableError)
 
 
 async def login_failure(gateway: RunningGateway, token: str):

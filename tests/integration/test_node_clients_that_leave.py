@@ -74,7 +74,7 @@ async def test_build_that_needs_its_client_no_more_ends_by_a_cancel_only(pool):
     await in_step(client)
     client.vanish()
     await asyncio.sleep(0.5)
-    assert client.assigned.build_id in agent._builds
+    assert client.assigned.build_id in agent.slots.builds
     stub = BuildsServiceStub(await pool.gateway.channel(pool.keys))
     request = builds_pb.CancelRequest(build_id=client.assigned.build_id)
     began = time.monotonic()

@@ -21,9 +21,9 @@ LONG_SECONDS = 120.0
 @pytest.fixture
 async def pool(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[NodePool]:
     """One node on which builds always need all processors."""
-    monkeypatch.setattr("offload_builder.node.agent.builds_crowd", lambda _: True)
+    monkeypatch.setattr("offload_builder.node.buildends.builds_crowd", lambda _: True)
     monkeypatch.setattr(
-        "offload_builder.node.agent.ExportTurns",
+        "offload_builder.node.buildends.ExportTurns",
         partial(ExportTurns, patience_seconds=LONG_SECONDS),
     )
     async with NodePool() as running:

@@ -90,7 +90,7 @@ async def test_client_that_the_build_needs_comes_back_before_the_context_is_comp
     await client.until("need_blobs")
     client.vanish()
     await asyncio.sleep(0.3)
-    assert client.assigned.build_id in agent._builds
+    assert client.assigned.build_id in agent.slots.builds
     await client.rejoin(after=(sequences(client) or [0])[-1])
     result = await client.until("result")
     assert result.HasField("success"), result
@@ -243,7 +243,9 @@ async def test_other_members_do_not_find_the_build_and_admins_only_look_on(pool)
         keys = await pool.gateway.login(token)
         found = RawClient(await pool.channel(client.assigned, keys), client.assigned)
         await found.rejoin(view_only=view_only)
-        return await found.until("result")
+        result = await found.until("result")
+        await found.done()
+        return result
 
     for view_only in (False, True):
         with pytest.raises(grpc.RpcError, match="there is no build") as caught:
@@ -279,7 +281,7 @@ async def test_record_goes_after_its_time_and_its_number(pool):
     assert b"".join([message.data async for message in call])
     object.__setattr__(agent.config, "ended_keep", 0.0)
     agent.ended._keep_seconds = 0.0
-    agent._sweep()
+    agent._ends.sweep()
     await wait_free(agent)
 
 
@@ -306,7 +308,7 @@ async def test_kept_build_is_there_after_a_restart_of_its_node(pool):
     assert b"".join([message.data async for message in call])
     await client.done()
     agent.ended._keep_seconds = 0.0
-    agent._sweep()
+    agent._ends.sweep()
     await wait_free(agent)
 
 

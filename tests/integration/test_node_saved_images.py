@@ -75,7 +75,7 @@ async def test_saved_image_is_read_after_its_time_and_without_the_disk(pool, tmp
         # The node's disk is lost, but not what it knows of builds.
         shutil.rmtree(agent.config.data / "cache")
         agent = await pool.start_node(**options)
-        where = f"127.0.0.1:{agent._listening.rpartition(':')[2]}"
+        where = f"127.0.0.1:{agent.facts.listening.rpartition(':')[2]}"
         client.assigned.endpoints[:] = [where]
         other.assigned.endpoints[:] = [where]
         for known in (client, other):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -14,6 +15,7 @@ import click
 import pytest
 
 from offload_builder.cli.entry import main as offload_builder
+from offload_client.ci.scaffold import TEMPLATES
 from offload_client.cli.bake import bake_command
 from offload_client.cli.build import build_command
 from offload_client.cli.offload import offload
@@ -116,6 +118,8 @@ def check_command(command: click.Command, words: list[str], line: str) -> None:
         command, words = bake_command, words[1:]
     context = click.Context(command)
     while isinstance(command, click.Group):
+        if command.invoke_without_command and (not words or words[0].startswith("-")):
+            break
         assert words, line
         found = command.get_command(context, words.pop(0))
         assert found is not None, line
@@ -126,6 +130,8 @@ def check_command(command: click.Command, words: list[str], line: str) -> None:
         for name in (*option.opts, *option.secondary_opts)
     }
     for word in words:
+        if word == "--":
+            break  # the command line of another program
         flag = word.partition("=")[0]
         if flag.startswith("-") and flag != "-":
             assert flag in known, line
@@ -201,7 +207,9 @@ def test_outdated_part_is_told_and_made_anew(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     script = tmp_path / "deploy" / "generate_docs.py"
     script.write_text((ROOT / "deploy" / "generate_docs.py").read_text("utf-8"))
-    names = ("cli", "errors", "flags", "gateway-config", "node-config", "registry-keys")
+    shutil.copytree(ROOT / "deploy" / "ci", tmp_path / "deploy" / "ci")
+    names = ("cli", "errors", "flags", "gateway-config", "identity-keys",
+             "node-config", "registry-keys", *(f"ci-{system}" for system in TEMPLATES))  # fmt: skip
     page = tmp_path / "docs" / "page.md"
     page.write_text("".join(f"<!-- generated: {name} -->\nold\n<!-- end -->\n" for name in names))
 

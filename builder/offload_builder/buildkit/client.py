@@ -12,6 +12,7 @@ from offload_builder.buildkit.failure import SolveFailure, failure_from_status
 from offload_builder.buildkit.frontendcall import ask_frontend
 from offload_builder.buildkit.h2.client import GrpcClient
 from offload_builder.buildkit.h2.messages import CANCELLED, UNAVAILABLE, GrpcError
+from offload_builder.buildkit.heldsolve import HeldSolve
 from offload_builder.buildkit.solve import SolveResult, solve_request
 from offload_builder.buildkit.status import progress_batch
 from offload_core.errors import InternalError, NodeLostError, OffloadError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from google.protobuf.message import Message
 
+    from offload_builder.buildkit.heldsolve import HeldRequests
     from offload_builder.buildkit.session import BkSession
     from offload_builder.buildkit.solve import SolveSpec
     from offload_proto.v1.events_pb2 import ProgressBatch
@@ -205,6 +207,10 @@ class BuildkitClient:
                 task.cancel()
             await asyncio.gather(solving, asking, return_exceptions=True)
 
+    def hold(self, requests: HeldRequests, show: Callable[[bytes], None]) -> HeldSolve:
+        """Begin a solve that ends with nothing done unless it is released; see `HeldSolve`."""
+        return HeldSolve(self._grpc, requests, show)
+
     async def take_provenance(self, ref: str) -> dict[str, bytes]:
         """Return the provenance that was recorded of a build, and forget the record.
 
@@ -222,6 +228,18 @@ class BuildkitClient:
             raise await self._translated("tell the provenance of a build", error) from error
         return found
 
+    async def forget(self, ref: str) -> None:
+        """Forget the record of a build that has ended, if there is one.
+
+        Raises:
+            NodeLostError: the daemon went away.
+        """
+        try:
+            await forget_record(self._grpc, ref)
+        except GrpcError as error:
+            if _means_loss(error):
+                raise await self._translated("forget a build", error) from error
+
     async def status(self, ref: str) -> AsyncGenerator[ProgressBatch]:
         """Follow a build until it is over; the batches carry no sequence numbers.
 
@@ -232,13 +250,24 @@ class BuildkitClient:
             NodeLostError: the daemon went away.
             InternalError: there is no such build.
         """
+        async with aclosing(self.status_messages(ref)) as runs:
+            async for _, batch in runs:
+                yield batch
+
+    async def status_messages(self, ref: str) -> AsyncGenerator[tuple[bytes, ProgressBatch]]:
+        """Do as `status`, with each batch as the daemon has sent it: a serialised StatusResponse.
+
+        Raises:
+            OffloadError: see `status`.
+        """
         request = control.StatusRequest(Ref=ref).SerializeToString()
         try:
             async with aclosing(self._grpc.stream_runs(f"{_SERVICE}Status", request)) as runs:
                 async for messages in runs:
                     # Messages in a row read as one message with the items of all of them
                     # (protobuf.dev, encoding, last one wins).
-                    yield progress_batch(b"".join(messages))
+                    raw = b"".join(messages)
+                    yield raw, progress_batch(raw)
         except GrpcError as error:
             raise await self._translated("report progress", error) from error
 
@@ -303,6 +332,33 @@ class BuildkitClient:
         except GrpcError as error:
             raise await self._translated("prune", error) from error
         return deleted
+
+    async def passed_on(self, method: str, request: bytes) -> AsyncGenerator[bytes]:
+        """Call "/package.Service/Method" for somebody else: yield the answers as they come.
+
+        Raises:
+            GrpcError: as the daemon says it.
+        """
+        async with aclosing(self._grpc.stream(method, request)) as messages:
+            async for message in messages:
+                yield message
+
+    async def has_record(self, ref: str) -> bool:
+        """Return whether a build of this name runs or is in the daemon's history.
+
+        Raises:
+            NodeLostError: the daemon went away.
+        """
+        request = control.BuildHistoryRequest(Ref=ref, EarlyExit=True).SerializeToString()
+        try:
+            async with aclosing(
+                self._grpc.stream(f"{_SERVICE}ListenBuildHistory", request)
+            ) as events:
+                async for _ in events:
+                    return True
+        except GrpcError as error:
+            raise await self._translated("look for a build", error) from error
+        return False
 
     async def lost_error(self, action: str, reason: str) -> NodeLostError:
         """Return the error for a daemon that went away, with the cause if it is known."""

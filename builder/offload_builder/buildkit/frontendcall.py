@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 BUILD_ID = "buildkit-controlapi-buildid"
 RETURN_SECONDS = 10.0
 _SERVICE = "/moby.buildkit.v1.frontend.LLBBridge/"
+LLB_SOLVE = f"{_SERVICE}Solve"
 
 
 async def ask_frontend(
@@ -45,7 +46,7 @@ async def ask_frontend(
         allowResultArrayRef=True,
     )
     try:
-        answer = await grpc.unary(f"{_SERVICE}Solve", request.SerializeToString(), metadata)
+        answer = await grpc.unary(LLB_SOLVE, request.SerializeToString(), metadata)
     except GrpcError as error:
         await _return(grpc, metadata, gateway.ReturnRequest(error=_status(error)))
         raise
@@ -54,6 +55,17 @@ async def ask_frontend(
         return dict(gateway.SolveResponse.FromString(answer).result.metadata)
     except DecodeError as error:
         raise InternalError("BuildKit's answer to a call cannot be read") from error
+
+
+async def return_result(grpc: GrpcClient, ref: str, result: str) -> None:
+    """End the waiting solve `ref` with the result that BuildKit calls `result`.
+
+    Raises:
+        GrpcError: BuildKit does not take it.
+        TimeoutError: it does not answer.
+    """
+    returned = gateway.Result(ref=gateway.Ref(id=result))
+    await _return(grpc, ((BUILD_ID, ref),), gateway.ReturnRequest(result=returned))
 
 
 async def _return(

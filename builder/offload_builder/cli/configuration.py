@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import pwd
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import click
 
@@ -14,11 +15,21 @@ from offload_core.config import load
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
+    from offload_builder.gateway.audit import AuditLog
     from offload_builder.gateway.config import GatewayConfig
     from offload_builder.gateway.members import Members
     from offload_builder.gateway.projectbounds import BoundsTable
 
 F = TypeVar("F", bound="Callable[..., Any]")
+
+
+class Operator(TypedDict):
+    """Fields of a record of the audit log that say who did something."""
+
+    member: str
+    role: str
+    address: str
+
 
 ENVIRONMENT_PREFIX = "OFFLOAD_GATEWAY"
 
@@ -83,3 +94,29 @@ async def gateway_projects(config: GatewayConfig) -> AsyncIterator[tuple[Members
     async with AsyncExitStack() as stack:
         _, store, members = await open_members(config, stack)
         yield members, BoundsTable(store)
+
+
+@asynccontextmanager
+async def gateway_records(config: GatewayConfig) -> AsyncIterator[tuple[Members, AuditLog]]:
+    """Do as `gateway_members`, with the audit log, for commands that change something.
+
+    Raises:
+        ConfigError: it cannot be opened.
+    """
+    from offload_builder.gateway.app import open_members
+    from offload_builder.gateway.audit import AuditLog
+
+    async with AsyncExitStack() as stack:
+        _, store, members = await open_members(config, stack)
+        yield members, AuditLog(store)
+
+
+def operator() -> Operator:
+    """Return who uses this command, for the audit log."""
+    from offload_builder.gateway.audit import OPERATOR
+
+    try:
+        name = pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        name = str(os.getuid())
+    return {"member": name, "role": OPERATOR, "address": "local"}

@@ -15,6 +15,9 @@ COMMANDS = {
     "node": "Run a node.",
     "token": "Create, list and revoke tokens.",
     "project": "Create and list projects.",
+    "audit": "Show who did what: logins, tokens, builds, caches.",
+    "ca": "Replace the certificate authority without an outage.",
+    "identity": "Check and try the rules for identity providers.",
     "doctor": "Find missing parts and say how to get them.",
 }
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from offload_builder.cli.configuration import (
-    gateway_members,
     gateway_options,
     gateway_projects,
+    gateway_records,
     load_gateway_config,
+    operator,
 )
 from offload_builder.cli.tables import format_option, print_record, print_records
 from offload_core.errors import UsageError
@@ -107,8 +108,12 @@ def register(group: click.Group) -> None:
 
 
 async def _create(config: GatewayConfig, project_id: str) -> ProjectRecord:
-    async with gateway_members(config) as members:
-        return await members.create_project(project_id)
+    from offload_builder.gateway.audit import Event
+
+    async with gateway_records(config) as (members, audit):
+        record = await members.create_project(project_id)
+        await audit.write(Event("project.created", **operator(), project_id=project_id))
+        return record
 
 
 async def _list(config: GatewayConfig) -> list[dict[str, object]]:

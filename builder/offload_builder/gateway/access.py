@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from offload_core.errors import AccessDeniedError, AuthenticationError
 from offload_core.tls import Identity, peer_identity
+from offload_proto.v1 import identity_service_pb2 as identity_pb
 
 if TYPE_CHECKING:
     from grpc import aio
@@ -38,6 +39,19 @@ class Caller:
         """
         if not self.token.is_admin:
             raise AccessDeniedError(f"only an administrator may {action}")
+
+    def check_may_cancel(self, member: str) -> None:
+        """Refuse an untrusted member who wants to end somebody else's build.
+
+        Args:
+            member: whose build it is.
+
+        Raises:
+            AccessDeniedError: it is not the caller's.
+        """
+        untrusted = self.token.role == identity_pb.ROLE_UNTRUSTED
+        if untrusted and member != self.token.name:
+            raise AccessDeniedError("an untrusted member may cancel its own builds only")
 
     def visible_projects(self) -> tuple[str, ...]:
         """Return the projects whose builds may be seen; empty for all."""
@@ -75,7 +89,14 @@ class Access:
         return caller
 
     async def _caller(self, context: aio.ServicerContext[Any, Any]) -> Caller:
-        identity = peer_identity(context)
+        return await self.holder(peer_identity(context))
+
+    async def holder(self, identity: Identity) -> Caller:
+        """Return what the token behind an identity, out of a verified certificate, allows now.
+
+        Raises:
+            AuthenticationError: the token is no longer valid.
+        """
         now = datetime.now(UTC)
         token = await self._members.find_token(identity.token_id)
         if token is None:
@@ -83,6 +104,6 @@ class Access:
                 f'the token behind the certificate of "{identity.name}" no longer exists',
                 hint="ask an administrator for a new token, then run: offload login",
             )
-        token.check_usable(now)
+        token.check_holds(now)
         self._members.note_use(token, now)
         return Caller(identity, token)

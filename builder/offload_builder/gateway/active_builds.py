@@ -35,6 +35,8 @@ class ActiveBuild:
     state: builds_pb.BuildState.ValueType
     arrival: int
     node_id: str = ""
+    only_node: str = ""
+    """Node to which its client is connected; empty for any."""
     asked_node: str = ""
     """Node that holds an offer and has not answered."""
     position: int = 0
@@ -159,6 +161,14 @@ class ActiveBuilds:
     def load(self, node_id: str) -> int:
         """Return how many slots of a node are taken or asked for."""
         return self._loads[node_id]
+
+    def waiting_for(self) -> Counter[str]:
+        """Return how many builds wait for one node only and are not offered to it, by node."""
+        return Counter(
+            build.only_node
+            for build in self._builds.values()
+            if build.queued and build.only_node and not build.asked_node
+        )
 
     def ask(self, build: ActiveBuild, node_id: str) -> None:
         """Note that a node is being asked."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from offload_builder.gateway.admission import Admission
     from offload_builder.gateway.members import Members, ProjectRecord
     from offload_builder.gateway.nodes import NodeRegistry
+    from offload_builder.gateway.revocationfeed import RevocationFeed
     from offload_builder.gateway.tokens import TokenRecord
 
 log = structlog.get_logger(__name__)
@@ -27,8 +28,14 @@ class AdminService(AdminServiceServicer):
     """Unpacks, authorises, calls, packs."""
 
     def __init__(
-        self, access: Access, members: Members, nodes: NodeRegistry, admission: Admission
+        self,
+        access: Access,
+        members: Members,
+        nodes: NodeRegistry,
+        admission: Admission,
+        revocations: RevocationFeed,
     ) -> None:
+        self._revocations = revocations
         self._access = access
         self._members = members
         self._nodes = nodes
@@ -45,6 +52,7 @@ class AdminService(AdminServiceServicer):
             role=request.role,
             project_ids=request.project_ids,
             expires_at=_expiry(request),
+            max_uses=request.max_uses if request.HasField("max_uses") else None,
         )
         log.info("token.created", token_id=record.token_id, name=record.name, by=caller.token.name)
         return identity_pb.CreateTokenResponse(token=token_message(record), secret=text.reveal())
@@ -58,12 +66,15 @@ class AdminService(AdminServiceServicer):
         caller = await self._access.member(context)
         caller.check_admin("list tokens")
         records = await self._members.list_tokens()
-        return identity_pb.ListTokensResponse(tokens=[token_message(item) for item in records])
+        uses = await self._members.enrolments.uses()
+        return identity_pb.ListTokensResponse(
+            tokens=[token_message(item, uses.get(item.token_id, 0)) for item in records]
+        )
 
     async def RevokeToken(  # noqa: N802
         self, request: identity_pb.RevokeTokenRequest, context: aio.ServicerContext[Any, Any]
     ) -> identity_pb.RevokeTokenResponse:
-        """End a token, the streams of its nodes and its places in the queue."""
+        """End a token: the streams of its nodes, its builds and its open calls everywhere."""
         caller = await self._access.member(context)
         caller.check_admin("revoke tokens")
         record = await self._members.revoke_token(request.token_id)
@@ -71,6 +82,7 @@ class AdminService(AdminServiceServicer):
         why = f'the token {record.token_id} of "{record.name}" was revoked'
         self._nodes.disconnect_token(record.token_id, AuthenticationError(why))
         self._admission.cancel_token(record.token_id, why=why)
+        await self._revocations.refresh()
         return identity_pb.RevokeTokenResponse()
 
     async def CreateProject(  # noqa: N802
@@ -109,13 +121,15 @@ class AdminService(AdminServiceServicer):
         return identity_pb.ListNodesResponse(nodes=self._nodes.infos())
 
 
-def token_message(record: TokenRecord) -> identity_pb.Token:
+def token_message(record: TokenRecord, uses: int = 0) -> identity_pb.Token:
     """Return a token as the API shows it."""
     message = identity_pb.Token(
         token_id=record.token_id,
         name=record.name,
         role=record.role,
         project_ids=record.project_ids,
+        max_uses=record.max_uses or 0,
+        uses=uses,
     )
     message.created_at.FromDatetime(record.created_at)
     if record.expires_at is not None:

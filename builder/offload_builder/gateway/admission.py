@@ -100,6 +100,8 @@ class Admission:
         request: builds_pb.CreateRequest,
         token: TokenRecord,
         lost: BuildRecord | None = None,
+        *,
+        node_id: str = "",
     ) -> ActiveBuild:
         """Put a build into the queue, or find the one that the same request has made before.
 
@@ -107,6 +109,7 @@ class Admission:
             request: the build.
             token: of who asks.
             lost: the build of the same member and project that this one repeats.
+            node_id: the node to which the client is connected already; empty for any node.
 
         Raises:
             UsageError: the request cannot be understood, or its build has ended.
@@ -117,6 +120,7 @@ class Admission:
         _check_request(request)
         known = self._builds.find_request(token.token_id, request.request_id)
         if known is not None:
+            known.only_node = known.only_node or node_id
             return _same(known, request)
         waiting = sum(build.queued for build in self._builds.all())
         if waiting >= self._config.max_queued_builds:
@@ -143,12 +147,15 @@ class Admission:
             group_id=request.group_id,
             preferred_platform="" if request.platforms else request.preferred_platform,
             repeat_of=lost.build_id if lost is not None else "",
+            identity=token.identity,
+            client=plain_line(request.client, 40),
         )
         if problem := self._platforms.refusal(record.project_id, record.platforms):
             raise problem
         # In memory first: the same request may come a second time while this one is written.
         build = self._builds.add(record)
         build.last_choice = lost.node_id if lost is not None else ""
+        build.only_node = node_id
         try:
             written = await self._builds.history.insert(record)
         except BaseException:
@@ -240,6 +247,21 @@ class Admission:
                 build.start_grace(self._config.client_grace, self._client_is_gone)
                 self.wake()
 
+    def place_beside(self, build: ActiveBuild, other_id: str) -> None:
+        """Give a build a place beside a running one of the same client, without a slot of its own.
+
+        It waits as any other does when there is no such build any more.
+        """
+        other = self._builds.find(other_id)
+        if other is None or not other.running or not build.queued or build.asked_node:
+            return
+        mine, its = build.record, other.record
+        same = (mine.token_id, mine.project_id) == (its.token_id, its.project_id)
+        if same and build.only_node == other.node_id:
+            self._builds.run(build, other.node_id)
+            wait = self._config.slot_hold + ARRIVAL_GRACE_SECONDS
+            build.start_grace(wait, self._client_did_not_arrive)
+
     def cancel(self, build: ActiveBuild, *, by: str) -> float:
         """End a build; return how many seconds its node may take."""
         reason = f"cancelled by {by}"
@@ -251,17 +273,28 @@ class Admission:
                 outcome=BuildCanceledError(f"build {build.build_id} was {reason}"),
             )
             return 0.0
+        self._cancel_running(build, reason)
+        return CANCEL_GRACE_SECONDS
+
+    def _cancel_running(self, build: ActiveBuild, reason: str) -> None:
         build.cancel_reason = reason
         node = self._nodes.find(build.node_id)
         if node is not None:
             # A node that is away is told when it is back.
             node.cancel_build(build.build_id, reason)
-        return CANCEL_GRACE_SECONDS
+
+    def builds(self) -> list[ActiveBuild]:
+        """Return the builds that wait or run."""
+        return self._builds.all()
 
     def cancel_token(self, token_id: str, *, why: str) -> None:
-        """Take the builds of a token out of the queue."""
+        """End the builds of a token, also those that run; harmless when they end already."""
         for build in self._builds.all():
-            if build.queued and build.record.token_id == token_id:
+            if build.record.token_id != token_id:
+                continue
+            if build.running and not build.cancel_reason:
+                self._cancel_running(build, why)
+            elif build.queued:
                 self._builds.end(
                     build,
                     builds_pb.BUILD_STATE_CANCELED,
@@ -423,6 +456,7 @@ def _snapshot(build: ActiveBuild) -> QueuedBuild:
         preferred=normalise_platform(build.record.preferred_platform),
         declined_by=frozenset(build.declined),
         last_choice=build.last_choice,
+        only_node=build.only_node,
     )
 
 

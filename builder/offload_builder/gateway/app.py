@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import tempfile
 from contextlib import AsyncExitStack
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -16,10 +17,15 @@ from offload_builder.gateway.access import Access
 from offload_builder.gateway.active_builds import ActiveBuilds
 from offload_builder.gateway.admin_service import AdminService
 from offload_builder.gateway.admission import Admission
+from offload_builder.gateway.audit import AuditLog
+from offload_builder.gateway.auditcalls import AuditInterceptor
+from offload_builder.gateway.buildkitrefusal import BuildkitRefusal
+from offload_builder.gateway.buildkitroute import choose_node
 from offload_builder.gateway.builds_service import BuildsService
 from offload_builder.gateway.ca import CertificateAuthority
 from offload_builder.gateway.cache_service import CacheService
 from offload_builder.gateway.cachework import CacheWork
+from offload_builder.gateway.cakeeper import CaKeeper
 from offload_builder.gateway.credentials import RenewingCredentials
 from offload_builder.gateway.front import Front, Route, TcpRoute, UnixRoute
 from offload_builder.gateway.history import History
@@ -32,16 +38,28 @@ from offload_builder.gateway.identity_service import (
 from offload_builder.gateway.log_book import LogBook
 from offload_builder.gateway.logretention import LogRetention
 from offload_builder.gateway.members import DEFAULT_PROJECT, Members
+from offload_builder.gateway.nodeadmission import NodeAdmission
 from offload_builder.gateway.nodes import NodeRegistry
 from offload_builder.gateway.nodes_service import NodesService
+from offload_builder.gateway.oidc.exchange import Exchange
 from offload_builder.gateway.projectbounds import BoundsFeed, BoundsTable
+from offload_builder.gateway.ratelimits import LoginLimits
+from offload_builder.gateway.revocationfeed import RevocationFeed
+from offload_builder.gateway.scheduler import QueuedBuild, waiting_reason
 from offload_builder.gateway.steptimes import StepTimes
 from offload_builder.gateway.store import Store, default_url
 from offload_builder.gateway.tracking import BuildTracking
+from offload_builder.revocations import RevocationGate
 from offload_core.aio import TaskSet, finish
 from offload_core.errors import ConfigError, InternalError
 from offload_core.interceptors import ErrorInterceptor
-from offload_core.tls import ENROLL_NAME, GATEWAY_NAME, NODE_SUFFIX, SERVER_OPTIONS
+from offload_core.tls import (
+    BUILDKIT_SUFFIX,
+    ENROLL_NAME,
+    GATEWAY_NAME,
+    NODE_SUFFIX,
+    SERVER_OPTIONS,
+)
 from offload_core.trust import split_address
 from offload_proto.v1 import identity_service_pb2 as identity_pb
 from offload_proto.v1.builds_service_pb2_grpc import add_BuildsServiceServicer_to_server
@@ -60,6 +78,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+NODE_TOKEN_LIFE = timedelta(days=1)
 BOOTSTRAP_ADMIN = "admin"
 _CLOSE_SECONDS = 30.0
 _ATTACH_POLL_SECONDS = 0.02
@@ -76,7 +95,7 @@ async def open_members(
     authority = CertificateAuthority.open(config.data_dir)
     url = config.database_url or default_url(config.data_dir)
     store = await stack.enter_async_context(Store(url))
-    return authority, store, Members(store, authority.fingerprint())
+    return authority, store, Members(store, authority.fingerprint)
 
 
 class Gateway:
@@ -89,15 +108,20 @@ class Gateway:
         self._sockets: Path | None = None
         self._front: Front | None = None
         self._nodes: NodeRegistry | None = None
+        self._builds: ActiveBuilds | None = None
         self._first_token: str | None = None
         self._members: Members | None = None
-        self.ca_pem = b""
-        """PEM of the CA, once started."""
+        self._authority: CertificateAuthority | None = None
 
     @property
     def address(self) -> str:
         """HOST:PORT on which the gateway listens."""
         return self._front.address if self._front is not None else ""
+
+    @property
+    def ca_pem(self) -> bytes:
+        """PEM of the CAs to trust, once started."""
+        return self._authority.ca_pem if self._authority is not None else b""
 
     def take_first_token(self) -> str | None:
         """Return the administrator's token that the first start has made, once."""
@@ -127,7 +151,11 @@ class Gateway:
         """Return a new enrolment token for one node, as text."""
         if self._members is None:
             raise InternalError("the gateway is not started")
-        _, text = await self._members.create_token(name=node_id, role=identity_pb.ROLE_NODE)
+        _, text = await self._members.create_token(
+            name=node_id,
+            role=identity_pb.ROLE_NODE,
+            expires_at=datetime.now(UTC) + NODE_TOKEN_LIFE,
+        )
         return text.reveal()
 
     def attached_nodes(self) -> list[str]:
@@ -143,7 +171,7 @@ class Gateway:
         config, stack = self._config, self._stack
         authority, store, members = await open_members(config, stack)
         self._members = members
-        self.ca_pem = authority.ca_pem
+        self._authority = authority
         await self._bootstrap(members)
         history = History(store)
         logs = LogBook(store, config.max_log_bytes_per_build)
@@ -151,56 +179,75 @@ class Gateway:
         tasks = TaskSet(_task_failed)
         stack.push_async_callback(tasks.close)
         nodes = self._nodes = NodeRegistry(config.heartbeat_interval, config.reconnect_grace)
-        builds = ActiveBuilds(history, logs.wake_readers)
+        audit = AuditLog(store)
+        builds = self._builds = ActiveBuilds(history, logs.wake_readers)
         stack.callback(builds.close)
         admission = Admission(config, builds, nodes)
         builds.listen(admission.wake)
-        tracking = BuildTracking(builds, admission, nodes, config.restart_grace, StepTimes(store))
+        tracking = BuildTracking(
+            builds, admission, nodes, config.restart_grace, StepTimes(store), audit
+        )
         nodes.listen(tracking)
         await tracking.restore()
         credentials = RenewingCredentials(authority)
         retention = LogRetention(
             store, keep_bytes=config.logs_keep, retention_seconds=config.logs_retention
         )
-        housekeeping = Housekeeping(
-            credentials, members, nodes, history, retention, config.history_retention
-        )
+        housekeeping = Housekeeping(config, credentials, members, nodes, history, retention, audit)
+        revocations = RevocationFeed(config, store, nodes, admission)
+        await revocations.refresh()
+        authorities = CaKeeper(authority, credentials, nodes, audit)
         bounds = BoundsFeed(BoundsTable(store), nodes)
         tasks.start(logs.run(), name="log-book")
         tasks.start(bounds.run(), name="project-bounds")
+        tasks.start(revocations.run(), name="revocations")
+        tasks.start(authorities.run(), name="authorities")
         tasks.start(nodes.watch(), name="node-watch")
         tasks.start(admission.run(), name="admission")
         tasks.start(housekeeping.run(), name="housekeeping")
 
+        exchange = Exchange(config, members, audit)
+        tasks.start(exchange.run(), name="identity-rules")
         access = Access(members)
         issuer = CertificateIssuer(config, authority)
         interceptor = ErrorInterceptor("this gateway")
+        interceptors = (RevocationGate(revocations.taken), interceptor, AuditInterceptor(audit))
         enrollment, api = (
-            aio.server(interceptors=(interceptor,), options=SERVER_OPTIONS) for _ in range(2)
+            aio.server(interceptors=interceptors, options=SERVER_OPTIONS) for _ in range(2)
         )
+        limits = LoginLimits(config)
         add_EnrollmentServiceServicer_to_server(
-            EnrollmentService(authority, issuer, members, nodes), enrollment
+            EnrollmentService(authority, issuer, members, nodes, exchange, limits), enrollment
         )
-        add_IdentityServiceServicer_to_server(IdentityService(access, issuer), api)
-        add_AdminServiceServicer_to_server(AdminService(access, members, nodes, admission), api)
+        add_IdentityServiceServicer_to_server(
+            IdentityService(access, issuer, authority, members, limits), api
+        )
+        add_AdminServiceServicer_to_server(
+            AdminService(access, members, nodes, admission, revocations), api
+        )
+        builds_service = BuildsService(
+            config,
+            authority.ticket_key,
+            access,
+            members,
+            admission,
+            builds,
+            history,
+            logs,
+            nodes,
+            self._relay_address,
+        )
+        add_BuildsServiceServicer_to_server(builds_service, api)
         add_NodesServiceServicer_to_server(
             NodesService(
-                authority.ticket_public_pem(), access, nodes, tracking, logs, bounds, history
-            ),
-            api,
-        )
-        add_BuildsServiceServicer_to_server(
-            BuildsService(
-                config,
-                authority.ticket_key,
+                authority.ticket_public_pem(),
                 access,
-                members,
-                admission,
-                builds,
-                history,
-                logs,
                 nodes,
-                self._relay_address,
+                tracking,
+                logs,
+                (revocations, authorities, bounds),
+                history,
+                NodeAdmission(config, authority, access, members, admission, builds_service.place),
             ),
             api,
         )
@@ -223,6 +270,12 @@ class Gateway:
             logs.stop()
             nodes.close()
 
+        refusal = await stack.enter_async_context(
+            BuildkitRefusal(
+                self._socket(BUILDKIT_SUFFIX.lstrip(".")), credentials.keys, self._why_no_node
+            )
+        )
+        credentials.on_change(lambda: refusal.use(credentials.keys))
         front = self._front = await stack.enter_async_context(Front(config, self._route))
         stack.push_async_callback(stop_servers)
         stack.callback(stop_admission)
@@ -268,17 +321,35 @@ class Gateway:
         """Return where a TLS server name leads to."""
         if server_name in (ENROLL_NAME, GATEWAY_NAME):
             return UnixRoute(self._socket(server_name))
+        if self._nodes is None:
+            return None
+        if server_name.endswith(BUILDKIT_SUFFIX):
+            return self._buildkit_route(server_name.removesuffix(BUILDKIT_SUFFIX), self._nodes)
         node_id = server_name.removesuffix(NODE_SUFFIX)
-        if node_id == server_name or self._nodes is None:
-            return None
-        node = self._nodes.find(node_id)
-        if node is None or not node.hello.relay_endpoint:
-            return None
-        try:
-            return TcpRoute(*split_address(node.hello.relay_endpoint))
-        except ConfigError as error:
-            log.warning("node.relay_endpoint.invalid", node_id=node_id, error=error.message)
-            return None
+        node = self._nodes.find(node_id) if node_id != server_name else None
+        return None if node is None else _tcp_route(node_id, node.hello.relay_endpoint)
+
+    def _buildkit_route(self, project_id: str, nodes: NodeRegistry) -> Route | None:
+        """Return the node for a client that speaks BuildKit's API."""
+        serving = [node for node in nodes.connected() if node.hello.buildkit_endpoint]
+        views = [node.view(self._load(node.node_id)) for node in serving]
+        waiting = self._builds.waiting_for() if self._builds is not None else None
+        chosen = choose_node(project_id, views, waiting)
+        node = nodes.find(chosen) if chosen else None
+        route = None if node is None else _tcp_route(chosen, node.hello.buildkit_endpoint)
+        return route or UnixRoute(self._socket(BUILDKIT_SUFFIX.lstrip(".")))
+
+    def _why_no_node(self, project_id: str) -> str:
+        """Return the sentence for a client of BuildKit's API whom no node can serve."""
+        views = [node.view(0) for node in self._nodes.connected()] if self._nodes else []
+        wish = QueuedBuild("", project_id, 0)
+        reason = waiting_reason(wish, views)
+        if reason == "other builds are before it":
+            reason = "no node serves BuildKit's API"
+        return f"no node can take your connection: {reason}; try again later"
+
+    def _load(self, node_id: str) -> int:
+        return self._builds.load(node_id) if self._builds is not None else 0
 
     def _relay_address(self) -> str:
         """Return what clients dial to reach nodes through this gateway; empty when unknown."""
@@ -286,6 +357,16 @@ class Gateway:
             return self._config.public_address
         host, _ = split_address(self.address)
         return "" if host in ("0.0.0.0", "::") else self.address  # noqa: S104
+
+
+def _tcp_route(node_id: str, endpoint: str) -> Route | None:
+    if not endpoint:
+        return None
+    try:
+        return TcpRoute(*split_address(endpoint))
+    except ConfigError as error:
+        log.warning("node.endpoint.invalid", node_id=node_id, error=error.message)
+        return None
 
 
 def _task_failed(name: str, error: BaseException) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from offload_builder.gateway.admission import Placed
-from offload_builder.gateway.cachetrust import CacheMember, CacheTrust
+from offload_builder.gateway.cachetrust import BranchBound, CacheMember, CacheTrust, proven_branches
 from offload_builder.gateway.history import build_message
 from offload_builder.gateway.repeats import lost_build
 from offload_builder.gateway.savedimages import (
@@ -88,10 +88,11 @@ class BuildsService(BuildsServiceServicer):
             raise UsageError("a build needs a project; set it with --project or in offload.toml")
         caller.token.check_project(request.project_id)
         await self._members.project(request.project_id, visible_to=caller.token)
+        proven_branches(request, caller.token.identity)
         # What is not allowed is refused before the build waits for its turn.
         cache_scopes(
             request.project_id,
-            CacheMember(caller.token.name, caller.token.role),
+            CacheMember.behind(caller.token),
             CacheWish(request.vcs_branch, request.vcs_target_branch, request.cache),
             self._trust,
         )
@@ -103,7 +104,7 @@ class BuildsService(BuildsServiceServicer):
                 if isinstance(update, Placed):
                     if asyncio.get_running_loop().time() - started > _RECHECK_SECONDS:
                         await self._still_allowed(build, context)
-                    yield builds_pb.CreateResponse(assigned=self._place(build, update))
+                    yield builds_pb.CreateResponse(assigned=self.place(build, update))
                 else:
                     queued = builds_pb.Queued(
                         build_id=build.build_id, position=update.position, reason=update.reason
@@ -120,7 +121,12 @@ class BuildsService(BuildsServiceServicer):
             self._admission.give_back(build, why=error.message)
             raise
 
-    def _place(self, build: ActiveBuild, placed: Placed) -> builds_pb.Assigned:
+    def place(self, build: ActiveBuild, placed: Placed) -> builds_pb.Assigned:
+        """Return the ticket of a build that a node has accepted.
+
+        Raises:
+            OffloadError: its cache scopes are not allowed any more; its slot was given back.
+        """
         try:
             return self._assigned(build, placed)
         except OffloadError as error:
@@ -133,7 +139,7 @@ class BuildsService(BuildsServiceServicer):
         choice = builds_pb.CacheChoice.FromString(record.cache_choice)
         scopes = cache_scopes(
             record.project_id,
-            CacheMember(record.member, record.role),
+            CacheMember(record.member, record.role, BranchBound.of(record.identity)),
             CacheWish(record.vcs_branch, record.vcs_target_branch, choice),
             self._trust,
         )
@@ -157,6 +163,8 @@ class BuildsService(BuildsServiceServicer):
             vcs_branch=record.vcs_branch,
             vcs_revision=record.vcs_revision,
         )
+        if record.identity:
+            ticket.identity.ParseFromString(record.identity)
         hold = timedelta(seconds=self._config.slot_hold)
         ticket.expires_at.FromDatetime(datetime.now(UTC) + hold + TICKET_SKEW)
         return builds_pb.Assigned(
@@ -266,6 +274,7 @@ class BuildsService(BuildsServiceServicer):
         """End a build; one that has ended already stays as it is."""
         caller = await self._access.member(context)
         record = await self._history.resolve(request.build_id, caller.visible_projects())
+        caller.check_may_cancel(record.member)
         response = builds_pb.CancelResponse()
         build = self._builds.find(record.build_id)
         if build is not None:

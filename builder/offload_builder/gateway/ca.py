@@ -6,10 +6,7 @@ ECDSA P-256 certificates by RFC 5280. The files below the data directory are the
 
 from __future__ import annotations
 
-import fcntl
-import os
 import re
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
@@ -18,22 +15,36 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from offload_core.errors import ConfigError, InternalError, UsageError
-from offload_core.tls import ENROLL_NAME, GATEWAY_NAME, NODE_SUFFIX, Identity, KeyPair
+from offload_builder.gateway import caset
+from offload_core.errors import AuthenticationError, ConfigError, UsageError
+from offload_core.tls import (
+    BUILDKIT_SUFFIX,
+    ENROLL_NAME,
+    GATEWAY_NAME,
+    NODE_SUFFIX,
+    Identity,
+    KeyPair,
+    certificate_identity,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
     from pathlib import Path
 
-CA_LIFETIME = timedelta(days=3650)
+CA_LIFETIME = caset.CA_LIFETIME
+CLOCK_SKEW = caset.CLOCK_SKEW
 GATEWAY_LIFETIME = timedelta(days=90)
-CLOCK_SKEW = timedelta(minutes=5)
-"""Certificates begin this long ago, for peers whose clocks are behind."""
+
+_NOT_OURS = "the client certificate is not one of this pool; run: offload login"
 
 NODE_ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 """A DNS label (RFC 1035, section 2.3.1) of at most 40 characters; it is part of a server name."""
+
+
+_GATEWAY_NAMES = (GATEWAY_NAME, ENROLL_NAME, "*" + BUILDKIT_SUFFIX)
+"""The last one for clients of BuildKit's API that have to be told that there is no node."""
 
 
 @dataclass(frozen=True)
@@ -48,18 +59,21 @@ class CertificateAuthority:
     """Signs certificates and owns the key that signs tickets. Not bound to an event loop."""
 
     def __init__(
-        self,
-        directory: Path,
-        key: ec.EllipticCurvePrivateKey,
-        certificate: x509.Certificate,
-        ticket_key: ed25519.Ed25519PrivateKey,
+        self, directory: Path, found: caset.CaSet, ticket_key: ed25519.Ed25519PrivateKey
     ) -> None:
         """Use loaded keys; see `open`."""
         self._directory = directory
-        self._key = key
-        self._certificate = certificate
+        self._state = caset.state(directory)
         self.ticket_key = ticket_key
-        self.ca_pem = certificate.public_bytes(serialization.Encoding.PEM)
+        self._take(found)
+
+    def _take(self, found: caset.CaSet) -> None:
+        self._key = found.key
+        self._certificate = found.certificate
+        self.trusted = (found.certificate, *found.others)
+        """CAs whose certificates count; the one that signs comes first."""
+        self._links = found.links
+        self.rotation = found.rotation
 
     @classmethod
     def open(cls, directory: Path) -> CertificateAuthority:
@@ -72,31 +86,76 @@ class CertificateAuthority:
         """
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with _locked(directory / "ca.lock"):
+            with caset.locked(directory):
                 if not (directory / "ca.pem").exists():
-                    _create(directory)
-                key = _read_key(directory / "ca.key")
-                ticket_key = _read_key(directory / "ticket.key")
-                certificate = x509.load_pem_x509_certificate((directory / "ca.pem").read_bytes())
-        except (OSError, ValueError) as error:
+                    ticket = ed25519.Ed25519PrivateKey.generate()
+                    caset.write(directory / "ticket.key", caset.private_pem(ticket))
+                    caset.create(directory)
+                ticket_key = caset.read_key(directory / "ticket.key")
+                found = caset.read(directory)
+        except (OSError, ValueError, TypeError) as error:
             raise ConfigError(f"cannot use the gateway's keys in {directory}: {error}") from error
-        if not isinstance(key, ec.EllipticCurvePrivateKey):
-            raise ConfigError(f"{directory}/ca.key is not an ECDSA key")
         if not isinstance(ticket_key, ed25519.Ed25519PrivateKey):
             raise ConfigError(f"{directory}/ticket.key is not an Ed25519 key")
-        if key.public_key() != certificate.public_key():
-            raise ConfigError(f"{directory}/ca.key does not belong to {directory}/ca.pem")
-        if certificate.not_valid_after_utc <= datetime.now(UTC):
+        if found.certificate.not_valid_after_utc <= datetime.now(UTC):
             raise ConfigError(
                 f"the certificate authority in {directory} expired "
-                f"on {certificate.not_valid_after_utc:%Y-%m-%d}; "
+                f"on {found.certificate.not_valid_after_utc:%Y-%m-%d}; "
                 "move the directory away and make new tokens"
             )
-        return cls(directory, key, certificate, ticket_key)
+        return cls(directory, found, ticket_key)
+
+    def refresh(self) -> bool:
+        """Take over what a command has changed in the files; tell if it did.
+
+        Raises:
+            ConfigError: a file cannot be used; everything stays as it is.
+        """
+        state = caset.state(self._directory)
+        if state == self._state:
+            return False
+        try:
+            with caset.locked(self._directory):
+                state = caset.state(self._directory)
+                found = caset.read(self._directory)
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigError(
+                f"cannot use the gateway's keys in {self._directory}: {error}"
+            ) from error
+        self._state = state
+        self._take(found)
+        return True
+
+    @property
+    def directory(self) -> Path:
+        """Where its files are."""
+        return self._directory
+
+    @property
+    def ca_pem(self) -> bytes:
+        """PEM of every CA to trust, the one that signs first."""
+        return b"".join(caset.pem(item) for item in self.trusted)
+
+    @property
+    def chain_pem(self) -> bytes:
+        """PEM of what a server shows behind its own certificate.
+
+        The CA itself, because a client at its first login knows only its fingerprint; and links to
+        it from former ones, for clients that know one of those.
+        """
+        return b"".join(caset.pem(item) for item in (self._certificate, *self._links))
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of the CA certificate's DER form, 64 hex characters."""
-        return self._certificate.fingerprint(hashes.SHA256()).hex()
+        """Return the SHA-256 of the DER form of the CA that signs, 64 hex characters."""
+        return caset.fingerprint(self._certificate)
+
+    def fingerprints(self) -> tuple[str, ...]:
+        """Return the fingerprints of all CAs that are trusted, the one that signs first."""
+        return tuple(caset.fingerprint(item) for item in self.trusted)
+
+    def pinned_fingerprints(self) -> tuple[str, ...]:
+        """Return the fingerprints by which clients can find this gateway, former CAs included."""
+        return (self.fingerprint(), *(caset.fingerprint(item) for item in self._links[::2]))
 
     def ticket_public_pem(self) -> bytes:
         """Return the PEM public key with which nodes verify tickets."""
@@ -109,11 +168,11 @@ class CertificateAuthority:
         now = now or datetime.now(UTC)
         path = self._directory / "gateway.pem"
         try:
-            with _locked(self._directory / "ca.lock"):
+            with caset.locked(self._directory):
                 keys = self._stored_gateway_keys(path, now)
                 if keys is None:
                     keys = self._new_gateway_keys(now)
-                    _write(path, keys.private_key_pem + keys.certificate_pem)
+                    caset.write(path, keys.private_key_pem + keys.certificate_pem)
         except OSError as error:
             raise ConfigError(f"cannot write {path}: {error.strerror}") from error
         return keys
@@ -124,15 +183,19 @@ class CertificateAuthority:
             certificate = x509.load_pem_x509_certificate(text)
             certificate.verify_directly_issued_by(self._certificate)
             begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-            if now >= begin + (end - begin) / 2:
+            names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+            known = names.value.get_values_for_type(x509.DNSName)
+            if now >= begin + (end - begin) / 2 or known != list(_GATEWAY_NAMES):
                 return None
             key = serialization.load_pem_private_key(text, None)
             if key.public_key() != certificate.public_key():
                 return None
-        except (OSError, ValueError, TypeError, InvalidSignature):
+        except (OSError, ValueError, TypeError, InvalidSignature, x509.ExtensionNotFound):
             return None
         return KeyPair(
-            certificate.public_bytes(serialization.Encoding.PEM), _private_pem(key), self.ca_pem
+            certificate.public_bytes(serialization.Encoding.PEM),
+            caset.private_pem(key),
+            self.ca_pem,
         )
 
     def _new_gateway_keys(self, now: datetime) -> KeyPair:
@@ -140,11 +203,11 @@ class CertificateAuthority:
         issued = self._issue(
             key.public_key(),
             GATEWAY_NAME,
-            [x509.DNSName(GATEWAY_NAME), x509.DNSName(ENROLL_NAME)],
+            [x509.DNSName(name) for name in _GATEWAY_NAMES],
             [ExtendedKeyUsageOID.SERVER_AUTH],
             now + GATEWAY_LIFETIME,
         )
-        return KeyPair(issued.certificate_pem, _private_pem(key), self.ca_pem)
+        return KeyPair(issued.certificate_pem, caset.private_pem(key), self.ca_pem)
 
     def issue_member(self, identity: Identity, expires_at: datetime) -> tuple[KeyPair, datetime]:
         """Return a client certificate with a fresh key, and when it ends."""
@@ -156,7 +219,22 @@ class CertificateAuthority:
             [ExtendedKeyUsageOID.CLIENT_AUTH],
             expires_at,
         )
-        return KeyPair(issued.certificate_pem, _private_pem(key), self.ca_pem), issued.expires_at
+        return KeyPair(
+            issued.certificate_pem, caset.private_pem(key), self.ca_pem
+        ), issued.expires_at
+
+    def key_hash(self, csr_pem: bytes) -> str:
+        """Return the SHA-256 of the public key in a certificate request, 64 hex characters.
+
+        Raises:
+            UsageError: the request cannot be used.
+        """
+        public = _public_key_of(csr_pem).public_bytes(
+            serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+        digest = hashes.Hash(hashes.SHA256())
+        digest.update(public)
+        return digest.finalize().hex()
 
     def issue_node(
         self, csr_pem: bytes, *, node_id: str, token_id: str, expires_at: datetime
@@ -179,11 +257,28 @@ class CertificateAuthority:
             node_id,
             [
                 x509.DNSName(node_id + NODE_SUFFIX),
+                # Any node may be the one that builds for a project.
+                x509.DNSName("*" + BUILDKIT_SUFFIX),
                 x509.UniformResourceIdentifier(identity.uri()),
             ],
             [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH],
             expires_at,
         )
+
+    def identity_of(self, certificate_der: bytes, now: datetime | None = None) -> Identity:
+        """Return whom a certificate of ours speaks for now.
+
+        Raises:
+            AuthenticationError: it is not ours, not valid now, or names nobody.
+        """
+        now = now or datetime.now(UTC)
+        try:
+            certificate = x509.load_der_x509_certificate(certificate_der)
+        except (ValueError, TypeError) as error:
+            raise AuthenticationError(_NOT_OURS) from error
+        if not any(_issued_by(certificate, authority) for authority in self.trusted):
+            raise AuthenticationError(_NOT_OURS)
+        return certificate_identity(certificate, now)
 
     def _issue(
         self,
@@ -197,7 +292,7 @@ class CertificateAuthority:
         begin = min(datetime.now(UTC), expires_at) - CLOCK_SKEW
         builder = (
             x509.CertificateBuilder()
-            .subject_name(_name(name))
+            .subject_name(caset.common_name(name))
             .issuer_name(self._certificate.subject)
             .public_key(public_key)
             .serial_number(x509.random_serial_number())
@@ -205,7 +300,7 @@ class CertificateAuthority:
             .not_valid_after(expires_at)
             .add_extension(x509.SubjectAlternativeName(list(alternative_names)), critical=False)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(_key_usage(signs_certificates=False), critical=True)
+            .add_extension(caset.key_usage(signs_certificates=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
             .add_extension(
@@ -215,6 +310,14 @@ class CertificateAuthority:
         )
         certificate = builder.sign(self._key, hashes.SHA256())
         return Issued(certificate.public_bytes(serialization.Encoding.PEM), expires_at)
+
+
+def _issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
 
 
 def _public_key_of(csr_pem: bytes) -> ec.EllipticCurvePublicKey | rsa.RSAPublicKey:
@@ -230,83 +333,3 @@ def _public_key_of(csr_pem: bytes) -> ec.EllipticCurvePublicKey | rsa.RSAPublicK
     if isinstance(key, rsa.RSAPublicKey) and key.key_size >= 2048:
         return key
     raise UsageError("the key of the node must be ECDSA (256 bits) or RSA (2048 bits) or larger")
-
-
-def _create(directory: Path) -> None:
-    """Write a new CA; `ca.pem` comes last and marks it as complete."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    now = datetime.now(UTC)
-    name = _name("offload-build CA")
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - CLOCK_SKEW)
-        .not_valid_after(now + CA_LIFETIME)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_key_usage(signs_certificates=True), critical=True)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    _write(directory / "ca.key", _private_pem(key))
-    _write(directory / "ticket.key", _private_pem(ed25519.Ed25519PrivateKey.generate()))
-    pem = certificate.public_bytes(serialization.Encoding.PEM)
-    _write(directory / "ca.pem", pem, mode=0o644)
-
-
-def _name(common_name: str) -> x509.Name:
-    # X.520 limits the common name to 64 characters.
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name[:64])])
-
-
-def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not signs_certificates,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=signs_certificates,
-        crl_sign=signs_certificates,
-        encipher_only=False,
-        decipher_only=False,
-    )
-
-
-def _private_pem(key: object) -> bytes:
-    if not isinstance(key, (ec.EllipticCurvePrivateKey, ed25519.Ed25519PrivateKey)):
-        raise InternalError("the gateway's key is of a kind that it never makes")
-    return key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
-    )
-
-
-def _read_key(path: Path) -> object:
-    return serialization.load_pem_private_key(path.read_bytes(), None)
-
-
-def _write(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Replace a file as a whole; it never exists with wider permissions or half its content."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock between processes; the kernel releases it if we die."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

@@ -90,7 +90,7 @@ class CacheService(CacheServiceServicer):
         wanted = cache_pb.PruneFilter()
         wanted.CopyFrom(request.filter)
         _check_filter(wanted)
-        may_prune(_cache_member(caller), wanted.scope, self._trust)
+        may_prune(CacheMember.behind(caller.token), wanted.scope, self._trust)
         if wanted.scope:
             wanted.scope = _element(project_id, wanted.scope)
         else:
@@ -114,7 +114,7 @@ class CacheService(CacheServiceServicer):
         caller = await self._access.member(context)
         project_id = await self._project(caller, request.project_id)
         from_name, to_name = may_promote(
-            _cache_member(caller), request.from_scope, request.to_scope, self._trust
+            CacheMember.behind(caller.token), request.from_scope, request.to_scope, self._trust
         )
         task = nodes_pb.PromoteTask(
             from_scope=_element(project_id, from_name),
@@ -160,10 +160,6 @@ class CacheService(CacheServiceServicer):
         caller.token.check_project(project_id)
         await self._members.project(project_id, visible_to=caller.token)
         return project_id
-
-
-def _cache_member(caller: Caller) -> CacheMember:
-    return CacheMember(caller.token.name, caller.token.role)
 
 
 def _element(project_id: str, name: str) -> str:

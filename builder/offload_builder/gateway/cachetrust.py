@@ -29,6 +29,9 @@ from offload_proto.v1 import identity_service_pb2 as identity_pb
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from offload_builder.gateway.tokens import TokenRecord
+    from offload_proto.v1.builds_service_pb2 import CreateRequest
+
 TEAM = "~team"
 """Scope of builds without a known branch."""
 
@@ -53,16 +56,62 @@ class Level(IntEnum):
 
 
 @dataclass(frozen=True)
+class BranchBound:
+    """What an identity provider proves of the branch that is built.
+
+    Attributes:
+        branch: empty for none, for example a tag.
+        protected: its protected scope may be written.
+        pull_request: what is built is not accepted yet.
+    """
+
+    branch: str
+    protected: bool
+    pull_request: bool
+
+    @classmethod
+    def of(cls, identity: bytes) -> BranchBound | None:
+        """Return the bound of a serialised ExternalIdentity, None when it has none."""
+        told = identity_pb.ExternalIdentity.FromString(identity)
+        if not told.bound:
+            return None
+        return cls(told.branch, told.protected_branch, told.pull_request)
+
+    @property
+    def scope(self) -> str:
+        """Scope of the branch."""
+        return self.branch or TEAM
+
+
+def proven_branches(request: CreateRequest, identity: bytes) -> None:
+    """Replace what a client says of its branches by what an identity provider proves.
+
+    A target that is not proven is kept: it takes rights away, and gives none.
+    """
+    told = identity_pb.ExternalIdentity.FromString(identity)
+    if told.bound:
+        request.vcs_branch = told.branch
+        request.vcs_target_branch = told.target_branch or request.vcs_target_branch
+
+
+@dataclass(frozen=True)
 class CacheMember:
     """Who asks.
 
     Attributes:
         name: of the member.
         role: of the member's token.
+        bound: what is proven of the branch; None where the client is believed.
     """
 
     name: str
     role: int
+    bound: BranchBound | None = None
+
+    @classmethod
+    def behind(cls, token: TokenRecord) -> CacheMember:
+        """Return who stands behind a token, with what an identity provider proves of its run."""
+        return cls(token.name, token.role, BranchBound.of(token.identity))
 
     @property
     def is_untrusted(self) -> bool:
@@ -120,6 +169,14 @@ class CacheTrust:
             return f'only the untrusted member it belongs to writes the cache scope "{name}"'
         if self.is_protected(name) and not member.is_trusted:
             return f'only administrators and pipelines write the protected cache scope "{name}"'
+        bound = member.bound
+        if bound is None or not self.is_protected(name):
+            return ""
+        if not bound.protected or name != bound.scope:
+            return (
+                f'the identity provider does not prove a run on the protected branch "{name}", '
+                "so its cache scope is not written"
+            )
         return ""
 
 

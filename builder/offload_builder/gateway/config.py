@@ -13,6 +13,10 @@ _MEANING_OF_ZERO = {
     "history_retention": "keeps builds for ever",
     "logs_keep": "sets no bound",
     "logs_retention": "keeps output as long as its build",
+    "audit_retention": "keeps records for ever",
+    "login_attempts": "sets no bound",
+    "login_failures": "sets no bound",
+    "token_certificates": "sets no bound",
 }
 
 
@@ -86,6 +90,11 @@ class GatewayConfig:
         unit="duration",
     )
     max_connections: int = option(4096, "Connections at the public port at once.")
+    max_connections_per_address: int = option(
+        2048,
+        "Connections of one address (IPv6: of one network of 64 bits) at once, so that one client "
+        "does not take them all.",
+    )
     handshake_timeout: float = option(
         5.0, "How long a client may take to say its TLS hello.", unit="duration"
     )
@@ -94,6 +103,27 @@ class GatewayConfig:
     )
     stop_timeout: float = option(
         10.0, "How long calls that run may take to end when the gateway stops.", unit="duration"
+    )
+    login_attempts: int = option(
+        1200,
+        "Attempts to log in or to enrol that may come from one address in a minute; 0 for any.",
+    )
+    login_failures: int = option(
+        20, "Those of them that may fail before the address has to wait; 0 for any."
+    )
+    token_certificates: int = option(
+        600, "Certificates that the holder of one token may get in a minute; 0 for any."
+    )
+    audit_keep: int = option(
+        1 << 30, "Size of the audit log; its oldest records go first.", unit="size"
+    )
+    audit_retention: float = option(
+        365 * 86400.0, "How long records of the audit log are kept; 0 for ever.", unit="duration"
+    )
+    identity_file: Path | None = option(
+        None,
+        "TOML file of identity providers and rules for their tokens; identity.toml in data_dir "
+        "unless set.",
     )
     log_level: str = option("info", "Least severe events that are logged.")
 
@@ -116,9 +146,11 @@ class GatewayConfig:
             "node_certificate_lifetime",
             "max_log_bytes_per_build",
             "max_connections",
+            "max_connections_per_address",
             "idle_timeout",
             "stop_timeout",
             "handshake_timeout",
+            "audit_keep",
         )
         for name in positive:
             if getattr(self, name) <= 0:

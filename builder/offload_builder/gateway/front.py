@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
+from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, cast
 
 import structlog
 
@@ -21,7 +24,9 @@ from offload_builder.gateway.clienthello import (
     alert,
     parse_client_hello,
 )
-from offload_builder.gateway.splice import Half
+from offload_builder.gateway.peers import socket_name
+from offload_builder.gateway.ratelimits import address_keys
+from offload_builder.gateway.splice import PipeStore, Splice
 from offload_core.aio import TaskSet
 from offload_core.errors import ConfigError
 from offload_core.trust import join_address, split_address
@@ -57,27 +62,28 @@ class TcpRoute:
 Route = UnixRoute | TcpRoute
 
 
-class _Downstream(Half):
-    """A client's connection: read as far as its hello, then spliced."""
+class _Downstream(asyncio.Protocol):
+    """A client's connection until it is known where it leads to."""
 
     def __init__(self, front: Front) -> None:
-        super().__init__(front.closed)
         self._front = front
-        self._hello: bytearray | None = bytearray()
+        self.address = ""
+        """That it is counted as."""
+        self._hello = bytearray()
         self._wanted = 1
+        self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
+        self._transport: asyncio.Transport | None = None
+        self._handed_over = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
+        self._transport = cast("asyncio.Transport", transport)
         if self._front.opened(self):
             self._timer = self._loop.call_later(self._front.handshake_timeout, self.abort)
 
-    def buffer_updated(self, nbytes: int) -> None:
-        if self._hello is None:
-            super().buffer_updated(nbytes)
-            return
-        self._hello += self._view[:nbytes]
-        if len(self._hello) < self._wanted:
+    def data_received(self, data: bytes) -> None:
+        self._hello += data
+        if len(self._hello) < self._wanted or self._transport is None:
             return
         try:
             parsed = parse_client_hello(self._hello)
@@ -89,19 +95,43 @@ class _Downstream(Half):
             self._wanted = parsed
             return
         self._stop_timer()
-        first, self._hello = bytes(self._hello), None
-        # Nothing is read until there is somewhere to write it.
-        self.hold(True)
-        self._front.route(self, parsed.server_name, first)
+        # What follows is read when there is somewhere to write it.
+        self._transport.pause_reading()
+        self._front.route(self, parsed.server_name, bytes(self._hello))
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         self._stop_timer()
-        super().connection_lost(exc)
+        self._transport = None
+        if not self._handed_over:
+            self._front.closed(self)
+
+    def hand_over(self) -> socket.socket | None:
+        """Return the connection, which is the caller's from now on; None when it is gone."""
+        if self._transport is None or self._transport.is_closing():
+            return None
+        connection: socket.socket = self._transport.get_extra_info("socket").dup()
+        connection.setblocking(False)
+        self._handed_over = True
+        # Only the descriptor of the transport is closed by this.
+        self._transport.abort()
+        return connection
+
+    @property
+    def host(self) -> str:
+        """IP address of the client; empty when it is gone."""
+        peer = self._transport.get_extra_info("peername") if self._transport is not None else None
+        return str(peer[0]) if peer else ""
 
     def refuse(self, description: int) -> None:
         """Answer with a TLS alert and close."""
-        self.write(alert(description))
-        self.close()
+        if self._transport is not None:
+            self._transport.write(alert(description))
+            self._transport.close()
+
+    def abort(self) -> None:
+        """Close at once."""
+        if self._transport is not None:
+            self._transport.abort()
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -116,8 +146,10 @@ class Front:
         """Route server names with `router`; None is answered with unrecognized_name."""
         self._config = config
         self._router = router
-        self._halves: set[Half] = set()
-        self._clients = 0
+        self._arriving: set[_Downstream] = set()
+        self._by_address: Counter[str] = Counter()
+        self._splices: set[Splice] = set()
+        self._pipes = PipeStore()
         self._server: asyncio.Server | None = None
         self._tasks = TaskSet(_task_failed)
         self._accepting = True
@@ -160,13 +192,16 @@ class Front:
         """Close the listener and every connection."""
         self.stop_listening()
         await self._tasks.close()
-        for half in list(self._halves):
-            half.abort()
+        for splice in list(self._splices):
+            splice.close()
+        for downstream in list(self._arriving):
+            downstream.abort()
         # Transports close in the next turns of the loop.
         for _ in range(100):
-            if not self._halves:
+            if not self._arriving:
                 break
             await asyncio.sleep(0.01)
+        self._pipes.close()
 
     def stop_listening(self) -> None:
         """Take no new connections; those that are open stay."""
@@ -178,24 +213,39 @@ class Front:
     @property
     def connections(self) -> int:
         """Open connections of clients."""
-        return self._clients
+        return len(self._arriving) + len(self._splices)
 
-    def opened(self, half: Half) -> bool:
-        """Take a connection in; False when there are too many and it is closed again."""
-        if not self._accepting or self.connections >= self._config.max_connections:
-            log.warning("front.full", connections=self.connections)
-            half.abort()
+    def opened(self, downstream: _Downstream) -> bool:
+        """Take a connection in; False when there are too many, here or of its address.
+
+        Then it is closed again.
+        """
+        address = address_keys(downstream.host)[0][0]
+        alike = self._by_address[address] >= self._config.max_connections_per_address
+        if not self._accepting or alike or self.connections >= self._config.max_connections:
+            log.warning(
+                "front.full",
+                connections=self.connections,
+                address=address,
+                of_address=self._by_address[address],
+            )
+            downstream.abort()
             return False
-        _keep_alive(half)
-        self._halves.add(half)
-        self._clients += 1
+        downstream.address = address
+        self._by_address[address] += 1
+        self._arriving.add(downstream)
         return True
 
-    def closed(self, half: Half) -> None:
-        """Forget a connection."""
-        if half in self._halves:
-            self._halves.discard(half)
-            self._clients -= isinstance(half, _Downstream)
+    def closed(self, downstream: _Downstream) -> None:
+        """Forget a connection that led nowhere."""
+        if downstream in self._arriving:
+            self._arriving.remove(downstream)
+            self._left(downstream.address)
+
+    def _left(self, address: str) -> None:
+        self._by_address[address] -= 1
+        if not self._by_address[address]:
+            del self._by_address[address]
 
     def route(self, downstream: _Downstream, server_name: str, first: bytes) -> None:
         """Connect a client with whom it named."""
@@ -207,29 +257,28 @@ class Front:
         self._tasks.start(self._connect(downstream, target, first), name=f"dial-{server_name}")
 
     async def _connect(self, downstream: _Downstream, target: Route, first: bytes) -> None:
-        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(DIAL_SECONDS):
-                if isinstance(target, UnixRoute):
-                    _, upstream = await loop.create_unix_connection(
-                        lambda: Half(self.closed), str(target.path)
-                    )
-                else:
-                    _, upstream = await loop.create_connection(
-                        lambda: Half(self.closed), target.host, target.port
-                    )
+                upstream = await _dial(target, first, downstream.host)
         except (OSError, TimeoutError) as error:
             log.warning("front.dial.failed", target=str(target), error=str(error) or "timeout")
             downstream.refuse(ALERT_INTERNAL_ERROR)
             return
-        self._halves.add(upstream)
-        _keep_alive(upstream)
-        if downstream.transport is None:
-            upstream.abort()
+        client = downstream.hand_over()
+        if client is None:
+            upstream.close()
             return
-        downstream.join(upstream)
-        upstream.write(first)
-        downstream.hold(False)
+        _keep_alive(client)
+        address = downstream.address
+
+        def ended(splice: Splice) -> None:
+            self._splices.discard(splice)
+            self._left(address)
+
+        splice = Splice(client, upstream, self._pipes, ended)
+        self._splices.add(splice)
+        self._arriving.discard(downstream)
+        splice.start()
 
     async def _sweep(self) -> None:
         """Close what has been silent for too long, until cancelled."""
@@ -237,17 +286,60 @@ class Front:
         while True:
             await asyncio.sleep(min(_SWEEP_SECONDS, self._config.idle_timeout))
             limit = loop.time() - self._config.idle_timeout
-            for half in list(self._halves):
-                if half.idle_since() < limit:
-                    half.abort()
+            for splice in list(self._splices):
+                if splice.last_activity < limit:
+                    splice.close()
 
 
-def _keep_alive(half: Half) -> None:
-    """Let the kernel find out when the other machine is gone."""
-    if half.transport is not None:
-        connection = half.transport.get_extra_info("socket")
-        if connection is not None and connection.family != socket.AF_UNIX:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+async def _dial(target: Route, first: bytes, host: str) -> socket.socket:
+    """Return a connection to a target that has got the first bytes.
+
+    Args:
+        target: where to.
+        first: what the client has sent already.
+        host: IP address of the client, which servers of ours are told.
+
+    Raises:
+        OSError: it cannot be reached.
+    """
+    if isinstance(target, UnixRoute):
+        name = socket_name(host) if sys.platform == "linux" else None
+        return await _reach(socket.AF_UNIX, str(target.path), first, name)
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
+    failure = OSError(f"{target.host} has no address")
+    for family, _, _, _, address in found:
+        try:
+            return await _reach(family, address, first)
+        except OSError as error:
+            failure = error
+    raise failure
+
+
+async def _reach(
+    family: int,
+    address: str | tuple[str | int | bytes, ...],
+    first: bytes,
+    name: bytes | str | None = None,
+) -> socket.socket:
+    loop = asyncio.get_running_loop()
+    with ExitStack() as stack:
+        connection = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+        connection.setblocking(False)
+        _keep_alive(connection)
+        if name is not None:
+            connection.bind(name)
+        await loop.sock_connect(connection, address)
+        await loop.sock_sendall(connection, first)
+        stack.pop_all()
+    return connection
+
+
+def _keep_alive(connection: socket.socket) -> None:
+    """Let the kernel find out when the other machine is gone, and wait for nothing."""
+    if connection.family != socket.AF_UNIX:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def _task_failed(name: str, error: BaseException) -> None:

@@ -63,6 +63,8 @@ class BuildRecord:
     """The same for all parts of one image; empty for a build that is whole."""
     preferred_platform: str = ""
     """Of the client; only where it names no platforms."""
+    identity: bytes = b""
+    """A serialised ExternalIdentity; empty behind a token of ours."""
     node_id: str = ""
     started_at: datetime | None = None
     completed_at: datetime | None = None
@@ -75,6 +77,8 @@ class BuildRecord:
     repeated_by: str = ""
     image_saved: bool = False
     """The shared store keeps the image."""
+    client: str = ""
+    """Program that has started it; empty for our own."""
 
     def row(self) -> dict[str, Any]:
         """Return the values of the table's columns."""
@@ -267,6 +271,7 @@ def build_message(record: BuildRecord) -> builds_pb.Build:
         repeat_of=record.repeat_of,
         repeated_by=record.repeated_by,
         image_saved=record.image_saved,
+        client=record.client,
     )
     message.created_at.FromDatetime(record.created_at)
     if record.started_at is not None:
@@ -275,12 +280,15 @@ def build_message(record: BuildRecord) -> builds_pb.Build:
         message.completed_at.FromDatetime(record.completed_at)
     if record.stats:
         message.stats.ParseFromString(record.stats)
+    if record.identity:
+        message.identity.ParseFromString(record.identity)
     return message
 
 
 def _build(row: sa.Row[Any]) -> BuildRecord:
     values = dict(row._mapping)
     # Builds that an older version wrote have none of these.
+    values["client"] = row.client or ""
     values["vcs_target_branch"] = row.vcs_target_branch or ""
     values["repeat_of"] = row.repeat_of or ""
     values["repeated_by"] = row.repeated_by or ""
@@ -288,6 +296,7 @@ def _build(row: sa.Row[Any]) -> BuildRecord:
     values["cache_choice"] = row.cache_choice or b""
     values["group_id"] = row.group_id or ""
     values["preferred_platform"] = row.preferred_platform or ""
+    values["identity"] = row.identity or b""
     return BuildRecord(**values | {"platforms": tuple(row.platforms)})
 
 

@@ -11,6 +11,8 @@ import structlog
 from offload_core.errors import AuthenticationError, OffloadError
 
 if TYPE_CHECKING:
+    from offload_builder.gateway.audit import AuditLog
+    from offload_builder.gateway.config import GatewayConfig
     from offload_builder.gateway.credentials import RenewingCredentials
     from offload_builder.gateway.history import History
     from offload_builder.gateway.logretention import LogRetention
@@ -30,19 +32,21 @@ class Housekeeping:
 
     def __init__(
         self,
+        config: GatewayConfig,
         credentials: RenewingCredentials,
         members: Members,
         nodes: NodeRegistry,
         history: History,
         log_retention: LogRetention,
-        retention_seconds: float,
+        audit: AuditLog,
     ) -> None:
+        self._config = config
+        self._audit = audit
         self._credentials = credentials
         self._members = members
         self._nodes = nodes
         self._history = history
         self._log_retention = log_retention
-        self._retention_seconds = retention_seconds
 
     async def run(self) -> None:
         """Work until cancelled; a failure is logged and tried again at the next turn."""
@@ -54,6 +58,11 @@ class Housekeeping:
                     next_slow_turn = loop.time() + SLOW_TURN_SECONDS
                     await self._forget_old_builds()
                     await self._log_retention.sweep()
+                    await self._members.external.forget_ended()
+                    await self._audit.prune(
+                        keep_bytes=self._config.audit_keep,
+                        retention_seconds=self._config.audit_retention,
+                    )
                     if self._credentials.renew():
                         log.info("gateway.certificate.renewed")
                 await self._check_node_tokens()
@@ -62,8 +71,8 @@ class Housekeeping:
             await asyncio.sleep(TOKEN_CHECK_SECONDS)
 
     async def _forget_old_builds(self) -> None:
-        if self._retention_seconds:
-            limit = datetime.now(UTC) - timedelta(seconds=self._retention_seconds)
+        if self._config.history_retention:
+            limit = datetime.now(UTC) - timedelta(seconds=self._config.history_retention)
             count = await self._history.delete_older_than(limit)
             if count:
                 log.info("history.pruned", builds=count)
@@ -75,6 +84,6 @@ class Housekeeping:
             try:
                 if token is None:
                     raise AuthenticationError("the token of this node no longer exists")
-                token.check_usable(now)
+                token.check_holds(now)
             except AuthenticationError as error:
                 self._nodes.disconnect_token(token_id, error)

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 
 from offload_builder.gateway import schema
+from offload_builder.gateway.enrolments import Enrolments, is_enrolment_id
+from offload_builder.gateway.oidc.logins import ExternalLogins, is_login_id
 from offload_builder.gateway.tokens import TokenRecord, TokenText, new_record
 from offload_core.errors import NotFoundError, UsageError
 from offload_proto.v1 import identity_service_pb2 as identity_pb
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from offload_builder.gateway.store import Store
 
@@ -37,9 +39,12 @@ class ProjectRecord:
 class Members:
     """Who may do what, and the projects in which they do it."""
 
-    def __init__(self, store: Store, ca_fingerprint: str) -> None:
+    def __init__(self, store: Store, ca_fingerprint: Callable[[], str]) -> None:
+        """Keep them in a store; `ca_fingerprint` names the CA for new tokens."""
         self._store = store
         self._ca_fingerprint = ca_fingerprint
+        self.external = ExternalLogins(store)
+        self.enrolments = Enrolments(store)
 
     async def create_token(
         self,
@@ -48,14 +53,22 @@ class Members:
         role: identity_pb.Role.ValueType,
         project_ids: Iterable[str] = (),
         expires_at: datetime | None = None,
+        max_uses: int | None = None,
     ) -> tuple[TokenRecord, TokenText]:
         """Make a token; its text exists only in the return value.
+
+        Args:
+            name: of the member, or of the pool of nodes.
+            role: what it may do.
+            project_ids: empty for all.
+            expires_at: None for never.
+            max_uses: how many nodes it may enrol: None for one, 0 for any number.
 
         Raises:
             UsageError: name, role or end cannot be used, or the name is one of another trust.
             NotFoundError: one of the projects does not exist.
         """
-        text = TokenText.generate(self._ca_fingerprint)
+        text = TokenText.generate(self._ca_fingerprint())
         record = new_record(
             text,
             name=name,
@@ -63,10 +76,12 @@ class Members:
             project_ids=project_ids,
             expires_at=expires_at,
             now=datetime.now(UTC),
+            max_uses=max_uses,
         )
         for project_id in record.project_ids:
             await self.project(project_id)
         row = dataclasses.asdict(record) | {"project_ids": list(record.project_ids)}
+        del row["identity"], row["enrolled_with"]
 
         def work(db: sa.Connection) -> None:
             _check_trust(db, record)
@@ -76,7 +91,11 @@ class Members:
         return record, text
 
     async def find_token(self, token_id: str) -> TokenRecord | None:
-        """Return a token, None when there is none with this id."""
+        """Return a token, or a login by an identity provider, None when there is none."""
+        if is_login_id(token_id):
+            return await self.external.find(token_id)
+        if is_enrolment_id(token_id):
+            return await self.enrolments.find(token_id)
         query = sa.select(schema.tokens).where(schema.tokens.c.token_id == token_id)
         row = await self._store.read(lambda db: db.execute(query).one_or_none())
         return None if row is None else _token(row)
@@ -101,7 +120,12 @@ class Members:
             .where(table.c.token_id == token_id, table.c.revoked_at.is_(None))
             .values(revoked_at=datetime.now(UTC))
         )
-        await self._store.write(lambda db: db.execute(change))
+        if is_login_id(token_id):
+            await self.external.revoke(token_id)
+        elif is_enrolment_id(token_id):
+            await self.enrolments.revoke(token_id)
+        else:
+            await self._store.write(lambda db: db.execute(change))
         record = await self.find_token(token_id)
         if record is None:
             raise NotFoundError(
@@ -113,6 +137,12 @@ class Members:
     def note_use(self, record: TokenRecord, now: datetime) -> None:
         """Remember the use of a token, to the minute."""
         if record.last_used_at is not None and now - record.last_used_at < _LAST_USED_STEP:
+            return
+        if is_login_id(record.token_id):
+            self.external.note_use(record.token_id, now)
+            return
+        if is_enrolment_id(record.token_id):
+            self.enrolments.note_use(record.token_id, now)
             return
         table = schema.tokens
         change = table.update().where(table.c.token_id == record.token_id).values(last_used_at=now)

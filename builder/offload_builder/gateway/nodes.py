@@ -204,7 +204,7 @@ class NodeRegistry:
             AccessDeniedError: it is in use by a node of another token.
         """
         node = self.find(node_id)
-        if node is not None and node.token.token_id != token.token_id:
+        if node is not None and node.token.family != token.family:
             raise AccessDeniedError(
                 f'the name "{node_id}" is in use by a node that was enrolled with another token; '
                 "give this node another name"
@@ -257,7 +257,7 @@ class NodeRegistry:
     def disconnect_token(self, token_id: str, error: OffloadError) -> None:
         """End the streams of all nodes of a token."""
         for node in self.connected():
-            if node.token.token_id == token_id and node.connection is not None:
+            if token_id in (node.token.token_id, node.token.family) and node.connection is not None:
                 node.connection.close(error)
 
     def infos(self) -> list[identity_pb.NodeInfo]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
 import structlog
@@ -14,15 +15,15 @@ from offload_proto.v1 import nodes_service_pb2 as nodes_pb
 from offload_proto.v1.nodes_service_pb2_grpc import NodesServiceServicer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
 
     from grpc import aio
 
     from offload_builder.gateway.access import Access
     from offload_builder.gateway.history import History
     from offload_builder.gateway.log_book import LogBook
+    from offload_builder.gateway.nodeadmission import NodeAdmission
     from offload_builder.gateway.nodes import AttachedNode, Connection, NodeRegistry
-    from offload_builder.gateway.projectbounds import BoundsFeed
     from offload_builder.gateway.tracking import BuildTracking
 
 log = structlog.get_logger(__name__)
@@ -30,6 +31,13 @@ log = structlog.get_logger(__name__)
 HELLO_SECONDS = 10.0
 
 RECENT_PROJECTS = 8
+
+
+class NodeFeed(Protocol):
+    """What nodes are told when they attach, and later at every change."""
+
+    async def greet(self, node: AttachedNode) -> None:
+        """Tell a node that has just attached."""
 
 
 class NodesService(NodesServiceServicer):
@@ -42,16 +50,33 @@ class NodesService(NodesServiceServicer):
         nodes: NodeRegistry,
         tracking: BuildTracking,
         logs: LogBook,
-        bounds: BoundsFeed,
+        feeds: Sequence[NodeFeed],
         history: History,
+        admission: NodeAdmission,
     ) -> None:
         self._ticket_public_pem = ticket_public_pem
         self._access = access
         self._nodes = nodes
         self._tracking = tracking
         self._logs = logs
-        self._bounds = bounds
+        self._feeds = feeds
         self._history = history
+        self._admission = admission
+
+    async def Authorize(  # noqa: N802
+        self, request: nodes_pb.AuthorizeRequest, context: aio.ServicerContext[Any, Any]
+    ) -> nodes_pb.AuthorizeResponse:
+        """Say what a member may do who is connected to a node."""
+        return await self._admission.authorize(request, await self._access.node(context))
+
+    async def Admit(  # noqa: N802
+        self, request: nodes_pb.AdmitRequest, context: aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[nodes_pb.AdmitResponse]:
+        """Queue a build that a node brings, and report its place."""
+        caller = await self._access.node(context)
+        async with aclosing(self._admission.admit(request, caller)) as news:
+            async for message in news:
+                yield message
 
     async def Attach(  # noqa: N802
         self,
@@ -74,7 +99,8 @@ class NodesService(NodesServiceServicer):
             interval = round(self._nodes.heartbeat_interval * 1000)
             welcome.heartbeat_interval.FromMilliseconds(interval)
             yield nodes_pb.AttachResponse(welcome=welcome)
-            await self._bounds.greet(node)
+            for feed in self._feeds:
+                await feed.greet(node)
             await self._tracking.attached(node)
             readers.start(
                 self._read(request_iterator, node, connection), name=f"node-{node.node_id}"

@@ -41,6 +41,8 @@ class QueuedBuild:
     """Nodes that are not asked again for now."""
     last_choice: str = ""
     """Node that is asked when no other one has room: an earlier run was lost with it."""
+    only_node: str = ""
+    """Node that its client is connected to; empty for any."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class NodeView:
 
     def suits(self, build: QueuedBuild) -> bool:
         """Return whether it could run this build if it were free."""
+        if build.only_node not in ("", self.node_id):
+            return False
         return self.serves(build.project_id) and self.builds(build.platforms)
 
     def builds(self, platforms: Iterable[str]) -> bool:
@@ -186,6 +190,8 @@ def waiting_reason(build: QueuedBuild, nodes: Sequence[NodeView]) -> str:
     """Return in one sentence why a build waits."""
     if not nodes:
         return "no node is attached"
+    if build.only_node:
+        return _waiting_reason_at(build, nodes)
     serving = [node for node in nodes if node.serves(build.project_id)]
     if not serving:
         return f'no node serves the project "{build.project_id}"'
@@ -210,6 +216,32 @@ def waiting_reason(build: QueuedBuild, nodes: Sequence[NodeView]) -> str:
     if all(node.node_id in build.declined_by for node in active if node.free()):
         return "the free nodes declined the build for now"
     return "other builds are before it"
+
+
+def _waiting_reason_at(build: QueuedBuild, nodes: Sequence[NodeView]) -> str:
+    name = build.only_node
+    node = next((node for node in nodes if node.node_id == name), None)
+    if node is None:
+        return f"node {name}, to which you are connected, is away"
+    if not node.serves(build.project_id):
+        return f'node {name} does not serve the project "{build.project_id}"'
+    if not node.suits(build):
+        return f"node {name} does not build {' and '.join(build.platforms)}"
+    if node.draining:
+        return f"node {name} is draining"
+    if not node.free():
+        return f"node {name} is busy" + _better(build, nodes)
+    if name in build.declined_by:
+        return f"node {name} declined the build for now"
+    return "other builds are before it"
+
+
+def _better(build: QueuedBuild, nodes: Sequence[NodeView]) -> str:
+    """Return where a build would run now if its client came again; empty for nowhere."""
+    found = candidates(replace(build, only_node="", declined_by=frozenset()), nodes)
+    if not found:
+        return ""
+    return f"; node {found[0]} is free now: start the command again to build there"
 
 
 def _all(nodes: Sequence[NodeView], which: str, state: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Older databases get the columns that they lack; newer ones are refused."""
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -49,6 +49,43 @@ tokens = sa.Table(
     sa.Column("expires_at", Instant),
     sa.Column("last_used_at", Instant),
     sa.Column("revoked_at", Instant),
+    # How many nodes it may enrol; none for any number, which older tokens have.
+    sa.Column("max_uses", sa.Integer),
+)
+
+# A node that a token has enrolled: its certificates name this id.
+node_enrolments = sa.Table(
+    "node_enrolments",
+    metadata,
+    sa.Column("enrolment_id", sa.String(12), primary_key=True),
+    sa.Column("token_id", sa.String(12), nullable=False),
+    sa.Column("node_id", sa.String(40), nullable=False),
+    # SHA-256 of the node's public key: one whose answer was lost may ask again.
+    sa.Column("key_hash", sa.String(64), nullable=False),
+    sa.Column("created_at", Instant, nullable=False),
+    sa.Column("renewed_at", Instant),
+    sa.Column("expires_at", Instant, nullable=False),
+    sa.Column("last_used_at", Instant),
+    sa.Column("revoked_at", Instant),
+    sa.Index("node_enrolments_by_token", "token_id"),
+)
+
+# Logins with tokens of identity providers; a token of theirs is known by its use_key.
+external_logins = sa.Table(
+    "external_logins",
+    metadata,
+    sa.Column("token_id", sa.String(12), primary_key=True),
+    sa.Column("use_key", sa.String(64), nullable=False, unique=True),
+    sa.Column("name", sa.String(64), nullable=False),
+    sa.Column("role", sa.Integer, nullable=False),
+    sa.Column("project_ids", sa.JSON, nullable=False),
+    sa.Column("created_at", Instant, nullable=False),
+    sa.Column("expires_at", Instant, nullable=False),
+    sa.Column("last_used_at", Instant),
+    sa.Column("revoked_at", Instant),
+    sa.Column("token_expires_at", Instant, nullable=False),
+    # A serialised ExternalIdentity.
+    sa.Column("identity", sa.LargeBinary, nullable=False),
 )
 
 projects = sa.Table(
@@ -114,6 +151,9 @@ builds = sa.Table(
     sa.Column("repeat_of", sa.String(12)),
     sa.Column("repeated_by", sa.String(12)),
     sa.Column("image_saved", sa.Boolean),
+    # A serialised ExternalIdentity.
+    sa.Column("identity", sa.LargeBinary),
+    sa.Column("client", sa.String(40)),
     # A request of one token is one build, also when it is repeated after a restart.
     sa.UniqueConstraint("token_id", "request_id", name="one_build_per_request"),
     sa.Index("builds_by_time", "created_at", "build_id"),
@@ -132,6 +172,57 @@ build_logs = sa.Table(
     # zstd frame of a serialised LogsResponse.
     sa.Column("batches", sa.LargeBinary, nullable=False),
 )
+
+# Who has done what. Rows are only ever added, and the oldest removed.
+audit = sa.Table(
+    "audit",
+    metadata,
+    sa.Column(
+        "number",
+        sa.BigInteger().with_variant(sa.Integer, "sqlite"),
+        primary_key=True,
+        autoincrement=True,
+    ),
+    sa.Column("at", Instant, nullable=False),
+    sa.Column("action", sa.String(40), nullable=False),
+    sa.Column("member", sa.String(64), nullable=False),
+    sa.Column("role", sa.String(12), nullable=False),
+    sa.Column("token_id", sa.String(12), nullable=False),
+    sa.Column("project_id", sa.String(40), nullable=False),
+    sa.Column("build_id", sa.String(12), nullable=False),
+    sa.Column("address", sa.String(64), nullable=False),
+    sa.Column("result", sa.String(40), nullable=False),
+    sa.Column("detail", sa.Text, nullable=False),
+    sa.Column("secret_ids", sa.JSON, nullable=False),
+    sa.Column("size_bytes", sa.Integer, nullable=False),
+    sa.Index("audit_by_time", "at"),
+    # Numbers of removed rows do not come again.
+    sqlite_autoincrement=True,
+)
+
+sa.event.listen(
+    audit,
+    "after_create",
+    sa.DDL(  # type: ignore[no-untyped-call]
+        "CREATE TRIGGER audit_is_append_only BEFORE UPDATE ON audit "
+        "BEGIN SELECT RAISE(ABORT, 'records of the audit log are not changed'); END"
+    ).execute_if(dialect="sqlite"),
+)
+for _statement in (
+    (
+        "CREATE FUNCTION audit_refuse_change() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$BEGIN RAISE EXCEPTION 'records of the audit log are not changed'; END$$"
+    ),
+    (
+        "CREATE TRIGGER audit_is_append_only BEFORE UPDATE OR TRUNCATE ON audit "
+        "FOR EACH STATEMENT EXECUTE FUNCTION audit_refuse_change()"
+    ),
+):
+    sa.event.listen(
+        audit,
+        "after_create",
+        sa.DDL(_statement).execute_if(dialect="postgresql"),  # type: ignore[no-untyped-call]
+    )
 
 
 def add_missing_columns(connection: sa.Connection) -> None:

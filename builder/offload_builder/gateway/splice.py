@@ -1,131 +1,199 @@
 """Two connections made one: bytes go both ways, untouched, as fast as the slower side takes them.
 
-`asyncio.BufferedProtocol` because streams cost more than half of the throughput (measured, see
-benchmarks): the kernel writes into a buffer that is there already.
+The kernel moves them from socket to socket by way of a pipe, so they never come into this process:
+see splice(2). A pipe is lent to a direction only while bytes are on their way, so connections that
+are silent cost two file descriptors and no buffer.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, cast
+import contextlib
+import fcntl
+import os
+import socket
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-READ_BYTES = 256 << 10
-WRITE_HIGH_WATER_BYTES = 1 << 20
+PIPE_BYTES = 1 << 20
 """Bytes that wait for the slower side before the faster one is held back."""
+MAX_FREE_PIPES = 16
+_FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 
 
-class Half(asyncio.BufferedProtocol):
-    """One of the two connections; what it reads goes to its peer."""
+class Pipe:
+    """A pipe that never blocks."""
 
-    def __init__(self, on_closed: Callable[[Half], None] | None = None) -> None:
-        """Call `on_closed` when this connection is gone."""
-        self.transport: asyncio.Transport | None = None
-        self.last_activity = 0.0
-        """Loop time of the last byte read."""
-        self.bytes_read = 0
-        self._peer: Half | None = None
-        self._buffer = bytearray(READ_BYTES)
-        self._view = memoryview(self._buffer)
-        self._loop = asyncio.get_running_loop()
-        self._on_closed = on_closed
-        self._ended = False
-        self._paused_by_peer = False
+    def __init__(self) -> None:
+        """Open it.
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Take the transport."""
-        self.transport = cast("asyncio.Transport", transport)
-        self.transport.set_write_buffer_limits(high=WRITE_HIGH_WATER_BYTES)
-        self.last_activity = self._loop.time()
-
-    def join(self, peer: Half) -> None:
-        """Send from now on everything to `peer`, and the other way round."""
-        self._peer, peer._peer = peer, self
-
-    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002
-        """Return where the kernel shall write."""
-        return self._view
-
-    def buffer_updated(self, nbytes: int) -> None:
-        """Pass on what came."""
-        self.last_activity = self._loop.time()
-        self.bytes_read += nbytes
-        if self._peer is not None:
-            # A copy: what the peer cannot send at once is kept by reference on some versions.
-            self._peer.write(bytes(self._view[:nbytes]))
-
-    def eof_received(self) -> bool:
-        """Pass on that no more comes; the other direction stays open."""
-        self._ended = True
-        if self._peer is None:
-            return False
-        self._peer.write_eof()
-        if self._peer.has_ended:
-            self.close()
-            self._peer.close()
-        return True
-
-    def idle_since(self) -> float:
-        """Return the loop time of the last byte in either direction."""
-        other = self._peer.last_activity if self._peer is not None else 0.0
-        return max(self.last_activity, other)
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether the other side will send no more."""
-        return self._ended
-
-    def pause_writing(self) -> None:
-        """Hold the peer back: this side takes bytes too slowly."""
-        if self._peer is not None:
-            self._peer.hold(True)
-
-    def resume_writing(self) -> None:
-        """Let the peer go on."""
-        if self._peer is not None:
-            self._peer.hold(False)
-
-    def hold(self, paused: bool) -> None:
-        """Stop or resume reading."""
-        if self.transport is None or self.transport.is_closing() or self._paused_by_peer == paused:
-            return
-        self._paused_by_peer = paused
-        if paused:
-            self.transport.pause_reading()
-        elif not self._ended:
-            self.transport.resume_reading()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """End the other connection as well; what it still has to send is sent."""
-        self._ended = True
-        self.transport = None
-        peer, self._peer = self._peer, None
-        if peer is not None:
-            if exc is None:
-                peer.close()
-            else:
-                peer.abort()
-        if self._on_closed is not None:
-            self._on_closed(self)
-
-    def write(self, data: bytes) -> None:
-        """Send bytes to this side."""
-        if self.transport is not None and not self.transport.is_closing():
-            self.transport.write(data)
-
-    def write_eof(self) -> None:
-        """Tell this side that no more comes."""
-        if self.transport is not None and not self.transport.is_closing():
-            self.transport.write_eof()
+        Raises:
+            OSError: there are no file descriptors left.
+        """
+        self.out, self.into = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        # More than the pages that a user may have is refused; then it moves less at a time.
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(self.into, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
     def close(self) -> None:
-        """Close this side after what is still to be sent."""
-        if self.transport is not None:
-            self.transport.close()
+        """Close both ends."""
+        os.close(self.out)
+        os.close(self.into)
 
-    def abort(self) -> None:
-        """Close this side at once."""
-        if self.transport is not None:
-            self.transport.abort()
+
+class PipeStore:
+    """Empty pipes, kept for the next who needs one."""
+
+    def __init__(self) -> None:
+        self._free: list[Pipe] = []
+
+    def take(self) -> Pipe:
+        """Return an empty pipe.
+
+        Raises:
+            OSError: there are no file descriptors left.
+        """
+        return self._free.pop() if self._free else Pipe()
+
+    def give(self, pipe: Pipe) -> None:
+        """Take an empty pipe back."""
+        if len(self._free) < MAX_FREE_PIPES:
+            self._free.append(pipe)
+        else:
+            pipe.close()
+
+    def close(self) -> None:
+        """Close all that are here."""
+        for pipe in self._free:
+            pipe.close()
+        self._free.clear()
+
+
+class Splice:
+    """Two connected sockets that are one until both sides have ended, or one of them breaks.
+
+    Args:
+        left: one socket, not blocking; closed in the end.
+        right: the other.
+        pipes: where pipes come from.
+        on_closed: hears of the end.
+    """
+
+    def __init__(
+        self,
+        left: socket.socket,
+        right: socket.socket,
+        pipes: PipeStore,
+        on_closed: Callable[[Splice], None],
+    ) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.last_activity = self.loop.time()
+        """Loop time of the last byte in either direction."""
+        self.pipes = pipes
+        self._sockets = (left, right)
+        self._ways = (_Way(self, left, right), _Way(self, right, left))
+        self._on_closed = on_closed
+        self._closed = False
+
+    def start(self) -> None:
+        """Begin to move bytes."""
+        for way in self._ways:
+            way.start()
+
+    def way_ended(self) -> None:
+        """Hear that one direction has nothing more to move."""
+        if all(way.ended for way in self._ways):
+            self.close()
+
+    def close(self) -> None:
+        """Close both sockets; safe to call again."""
+        if self._closed:
+            return
+        self._closed = True
+        for way in self._ways:
+            way.stop()
+        for connection in self._sockets:
+            connection.close()
+        self._on_closed(self)
+
+
+class _Way:
+    """One direction."""
+
+    def __init__(self, owner: Splice, source: socket.socket, target: socket.socket) -> None:
+        self.ended = False
+        self._owner = owner
+        self._loop = owner.loop
+        self._source, self._target = source, target
+        self._pipe: Pipe | None = None
+        self._held = 0
+        self._no_more = False
+        self._writing = False
+
+    def start(self) -> None:
+        """Move what comes."""
+        self._loop.add_reader(self._source, self._read)
+
+    def stop(self) -> None:
+        """Move nothing more."""
+        self._loop.remove_reader(self._source)
+        self._loop.remove_writer(self._target)
+        if self._pipe is not None:
+            # What it holds would go to the next one.
+            self._pipe.close()
+            self._pipe = None
+
+    def _read(self) -> None:
+        self._owner.last_activity = self._loop.time()
+        try:
+            pipe = self._pipe = self._pipe or self._owner.pipes.take()
+            taken = os.splice(self._source.fileno(), pipe.into, PIPE_BYTES, flags=_FLAGS)
+        except BlockingIOError:
+            self._return_pipe()
+            return
+        except OSError:
+            self._owner.close()
+            return
+        self._held += taken
+        if not taken:
+            self._no_more = True
+            self._loop.remove_reader(self._source)
+        self._write()
+
+    def _write(self) -> None:
+        try:
+            while self._held and self._pipe is not None:
+                moved = os.splice(self._pipe.out, self._target.fileno(), self._held, flags=_FLAGS)
+                self._held -= moved
+                self._owner.last_activity = self._loop.time()
+        except BlockingIOError:
+            if not self._writing:
+                self._writing = True
+                self._loop.remove_reader(self._source)
+                self._loop.add_writer(self._target, self._write)
+            return
+        except OSError:
+            self._owner.close()
+            return
+        self._return_pipe()
+        if self._writing:
+            self._writing = False
+            self._loop.remove_writer(self._target)
+            if not self._no_more:
+                self._loop.add_reader(self._source, self._read)
+        if self._no_more:
+            self._end()
+
+    def _return_pipe(self) -> None:
+        if self._pipe is not None and not self._held:
+            self._owner.pipes.give(self._pipe)
+            self._pipe = None
+
+    def _end(self) -> None:
+        """Pass on that no more comes; the other direction stays open."""
+        self.ended = True
+        with contextlib.suppress(OSError):
+            self._target.shutdown(socket.SHUT_WR)
+        self._owner.way_ended()

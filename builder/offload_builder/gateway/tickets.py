@@ -100,7 +100,9 @@ def cache_scopes(
         reason = ""
     else:
         own, domain = choice.scope or wish.branch or TEAM, ""
-        reason = trust.why_not_write(member, own) or _pull_request_reason(own, wish, trust)
+        reason = trust.why_not_write(member, own) or _pull_request_reason(
+            own, wish, trust, proven=member.bound is not None and member.bound.pull_request
+        )
         if reason and choice.scope and not choice.write_off:
             raise AccessDeniedError(
                 reason, hint="choose another cache scope, or ask for it to be read only"
@@ -137,8 +139,8 @@ def _check_names(wish: CacheWish) -> None:
         raise UsageError("a build that reads no cache cannot read named cache scopes; choose one")
 
 
-def _pull_request_reason(name: str, wish: CacheWish, trust: CacheTrust) -> str:
-    if not wish.target_branch:
+def _pull_request_reason(name: str, wish: CacheWish, trust: CacheTrust, *, proven: bool) -> str:
+    if not wish.target_branch and not proven:
         return ""
     kept = name == wish.target_branch or name in trust.default_branches
     if not kept and not trust.is_protected(name):

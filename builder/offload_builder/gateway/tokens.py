@@ -20,10 +20,11 @@ from offload_core.errors import AccessDeniedError, AuthenticationError, UsageErr
 from offload_proto.v1 import identity_service_pb2 as identity_pb
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from datetime import datetime
 
 FINGERPRINT_CHARS = 32
+MAX_USES = 10_000
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,63}")
 
 _TOKEN = re.compile(r"ofl_([a-z2-7]{12})_([a-z2-7]{52})_([a-f0-9]{32})")
@@ -110,6 +111,12 @@ class TokenRecord:
     expires_at: datetime | None = None
     last_used_at: datetime | None = None
     revoked_at: datetime | None = None
+    identity: bytes = b""
+    """A serialised ExternalIdentity, of a login with an identity provider's token."""
+    max_uses: int | None = None
+    """How many nodes it may enrol; None for any number."""
+    enrolled_with: str = ""
+    """Token of a node's enrolment; empty for tokens and logins themselves."""
 
     @property
     def is_admin(self) -> bool:
@@ -121,22 +128,48 @@ class TokenRecord:
         """Whether it belongs to nodes."""
         return self.role == identity_pb.ROLE_NODE
 
+    @property
+    def family(self) -> str:
+        """The token that stands behind it: that of an enrolment, else its own id."""
+        return self.enrolled_with or self.token_id
+
+    def check_holds(self, now: datetime) -> None:
+        """Refuse a certificate whose token is over.
+
+        A node's token is for enrolment: its end is not the end of the nodes that it enrolled.
+
+        Raises:
+            AuthenticationError: it was revoked, or has expired.
+        """
+        if self.is_node:
+            self.check_not_revoked()
+        else:
+            self.check_usable(now)
+
     def check_usable(self, now: datetime) -> None:
         """Refuse a token that is over.
 
         Raises:
             AuthenticationError: it was revoked or has expired.
         """
-        if self.revoked_at is not None:
-            raise AuthenticationError(
-                f'the token {self.token_id} of "{self.name}" was revoked '
-                f"on {self.revoked_at:%Y-%m-%d %H:%M} UTC",
-                hint=_NEW_TOKEN_HINT,
-            )
+        self.check_not_revoked()
         if self.expires_at is not None and self.expires_at <= now:
             raise AuthenticationError(
                 f'the token {self.token_id} of "{self.name}" expired '
                 f"on {self.expires_at:%Y-%m-%d %H:%M} UTC",
+                hint=_NEW_TOKEN_HINT,
+            )
+
+    def check_not_revoked(self) -> None:
+        """Refuse a token that was revoked.
+
+        Raises:
+            AuthenticationError: it was.
+        """
+        if self.revoked_at is not None:
+            raise AuthenticationError(
+                f'the token {self.token_id} of "{self.name}" was revoked '
+                f"on {self.revoked_at:%Y-%m-%d %H:%M} UTC",
                 hint=_NEW_TOKEN_HINT,
             )
 
@@ -165,6 +198,7 @@ def new_record(
     project_ids: Iterable[str],
     expires_at: datetime | None,
     now: datetime,
+    max_uses: int | None = None,
 ) -> TokenRecord:
     """Return the record of a token that was just generated.
 
@@ -179,6 +213,12 @@ def new_record(
         raise UsageError("a token needs a role: admin, member, ci, untrusted or node")
     if expires_at is not None and expires_at <= now:
         raise UsageError("the end of a token must lie in the future")
+    if max_uses is not None and role != identity_pb.ROLE_NODE:
+        raise UsageError("only tokens of the role node have a number of uses")
+    if max_uses is not None and not 0 <= max_uses <= MAX_USES:
+        raise UsageError(f"a token has 1 to {MAX_USES} uses, or 0 for any number")
+    if max_uses is None and role == identity_pb.ROLE_NODE:
+        max_uses = 1
     return TokenRecord(
         token_id=text.token_id,
         secret_hash=text.secret_hash(),
@@ -187,18 +227,23 @@ def new_record(
         project_ids=tuple(sorted(set(project_ids))),
         created_at=now,
         expires_at=expires_at,
+        max_uses=max_uses or None,
     )
 
 
 def verify(
-    text: TokenText, record: TokenRecord | None, *, ca_fingerprint: str, now: datetime
+    text: TokenText,
+    record: TokenRecord | None,
+    *,
+    ca_fingerprints: Sequence[str],
+    now: datetime,
 ) -> TokenRecord:
     """Return the record that a token proves.
 
     Raises:
         AuthenticationError: another gateway's token, unknown, wrong, revoked or expired.
     """
-    if text.fingerprint != ca_fingerprint[:FINGERPRINT_CHARS]:
+    if text.fingerprint not in [item[:FINGERPRINT_CHARS] for item in ca_fingerprints]:
         raise AuthenticationError(
             "this token was made by another gateway",
             hint="check the gateway's address, or ask its administrator for a token",

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from offload_builder.gateway.audit import OK, AuditLog, Event
 from offload_builder.gateway.history import FINAL_STATES, START_AGAIN, BuildRecord
 from offload_builder.gateway.plaintext import plain_line, plain_text
+from offload_builder.gateway.tokens import role_name
 from offload_proto.v1 import builds_service_pb2 as builds_pb
 from offload_proto.v1 import nodes_service_pb2 as nodes_pb
 
@@ -35,6 +37,7 @@ class BuildTracking:
         nodes: NodeRegistry,
         restart_grace: float,
         step_times: StepTimes,
+        audit: AuditLog,
     ) -> None:
         """Set the seconds in which nodes may come back after a restart of the gateway."""
         self._builds = builds
@@ -42,6 +45,7 @@ class BuildTracking:
         self._nodes = nodes
         self._restart_grace = restart_grace
         self._step_times = step_times
+        self._audit = audit
 
     async def restore(self) -> None:
         """Take up what a former gateway process left unfinished.
@@ -146,6 +150,7 @@ class BuildTracking:
                 build.cancel_reason if update.state == builds_pb.BUILD_STATE_CANCELED else ""
             )
             self._builds.end(build, update.state, error=error, **_columns(update))
+            self._audit.note(ended_event(build.record, update))
             return
         build.arrived = True
         build.stop_grace()
@@ -185,6 +190,21 @@ class BuildTracking:
 
     def _lose(self, build: ActiveBuild, why: str) -> None:
         self._builds.end(build, builds_pb.BUILD_STATE_LOST, error=f"{why}{START_AGAIN}")
+
+
+def ended_event(record: BuildRecord, update: nodes_pb.BuildUpdate) -> Event:
+    """Return the record of a build's end, with the names of the secrets that it asked for."""
+    name = builds_pb.BuildState.Name(update.state).removeprefix("BUILD_STATE_").lower()
+    return Event(
+        "build.ended",
+        member=record.member,
+        role=role_name(record.role),
+        token_id=record.token_id,
+        project_id=record.project_id,
+        build_id=record.build_id,
+        result=OK if update.state == builds_pb.BUILD_STATE_SUCCEEDED else name,
+        secret_ids=tuple(update.secret_ids),
+    )
 
 
 def _error(update: nodes_pb.BuildUpdate) -> str:

@@ -1,40 +1,36 @@
-"""The node agent: slots, running builds, and everything they share."""
+"""The node agent: what the gateway and clients ask of the node, and everything builds share."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
 import sqlite3
-import time
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import structlog
 
-from offload_builder.node.buildlogs import BuildLogs, build_update
+from offload_builder.node.buildends import BuildEnds, task_failed
+from offload_builder.node.buildlogs import build_update
 from offload_builder.node.cachedesk import CacheDesk
 from offload_builder.node.cachetasks import CacheTasks
 from offload_builder.node.clientlink import ClientLink
+from offload_builder.node.collecting import collection_loop, shared_limits
 from offload_builder.node.departure import AWAY, ClientSeat
 from offload_builder.node.endedbuilds import EndedBuild, EndedBuilds
-from offload_builder.node.exportturns import ExportTurns, builds_crowd
 from offload_builder.node.faults import storage_error
 from offload_builder.node.gatewaylink import GatewayLink
-from offload_builder.node.imagekeeping import ImageKeeping
 from offload_builder.node.job import BuildJob
-from offload_builder.node.outcomes import STOPPING, interrupted
+from offload_builder.node.nodefacts import NodeFacts
+from offload_builder.node.outcomes import STOPPING
 from offload_builder.node.projectlimits import LimitBook
 from offload_builder.node.projectpool import ProjectPool
 from offload_builder.node.registries import Registries
 from offload_builder.node.savedimages import SavedImages
+from offload_builder.node.slots import Slots
 from offload_builder.node.steprights import StepRights
 from offload_builder.node.tickets import TicketVerifier
-from offload_cache.collection.collector import Collector
-from offload_cache.collection.loop import CollectionLoop
-from offload_cache.collection.plan import Limits
 from offload_cache.mirror.upstream import origin_address
 from offload_cache.nodebounds import NodeBounds
 from offload_cache.nodestore import NodeStore
@@ -42,20 +38,19 @@ from offload_cache.registry.grants import Registry
 from offload_cache.registry.server import RegistryServer
 from offload_cache.s3store import S3Store
 from offload_cache.statistics import CacheStatistics
-from offload_core import VERSION
 from offload_core.aio import TaskSet, finish
-from offload_core.errors import NodeLostError, NotFoundError, OffloadError, QueueTimeoutError
-from offload_core.trust import join_address, split_address
+from offload_core.errors import NotFoundError, OffloadError
 from offload_proto.v1.builds_service_pb2 import BuildState
 from offload_proto.v1.node_service_pb2 import Failure, Result
 from offload_proto.v1.nodes_service_pb2 import BuildUpdate, Heartbeat, Hello
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from types import TracebackType
 
     from offload_builder.node.config import NodeConfig
     from offload_builder.node.enrolment import NodeIdentity
+    from offload_builder.node.project import ProjectRuntime
     from offload_cache.mirror.connection import Endpoint
     from offload_proto.v1.builds_service_pb2 import Ticket
     from offload_proto.v1.node_service_pb2 import Start
@@ -64,22 +59,10 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 CANCEL_SECONDS = 10.0
-CONCLUDE_SECONDS = 2.0
 LEAVE_SECONDS = 5.0
 """After a drain: for cancelled builds to tell their clients, and for the last news to be sent."""
-MIN_DISK_FREE_BYTES = 512 << 20
 
-
-@dataclass
-class _Running:
-    """A build that is here, from its ticket until its client has left."""
-
-    job: BuildJob | None = None
-    """None while its project is being opened."""
-    task: asyncio.Task[Result] | None = None
-    canceled: str = ""
-    over: bool = False
-    """It has ended and its slot is free; the client may still fetch the image."""
+Job = TypeVar("Job", bound=BuildJob)
 
 
 class NodeAgent:
@@ -92,19 +75,10 @@ class NodeAgent:
         self.registry = Registry()
         self.link = GatewayLink(config.gateway_address(), identity.keys, self)
         self.statistics = CacheStatistics()
-        self._listening = config.listen
-        self._builds: dict[str, _Running] = {}
-        self._reserved: dict[str, float] = {}
-        self._logs = BuildLogs(self.link)
-        self._draining = False
-        self._empty = asyncio.Event()
-        self._empty.set()
-        self._background = TaskSet(self._crashed)
-        self._working = TaskSet(self._crashed)
-        self._publishing = TaskSet(self._crashed)
-        self._concluding = TaskSet(self._crashed)
-        # As many exports as builds; more would only slow each other down, and the next builds.
-        self._exports = ExportTurns(config.slots, self._crowded)
+        self.slots = Slots(config.slots)
+        self.facts = NodeFacts(config, self.slots)
+        self._background = TaskSet(task_failed)
+        self._working = TaskSet(task_failed)
         self.limits = LimitBook(config.data / "limits.json")
         self.cache_desk = CacheDesk()
         self._stack = AsyncExitStack()
@@ -114,7 +88,7 @@ class NodeAgent:
         self._registries: Registries
         self.ended: EndedBuilds
         self.saved: SavedImages
-        self._keeping: ImageKeeping
+        self._ends: BuildEnds
         self._projects: ProjectPool
 
     async def __aenter__(self) -> Self:
@@ -141,7 +115,9 @@ class NodeAgent:
             self.limits.on_change(self._limits_changed)
             self._limits_changed()
             if objects is not None:
-                await stack.enter_async_context(self._collection(objects))
+                await stack.enter_async_context(
+                    collection_loop(objects, self.config, self.limits, self.identity.node_id)
+                )
             mirrors = await stack.enter_async_context(
                 registries.mirrors(self.config, self._store.database)
             )
@@ -165,25 +141,27 @@ class NodeAgent:
             stack.callback(self.ended.close)
             stack.push_async_callback(self._background.close)
             stack.push_async_callback(self._working.close)
-            stack.push_async_callback(self._publishing.close)
-            stack.push_async_callback(self._concluding.close)
+            self._ends = BuildEnds(
+                self.slots,
+                self.ended,
+                self._store,
+                self.link,
+                self._background,
+                # As many as builds; more would only slow each other down, and the next builds.
+                exports=self.config.slots,
+            )
+            stack.push_async_callback(self._ends.close)
             self._background.start(self._projects.reap(), name="projects.reap")
             self._background.start(self._bounds.run(), name="node.bounds")
             self._background.start(self._projects.survey.run(self.link.beat), name="platforms")
-            for left in await self.ended.restore():
-                self._background.start(
-                    self._logs.send_late(left, self.ended), name=f"late.{left.build_id}"
-                )
-            self._keeping = ImageKeeping(self._store, self.ended, self.link)
-            self._background.start(self._keeping.confirm_left(), name="images.saved")
-            self._background.start(self.ended.run(self._in_use), name="builds.ended")
+            await self._ends.take_up()
             CacheTasks(
                 self.identity.node_id,
                 self.config,
                 self._store,
                 self._projects,
                 self._bounds,
-                lambda project_id: self._shared_limits(project_id).keep_bytes,
+                lambda project_id: shared_limits(self.config, self.limits, project_id).keep_bytes,
             ).register(self.cache_desk)
             self._stack = stack.pop_all()
         return self
@@ -196,69 +174,17 @@ class NodeAgent:
     ) -> None:
         await self._stack.aclose()
 
-    def _collection(self, objects: S3Store) -> CollectionLoop:
-        config = self.config
-        collector = Collector(
-            objects,
-            self.identity.node_id,
-            self._shared_limits,
-            pool_keep_bytes=config.cache_shared_pool_keep,
-            grace_seconds=config.cache_grace,
-        )
-        return CollectionLoop(objects, collector, config.cache_collect_every)
-
-    def _shared_limits(self, project_id: str) -> Limits:
-        """Return what a project may keep in the shared store: its own bounds, else this node's."""
-        own, config = self.limits.of(project_id), self.config
-        return Limits(
-            keep_bytes=own.shared_keep_bytes or config.cache_shared_keep,
-            idle_seconds=own.shared_idle_seconds or config.cache_shared_idle,
-            context_keep_bytes=config.context_shared_keep,
-            context_idle_seconds=config.context_shared_idle,
-        )
-
-    @staticmethod
-    def _crashed(name: str, error: BaseException) -> None:
-        log.error("background.failed", task=name, exc_info=error)
-
     # What the gateway asks (gatewaylink.NodeState).
 
     def hello(self) -> Hello:
         """Introduce the node."""
-        return Hello(
-            endpoints=[self._with_port(address) for address in self.config.advertise],
-            relay_endpoint=self.config.relay_address or self._listening,
-            platforms=self.config.native_platforms(),
-            slots=self.config.slots,
-            version=VERSION,
-            buildkit_version="",
-            running_build_ids=[key for key, found in self._builds.items() if not found.over],
-        )
-
-    def _with_port(self, address: str) -> str:
-        """Return an advertised address; port 0 stands for the one that the node listens on."""
-        host, port = split_address(address)
-        return address if port else join_address(host, split_address(self._listening)[1])
+        return self.facts.hello()
 
     def heartbeat(self) -> Heartbeat:
         """Describe the node now."""
-        free = shutil.disk_usage(self.config.data).free
-        health = self._store.shared_problem
-        if free < MIN_DISK_FREE_BYTES:
-            health = f"only {free >> 20} MiB are free on the disk"
-        return Heartbeat(
-            running=self._busy(),
-            draining=self._draining,
-            disk_free_bytes=free,
-            health=health,
-            platforms=self._projects.survey.found,
+        return self.facts.heartbeat(
+            health=self._store.shared_problem, platforms=self._projects.survey.found
         )
-
-    def _busy(self) -> int:
-        return sum(not running.over for running in self._builds.values())
-
-    def _crowded(self) -> bool:
-        return not self._draining and builds_crowd(self._busy())
 
     def trust_gateway(self, ticket_key_pem: bytes) -> None:
         """Take the gateway's ticket key."""
@@ -271,20 +197,20 @@ class NodeAgent:
 
     def offer(self, build_id: str, project_id: str, hold_seconds: float) -> str:
         """Reserve a slot for a build; return why not, or an empty text."""
-        now = time.monotonic()
-        self._reserved = {key: until for key, until in self._reserved.items() if until > now}
-        if self._draining:
-            return "the node is draining"
-        if build_id in self._builds:
-            return "the build is at this node already"
-        others = len(self._reserved) - (build_id in self._reserved)
-        if self._busy() + others >= self.config.slots:
-            return "all slots of the node are taken"
-        self._reserved[build_id] = now + hold_seconds
+        if refusal := self.slots.offer(build_id, hold_seconds):
+            return refusal
         log.debug("build.reserved", build_id=build_id, project_id=project_id)
         # While the client is on its way here.
         self._background.start(self._warm_up(project_id), name=f"warm-up.{build_id}")
         return ""
+
+    def reserve(self, build_id: str) -> None:
+        """Expect a build that shares the slot of another one of its client."""
+        self.slots.reserve_beside(build_id)
+
+    async def runtime(self, project_id: str, trust_domain: str) -> ProjectRuntime:
+        """Return a trust domain of a project, for what is no build; see `ProjectPool.runtime`."""
+        return await self._projects.runtime(project_id, trust_domain)
 
     def limit_projects(self, limits: ProjectLimits) -> None:
         """Take the bounds of all projects that have some."""
@@ -305,21 +231,28 @@ class NodeAgent:
 
     def cancel(self, build_id: str, reason: str) -> None:
         """End a build or give back its slot."""
-        self._reserved.pop(build_id, None)
-        running = self._builds.get(build_id)
-        if running is not None and not running.canceled:
-            running.canceled = reason or "canceled"
-            if running.task is not None:
-                running.task.cancel()
+        self.slots.give_back(build_id)
+        build = self.slots.builds.get(build_id)
+        if build is not None:
+            build.cancel(reason or "canceled")
 
     # What clients ask.
 
-    def listening(self, address: str) -> None:
-        """Note the address that the service got."""
-        self._listening = address
-
-    async def admit(self, start: Start, *, member: str) -> BuildJob:
+    async def admit(
+        self,
+        start: Start,
+        *,
+        member: str,
+        make: Callable[..., Job],
+        link: ClientLink | None = None,
+    ) -> Job:
         """Redeem a ticket and start the build.
+
+        Args:
+            start: the ticket and the build.
+            member: name in the client's certificate.
+            make: makes the build; each kind of client has a kind of build.
+            link: to the client; a new one when None.
 
         Raises:
             AccessDeniedError: the ticket is not valid.
@@ -328,28 +261,19 @@ class NodeAgent:
             QuotaExceededError: the disk is full.
         """
         ticket = self.tickets.redeem(start.ticket, member=member)
-        if self._draining:
-            raise NodeLostError("the node is shutting down; start the build again")
-        if self._reserved.pop(ticket.build_id, None) is None:
-            raise QueueTimeoutError(
-                "this build came too late to its node, its slot was given away; "
-                "start the build again"
-            )
         # From here on the slot is this build's, whatever happens while its project is opened.
-        running = self._builds[ticket.build_id] = _Running()
-        self._empty.clear()
+        build = self.slots.take(ticket.build_id)
         try:
-            job = running.job = await self._open(ticket, start)
+            job = build.job = await self._open(ticket, start, make, link or ClientLink())
         except BaseException as error:
-            self._forget(ticket.build_id)
+            self._ends.forget(ticket.build_id)
             self.ended.drop(ticket.build_id)
             state, reason = BuildState.BUILD_STATE_FAILED, str(error)
             if isinstance(error, asyncio.CancelledError):
                 state, reason = BuildState.BUILD_STATE_CANCELED, AWAY
             self.link.report(BuildUpdate(build_id=ticket.build_id, state=state, error=reason))
             raise
-        self.link.beat()
-        self._background.start(self._send_log(job), name=f"log.{job.build_id}")
+        self._background.start(self._ends.send_log(job), name=f"log.{job.build_id}")
         log.info(
             "build.started",
             build_id=job.build_id,
@@ -360,19 +284,20 @@ class NodeAgent:
             given=[*start.spec.secret_ids, *(f"ssh:{name}" for name in start.spec.ssh_ids)],
             entitlements=list(start.spec.entitlements),
         )
-        self._report(job, BuildState.BUILD_STATE_RUNNING)
+        self.link.report_soon(build_update(job, BuildState.BUILD_STATE_RUNNING))
         self._working.start(self._work(job), name=f"build.{job.build_id}")
         return job
 
-    async def _open(self, ticket: Ticket, start: Start) -> BuildJob:
+    async def _open(
+        self, ticket: Ticket, start: Start, make: Callable[..., Job], link: ClientLink
+    ) -> Job:
         try:
             runtime = await self._projects.runtime(ticket.project_id, ticket.trust_domain)
         except (OSError, sqlite3.Error) as error:
             raise storage_error("open the project", error) from error
         # Refused before anything is opened for it.
         rights = StepRights(start.spec, ticket, runtime.policy)
-        link = ClientLink()
-        job = BuildJob(
+        job = make(
             ticket,
             start,
             runtime,
@@ -399,10 +324,10 @@ class NodeAgent:
         Raises:
             NotFoundError: there is none, or it belongs to somebody else.
         """
-        running = self._builds.get(build_id)
-        if running is None or running.job is None or running.job.member != member:
+        build = self.slots.builds.get(build_id)
+        if build is None or build.job is None or build.job.member != member:
             raise NotFoundError(f"there is no build {build_id} of yours on this node")
-        return running.job
+        return build.job
 
     def find(self, build_id: str, *, member: str | None) -> BuildJob | EndedBuild:
         """Return a build that is here, or is kept after its end.
@@ -414,8 +339,8 @@ class NodeAgent:
         Raises:
             NotFoundError: there is none, or it belongs to somebody else.
         """
-        running = self._builds.get(build_id)
-        found = running.job if running is not None else self.ended.find(build_id)
+        build = self.slots.builds.get(build_id)
+        found = build.job if build is not None else self.ended.find(build_id)
         if found is None or member not in (None, found.member):
             raise NotFoundError(
                 f"there is no build {build_id} of yours on this node, or it ended too long ago"
@@ -429,40 +354,37 @@ class NodeAgent:
     async def _work(self, job: BuildJob) -> None:
         """Run a build to its end, whoever looks on."""
         try:
-            result, reason = await self.execute(job)
-            self.finished(job, result, reason)
+            result, reason = await self._execute(job)
+            try:
+                await job.linger()
+            finally:
+                self._ends.finished(job, result, reason)
         except asyncio.CancelledError:
-            self.finished(job, None, STOPPING)
+            self._ends.finished(job, None, STOPPING)
             raise
         except BaseException:
             failure = Failure(kind=Failure.KIND_NODE, message="the node failed; its log says more")
-            self.finished(job, Result(failure=failure), "")
+            self._ends.finished(job, Result(failure=failure), "")
             raise
         finally:
             self.visited(job)
 
     def visited(self, build: BuildJob | EndedBuild) -> None:
         """Hear that a call of a client has ended; after the end of a build the last one counts."""
-        running = self._builds.get(build.build_id)
-        if running is None:
+        present = self.slots.builds.get(build.build_id)
+        if present is None:
             # It is kept for clients that come back, or was until now.
-            self._sweep()
-        elif isinstance(build, BuildJob) and running.over and build.seat.empty:
-            self.release(build)
+            self._ends.sweep()
+        elif isinstance(build, BuildJob) and present.over and build.seat.empty:
+            self._ends.release(build)
 
-    def _in_use(self, build_id: str) -> bool:
-        return build_id in self._builds or self._logs.is_sending(build_id)
-
-    def _sweep(self) -> None:
-        self.ended.sweep(self._in_use)
-
-    async def execute(self, job: BuildJob) -> tuple[Result | None, str]:
+    async def _execute(self, job: BuildJob) -> tuple[Result | None, str]:
         """Run a build; return its result, or None and why it was cancelled."""
-        running = self._builds[job.build_id]
-        if running.canceled:
-            return None, running.canceled
+        build = self.slots.builds[job.build_id]
+        if build.canceled:
+            return None, build.canceled
         work = asyncio.ensure_future(job.run())
-        running.task = work
+        build.task = work
         try:
             await asyncio.wait((work,))
         except asyncio.CancelledError:
@@ -471,128 +393,28 @@ class NodeAgent:
             await finish(asyncio.wait((work,)), CANCEL_SECONDS)
             raise
         if work.cancelled():
-            return None, running.canceled or "the build was interrupted at the node"
+            return None, build.canceled or "the build was interrupted at the node"
         return work.result(), ""
-
-    def finished(self, job: BuildJob, result: Result | None, reason: str) -> None:
-        """Report the end of a build, give back its slot, publish its cache in the background.
-
-        The first call counts.
-        """
-        running = self._builds.get(job.build_id)
-        if running is None or running.over:
-            return
-        running.over = True
-        self._builds_changed()
-        publish = False
-        if result is None:
-            result, ending = interrupted(reason, job.stats)
-        elif result.HasField("success"):
-            publish = job.will_publish()
-            ending = (BuildState.BUILD_STATE_SUCCEEDED, "")
-        else:
-            ending = (BuildState.BUILD_STATE_FAILED, result.failure.message)
-        job.ending = ending
-        job.conclude(result)
-        self.ended.keep(job, result, *ending)
-        self._concluding.start(self._conclude(job, *ending), name=f"conclude.{job.build_id}")
-        log.info("build.finished", build_id=job.build_id, publish=publish, reason=reason)
-        if publish:
-            job.publishing.clear()
-            self._publishing.start(self._publish(job), name=f"publish.{job.build_id}")
-        else:
-            self._background.start(job.release_key(), name=f"release-key.{job.build_id}")
-
-    async def _conclude(self, job: BuildJob, state: BuildState.ValueType, error: str) -> None:
-        """Report the end after the log, so that who follows the log sees all of it."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(CONCLUDE_SECONDS):
-                await job.log_sent.wait()
-        self._report(job, state, error=error)
-        await job.save_record()
-        if (saved := self.ended.unsaved(job.build_id)) is not None:
-            self._publishing.start(self._keeping.confirm(saved), name=f"save.{job.build_id}")
-
-    async def _publish(self, job: BuildJob) -> None:
-        try:
-            try:
-                async with self._exports.turn(job.hurry):
-                    publications = await job.export_cache()
-            finally:
-                # What follows needs neither BuildKit nor anything else that the job holds.
-                job.publishing.set()
-            if publications is not None:
-                await job.confirm_published(publications)
-        finally:
-            task = asyncio.current_task()
-            if task is not None and not task.cancelling():
-                await job.log_sent.wait()
-            self._report(job, BuildState.BUILD_STATE_SUCCEEDED)
-
-    def release(self, job: BuildJob) -> None:
-        """Let go of a build that has ended; what it holds goes when its cache is exported."""
-        job.lose(NodeLostError(AWAY))
-        self._forget(job.build_id)
-        self._sweep()
-        self._background.start(self._close(job), name=f"close.{job.build_id}")
-
-    def _forget(self, build_id: str) -> None:
-        self._builds.pop(build_id, None)
-        if not self._builds:
-            self._empty.set()
-        self._builds_changed()
-
-    def _builds_changed(self) -> None:
-        self.link.beat()
-        self._exports.look()
-
-    async def _close(self, job: BuildJob) -> None:
-        try:
-            if job.ending is not None and job.stats.returned_bytes:
-                # What the client fetched after the end belongs to the numbers of the build.
-                await job.log_sent.wait()
-                self._report(job, job.ending[0], error=job.ending[1])
-            await job.publishing.wait()
-        finally:
-            await job.close()
-
-    async def _send_log(self, job: BuildJob) -> None:
-        try:
-            await self._logs.send(job, self.ended)
-        finally:
-            self._sweep()
-
-    def _report(self, job: BuildJob, state: BuildState.ValueType, *, error: str = "") -> None:
-        self.link.report(build_update(job, state, error))
 
     async def drain(self) -> None:
         """Accept nothing more; wait for running builds and for the cache of finished ones.
 
         What has not ended after `drain_timeout` is cancelled; its clients and the gateway hear it.
         """
-        self._draining = True
-        self._reserved.clear()
-        self._builds_changed()
-        log.info("node.draining", builds=len(self._builds))
+        self.slots.drain()
+        self._ends.changed()
+        log.info("node.draining", builds=len(self.slots.builds))
         try:
             async with asyncio.timeout(self.config.drain_timeout):
-                await self._empty.wait()
-                await self._published()
+                await self.slots.empty.wait()
+                await self._ends.published()
         except TimeoutError:
-            log.warning("node.drain.timed_out", builds=len(self._builds))
-        for build_id in list(self._builds):
+            log.warning("node.drain.timed_out", builds=len(self.slots.builds))
+        for build_id in list(self.slots.builds):
             self.cancel(build_id, STOPPING)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LEAVE_SECONDS):
-                await self._empty.wait()
-        await self._concluding.drain(LEAVE_SECONDS)
+                await self.slots.empty.wait()
+        await self._ends.concluded(LEAVE_SECONDS)
         await self.link.flush(LEAVE_SECONDS)
         log.info("node.drained")
-
-    async def _published(self) -> None:
-        """Wait for cache exports; for uploads only if the shared store takes them."""
-        while not await self._publishing.drain(1.0):
-            objects = self._store.objects
-            away = objects is None or not objects.reachable
-            if away and self._exports.open == 0:
-                return  # the upload queue is durable and goes on after the next start

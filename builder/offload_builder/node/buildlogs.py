@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+ENDED = (
+    BuildState.BUILD_STATE_SUCCEEDED,
+    BuildState.BUILD_STATE_FAILED,
+    BuildState.BUILD_STATE_CANCELED,
+)
 LOG_SECONDS = 300.0
 """For so long the record of a build is kept for a gateway that is away."""
 
@@ -32,8 +37,9 @@ def build_update(job: BuildJob, state: BuildState.ValueType, error: str = "") ->
         error=error,
         stats=job.stats,
         image_digest=job.image_digest,
-        cache_state=job.cache_state,
+        cache_state=job.cache.state,
         steps=job.step_times(),
+        secret_ids=job.secrets.ids if state in ENDED else (),
     )
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing, asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from offload_builder.node.pacing import BREATH_SECONDS, Pacer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 
-    from offload_builder.buildkit.client import BuildkitClient
     from offload_builder.node.clientlink import ClientLink
     from offload_builder.node.journal import Journal
     from offload_proto.v1.events_pb2 import ProgressBatch
@@ -21,6 +20,14 @@ if TYPE_CHECKING:
 STATUS_SECONDS = 5.0
 """BuildKit ends the progress stream with the build; this bounds the silence of one that does not
 end."""
+
+
+class TellsProgress(Protocol):
+    """A BuildKit, as far as progress goes."""
+
+    def status(self, ref: str) -> AsyncGenerator[ProgressBatch]:
+        """Follow a build until it is over."""
+        ...
 
 
 class BuildProgress:
@@ -58,7 +65,7 @@ class BuildProgress:
         self._told_gaps = False
 
     @asynccontextmanager
-    async def following(self, client: BuildkitClient, ref: str) -> AsyncIterator[None]:
+    async def following(self, client: TellsProgress, ref: str) -> AsyncIterator[None]:
         """Follow a solve that runs in the block; at its end, read the progress to its end, too."""
         status = asyncio.ensure_future(self._follow(client, ref))
         try:
@@ -74,7 +81,7 @@ class BuildProgress:
                 status.exception()
             status.cancel()
 
-    async def _follow(self, client: BuildkitClient, ref: str) -> None:
+    async def _follow(self, client: TellsProgress, ref: str) -> None:
         pacer = Pacer(self._write)
         try:
             async with aclosing(client.status(ref)) as batches:

@@ -16,6 +16,8 @@ from offload_core.digest import is_digest
 from offload_core.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from offload_proto.v1.build_spec_pb2 import BuildSpec, CacheOption
 
 MAX_CACHES = 16
@@ -57,14 +59,23 @@ def check_caches(spec: BuildSpec) -> None:
 
 
 def _check(cache: CacheOption) -> None:
-    needed = _NEEDED.get(cache.type)
+    check_cache(cache.type, cache.attributes)
+
+
+def check_cache(kind: str, attributes: Mapping[str, str]) -> None:
+    """Refuse a kind of cache that is not known, or that would be read with the node's keys.
+
+    Raises:
+        UsageError: with the kind and the reason.
+    """
+    needed = _NEEDED.get(kind)
     if needed is None:
-        raise UsageError(f"this node does not know the kind of cache {cache.type[:40]!r}")
+        raise UsageError(f"this node does not know the kind of cache {kind[:40]!r}")
     for name in needed:
-        if not cache.attributes.get(name):
-            raise UsageError(f"a cache of type={cache.type} needs {name}")
-    if any(len(value) > MAX_VALUE_CHARACTERS for value in cache.attributes.values()):
-        raise UsageError(f"an attribute of a cache of type={cache.type} is too long")
+        if not attributes.get(name):
+            raise UsageError(f"a cache of type={kind} needs {name}")
+    if any(len(value) > MAX_VALUE_CHARACTERS for value in attributes.values()):
+        raise UsageError(f"an attribute of a cache of type={kind} is too long")
 
 
 def cache_stores(spec: BuildSpec) -> dict[str, str]:

@@ -58,6 +58,16 @@ class NodeConfig:
         "address HOST:PORT that the gateway's relay dials; when empty, the port of listen at the "
         "address of this machine that leads to the gateway",
     )
+    buildkit_listen: str = option(
+        "",
+        "address HOST:PORT for docker buildx and other clients of BuildKit's API; when empty, any "
+        "free port at the host of listen",
+    )
+    buildkit_relay_address: str = option(
+        "",
+        "address HOST:PORT that the gateway's relay dials for them; when empty, that of "
+        "buildkit_listen as with relay_address",
+    )
     slots: int = option(4, "builds that may run at once")
     platforms: list[str] = option(
         [],
@@ -297,7 +307,14 @@ class NodeConfig:
             raise ConfigError(
                 f'log_level "{self.log_level}" is unknown; use {", ".join(LOG_LEVELS)}'
             )
-        for address in (self.gateway, self.listen, *self.advertise, self.relay_address):
+        for address in (
+            self.gateway,
+            self.listen,
+            *self.advertise,
+            self.relay_address,
+            self.buildkit_listen,
+            self.buildkit_relay_address,
+        ):
             if address:
                 split_address(address)
         if self.s3_endpoint:

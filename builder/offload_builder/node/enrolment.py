@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import ssl
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
@@ -18,7 +17,7 @@ from cryptography.x509.oid import NameOID
 from offload_core.errors import AuthenticationError, ConfigError, GatewayUnreachableError
 from offload_core.status import error_from_rpc
 from offload_core.tls import ENROLL_NAME, KeyPair, open_channel
-from offload_core.trust import fetch_pinned_ca
+from offload_core.trust import fetch_pinned_ca, fingerprints
 from offload_core.versions import call_metadata
 from offload_proto.v1.identity_service_pb2 import EnrollNodeRequest
 from offload_proto.v1.identity_service_pb2_grpc import EnrollmentServiceStub
@@ -42,7 +41,7 @@ class NodeIdentity:
 
 
 async def ensure_identity(config: NodeConfig) -> NodeIdentity:
-    """Return the node's identity, enrolling at the gateway when there is none or it is old.
+    """Return the node's identity, enrolling at the gateway when there is none or it has ended.
 
     Raises:
         ConfigError: no certificate and no token to get one.
@@ -55,45 +54,74 @@ async def ensure_identity(config: NodeConfig) -> NodeIdentity:
         stored = load_identity(folder)
     except OSError as error:
         raise ConfigError(f"cannot use {folder}: {error.strerror}") from error
-    if stored is not None and not needs_renewal(stored):
+    if stored is not None and not _expired(stored.keys.certificate_pem):
+        # It is renewed while the node runs.
         return stored
     token = config.enrolment_token()
     if not token:
-        if stored is not None and not _expired(stored.keys.certificate_pem):
-            return stored
         raise ConfigError(
             "this node is not enrolled: set token or token_file to an enrolment token made with "
             "'offload-builder token create --role node NAME'"
         )
-    identity = await _enroll(config, token)
     try:
-        _save(folder, identity)
+        # Kept before it is used: when the answer is lost, the next attempt is the same one.
+        key_pem = own_key(folder)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {folder}: {error.strerror}") from error
+    identity = await _enroll(config, token, key_pem)
+    try:
+        save_identity(folder, identity)
     except OSError as error:
         raise ConfigError(f"cannot write to {folder}: {error.strerror}") from error
     log.info("node.enrolled", node_id=identity.node_id)
     return identity
 
 
-async def _enroll(config: NodeConfig, token: str) -> NodeIdentity:
-    ca_pem = await fetch_pinned_ca(config.gateway, token)
+def own_key(folder: Path) -> bytes:
+    """Return the node's private key, made and stored when there is none; PEM.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = folder / "key.pem"
+    try:
+        data = path.read_bytes()
+        if isinstance(serialization.load_pem_private_key(data, None), ec.EllipticCurvePrivateKey):
+            return data
+    except (FileNotFoundError, ValueError):
+        pass
     key = ec.generate_private_key(ec.SECP256R1())
-    request = (
-        x509.CertificateSigningRequestBuilder()
-        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, config.name())]))
-        .sign(key, hashes.SHA256())
-    )
-    key_pem = key.private_bytes(
+    data = key.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,
         serialization.NoEncryption(),
     )
+    _replace(path, data)
+    return data
+
+
+def signing_request(key_pem: bytes, name: str) -> bytes:
+    """Return a certificate signing request for a key, PEM."""
+    key = serialization.load_pem_private_key(key_pem, None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ConfigError("the key of this node is of a kind that it never makes; enrol it again")
+    request = (
+        x509.CertificateSigningRequestBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
+        .sign(key, hashes.SHA256())
+    )
+    return request.public_bytes(serialization.Encoding.PEM)
+
+
+async def _enroll(config: NodeConfig, token: str, key_pem: bytes) -> NodeIdentity:
+    ca_pem = await fetch_pinned_ca(config.gateway, token)
     async with open_channel(config.gateway_address(), ENROLL_NAME, ca_pem=ca_pem) as channel:
         try:
             reply = await EnrollmentServiceStub(channel).EnrollNode(
                 EnrollNodeRequest(
                     token=token,
                     node_id=config.name(),
-                    csr_pem=request.public_bytes(serialization.Encoding.PEM),
+                    csr_pem=signing_request(key_pem, config.name()),
                 ),
                 timeout=ENROLL_SECONDS,
                 metadata=call_metadata(),
@@ -105,26 +133,36 @@ async def _enroll(config: NodeConfig, token: str) -> NodeIdentity:
                 unreachable=GatewayUnreachableError,
             ) from error
     keys = KeyPair(reply.certificate_pem, key_pem, reply.ca_pem)
-    if ssl.PEM_cert_to_DER_cert(reply.ca_pem.decode()) != ssl.PEM_cert_to_DER_cert(ca_pem.decode()):
+    if not set(fingerprints(ca_pem)) & set(fingerprints(reply.ca_pem)):
         raise AuthenticationError("the gateway answered with another CA than the token names")
     return NodeIdentity(reply.node_id, keys)
 
 
-def _save(folder: Path, identity: NodeIdentity) -> None:
+def save_identity(folder: Path, identity: NodeIdentity) -> None:
+    """Store an identity; each file is replaced as a whole, and the key stays the same.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     files = {
         "key.pem": identity.keys.private_key_pem,
-        "cert.pem": identity.keys.certificate_pem,
+        # Before the certificate, which may be of a CA that is new.
         "ca.pem": identity.keys.ca_pem,
+        "cert.pem": identity.keys.certificate_pem,
         # Written last: a folder without it is an enrolment that did not finish.
         "node_id": identity.node_id.encode(),
     }
     for name, data in files.items():
-        path = folder / f"{name}.new"
-        with open(path, "wb", opener=_private) as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        path.replace(folder / name)
+        _replace(folder / name, data)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    scratch = path.with_name(f"{path.name}.new")
+    with open(scratch, "wb", opener=_private) as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
 
 
 def _private(path: str, flags: int) -> int:

@@ -66,6 +66,13 @@ class ExportLedger:
         self._under_way.add(name)
         self._owe(name)
 
+    def made(self, scope: str, key: str) -> None:
+        """Note that what steps of a key have made until now was exported with their build."""
+        name = (scope, key)
+        self._exported[name] = self._ran.get(key, 0)
+        _cut(self._exported, name)
+        self.done(scope, key)
+
     def done(self, scope: str, key: str) -> None:
         """Note that an export worked."""
         self._under_way.discard((scope, key))

@@ -36,6 +36,7 @@ class PoolLogins:
         endpoint: tells where the registry of a host is.
         logins: of the pool at a host, for this project; none for untrusted members.
         session: for HTTP; its owner closes it.
+        any_host: there may be a login at any host at all.
     """
 
     def __init__(
@@ -43,7 +44,10 @@ class PoolLogins:
         endpoint: Callable[[str], Endpoint],
         logins: Callable[[str], Sequence[PoolLogin]],
         session: aiohttp.ClientSession,
+        *,
+        any_host: bool = True,
     ) -> None:
+        self.any_host = any_host
         self._endpoint = endpoint
         self._rules = logins
         self._session = session

@@ -17,6 +17,7 @@ from offload_builder.node.exportledger import ExportLedger
 from offload_builder.node.mounts.service import CacheMounts, open_cache_mounts
 from offload_builder.node.nearimages import HeldImages
 from offload_builder.node.ownresults import OwnResults
+from offload_builder.node.steplimits import StepBounds
 from offload_builder.node.steprights import StepPolicy
 from offload_builder.node.stickytimes import StickyTimes
 from offload_builder.provider.process import tools_directory
@@ -24,6 +25,7 @@ from offload_core.errors import NodeLostError, OffloadError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
     from types import TracebackType
 
     from offload_builder.buildkit.client import BuildkitClient
@@ -95,7 +97,8 @@ class ProjectRuntime:
                 root=folder / "buildkit",
                 entitlements=self.policy.permitted.names,
                 binary=config.buildkitd,
-                gate=self.mounts.gate if self.mounts is not None else "",
+                gate=StepBounds.of(config).shell()
+                + (self.mounts.gate if self.mounts is not None else ""),
                 registries=bases.registries,
                 withheld=bases.withheld,
                 search=(tools_directory(),),
@@ -147,6 +150,11 @@ class ProjectRuntime:
             if self._daemon.running:
                 return (await self._daemon.client.info()).platforms
         return ()
+
+    @property
+    def socket(self) -> Path | None:
+        """Where BuildKit listens; None while it does not run."""
+        return self._daemon.client.socket_path if self._daemon.running else None
 
     def touch(self) -> None:
         """Note that a build is about to use it."""

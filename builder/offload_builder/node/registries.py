@@ -140,7 +140,8 @@ class Registries:
             entry = self._named(host)
             return entry.logins_of(project_id) if entry is not None and trusted else []
 
-        return PoolLogins(self.reach, of_host, session)
+        some = any(of_host(host) for host in self._entries)
+        return PoolLogins(self.reach, of_host, session, any_host=some)
 
     def mirrors(self, config: NodeConfig, database: CacheDatabase) -> Mirrors:
         """Return the node's base images; without any registry when they are turned off."""

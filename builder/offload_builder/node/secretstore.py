@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 500 * 1024
 """BuildKit's MaxSecretSize."""
+MAX_NOTED = 100
+MAX_NOTED_CHARACTERS = 100
 _GIT_LOGINS = ("GIT_AUTH_TOKEN", "GIT_AUTH_HEADER")
 """Names under which BuildKit asks for logins at git servers; ".HOST" may follow."""
 
@@ -27,18 +29,23 @@ class BuildSecrets:
 
     def __init__(self, link: ClientLink, ids: Sequence[str]) -> None:
         self._link = link
-        self._ids = tuple(dict.fromkeys(ids))
+        self.ids = tuple(dict.fromkeys(ids))
         self._values: dict[str, bytearray] = {}
         self._fetching: dict[str, asyncio.Task[None]] = {}
         self._tasks = TaskSet()
         self._over = False
 
     def __repr__(self) -> str:
-        return f"BuildSecrets({list(self._ids)})"
+        return f"BuildSecrets({list(self.ids)})"
+
+    def note(self, secret_id: str) -> None:
+        """Note a secret that BuildKit has asked a client of its own for."""
+        if secret_id not in self.ids and len(self.ids) < MAX_NOTED:
+            self.ids = (*self.ids, secret_id[:MAX_NOTED_CHARACTERS])
 
     def fetch(self) -> None:
         """Ask for all of them."""
-        for secret_id in self._ids:
+        for secret_id in self.ids:
             work = self._fetch(secret_id)
             self._fetching[secret_id] = self._tasks.start(work, name=f"secret {secret_id}")
 

@@ -13,10 +13,14 @@ from grpc import aio
 from offload_builder.datalock import DataLock
 from offload_builder.node.agent import NodeAgent
 from offload_builder.node.enrolment import ensure_identity
+from offload_builder.node.proxy.server import BuildkitPort
+from offload_builder.node.renewal import IdentityKeeper
 from offload_builder.node.services import Blobs, NodeBuilds
+from offload_builder.revocations import RevocationGate, Revocations
 from offload_core.errors import ConfigError
 from offload_core.interceptors import ErrorInterceptor
-from offload_core.tls import SERVER_OPTIONS, server_credentials
+from offload_core.servercredentials import ReloadingCredentials
+from offload_core.tls import SERVER_OPTIONS
 from offload_core.trust import join_address, split_address
 from offload_proto.v1.node_service_pb2_grpc import (
     add_BlobsServiceServicer_to_server,
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from offload_builder.node.config import NodeConfig
+    from offload_core.tls import KeyPair
 
 log = structlog.get_logger(__name__)
 
@@ -44,6 +49,10 @@ class NodeServer:
     def __init__(self, config: NodeConfig) -> None:
         self.config = config
         self.agent: NodeAgent
+        self.revocations: Revocations
+        self.credentials: ReloadingCredentials
+        self._keeper: IdentityKeeper
+        self.buildkit_port: BuildkitPort
         self.address = ""
         self._stack = AsyncExitStack()
         self._errors = ErrorInterceptor("this node")
@@ -61,8 +70,13 @@ class NodeServer:
             )
             identity = await ensure_identity(self.config)
             self.agent = await stack.enter_async_context(NodeAgent(self.config, identity))
+            self.revocations = Revocations(self.config.data / "revocations.json")
+            credentials = self.credentials = ReloadingCredentials(identity.keys)
+            self._keeper = IdentityKeeper(self.config, identity, self._use)
+            self.agent.link.handlers["revocations"] = self.revocations.take_message
+            self.agent.link.handlers["authorities"] = self._keeper.take_authorities
             server = aio.server(
-                interceptors=(self._errors,),
+                interceptors=(RevocationGate(self.revocations), self._errors),
                 options=SERVER_OPTIONS,
                 maximum_concurrent_rpcs=MAX_CALLS,
             )
@@ -71,14 +85,20 @@ class NodeServer:
             host, port = split_address(self.config.listen, default_port=DEFAULT_PORT)
             try:
                 bound = server.add_secure_port(
-                    join_address(host, port), server_credentials(identity.keys, require_client=True)
+                    join_address(host, port), credentials.server(require_client=True)
                 )
             except RuntimeError as error:
                 raise ConfigError(
                     f"cannot listen on {self.config.listen}; is the port in use?"
                 ) from error
             self.address = join_address(host, bound)
-            self.agent.listening(_reachable(self.address, self.config.gateway))
+            self.agent.facts.listening = _reachable(self.address, self.config.gateway)
+            buildkit = self.buildkit_port = await stack.enter_async_context(
+                BuildkitPort(self.config, self.agent, self.revocations)
+            )
+            self.agent.facts.buildkit_address = self.config.buildkit_relay_address or _reachable(
+                buildkit.address, self.config.gateway
+            )
             stack.push_async_callback(self._stop, server)
             await server.start()
             self._stack = stack.pop_all()
@@ -100,15 +120,25 @@ class NodeServer:
     async def run(self) -> None:
         """Stay attached to the gateway until cancelled, then drain."""
         link = asyncio.ensure_future(self.agent.link.run())
+        keeper = asyncio.ensure_future(self._keeper.run())
         try:
             await asyncio.shield(link)
         except asyncio.CancelledError:
             if not link.done():
+                self.buildkit_port.drain()
                 await self.agent.drain()
             raise
         finally:
+            keeper.cancel()
             link.cancel()
-            await asyncio.wait((link,))
+            await asyncio.wait((link, keeper))
+
+    def _use(self, keys: KeyPair) -> None:
+        """Serve and attach with another certificate from now on."""
+        self.agent.identity = self._keeper.identity
+        self.credentials.use(keys)
+        self.agent.link.use(keys)
+        self.buildkit_port.use(keys)
 
 
 def _reachable(address: str, gateway: str) -> str:

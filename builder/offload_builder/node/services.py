@@ -13,6 +13,7 @@ from offload_builder.node.endedbuilds import EndedBuild
 from offload_builder.node.indexpush import push_index
 from offload_builder.node.pushing import push_image
 from offload_builder.node.savedimages import TICKET_KEY
+from offload_builder.node.solvejob import SolveJob
 from offload_builder.node.uploads import Upload
 from offload_core.errors import (
     AccessDeniedError,
@@ -96,7 +97,7 @@ class NodeBuilds(NodeBuildsServiceServicer):
         """Start one build and be its client; see the .proto file."""
         member = member_name(context)
         first = await _first(request_iterator, "start")
-        job = await self._agent.admit(first.start, member=member)
+        job = await self._agent.admit(first.start, member=member, make=SolveJob)
         visit = job.seat.first()
         async with aclosing(attend(self._agent, job, visit, request_iterator)) as messages:
             async for message in messages:

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from offload_builder.buildkit.stepbounds import PERIOD_MICROSECONDS, bounds_shell
 from offload_core.errors import ConfigError, InvalidValueError
 from offload_core.units import format_memory
 
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from offload_builder.node.config import NodeConfig
     from offload_proto.v1.build_spec_pb2 import ResourceLimits
 
-PERIOD_MICROSECONDS = 100_000
-"""The kernel's usual period of a processor quota."""
 MIN_MEMORY_BYTES = 6 << 20
 """As docker: with less no container starts."""
 MIN_CPUS = 0.01
@@ -48,6 +47,15 @@ class StepBounds:
         """Return those of a node's configuration."""
         return cls(
             config.step_memory, config.step_memory_max, config.step_cpus, config.step_cpus_max
+        )
+
+    def shell(self) -> str:
+        """Return what runc's stand-in does before each step, so that they hold for all builds."""
+        return bounds_shell(
+            memory_bytes=self.memory_bytes,
+            max_memory_bytes=self.max_memory_bytes,
+            cpus=self.cpus,
+            max_cpus=self.max_cpus,
         )
 
     def check(self) -> None:

@@ -211,6 +211,10 @@ class Registry:
         self._states[capability] = GrantState(grant)
         return capability
 
+    def capabilities(self) -> list[str]:
+        """Return those in force, for who must keep them out of what people see."""
+        return list(self._states)
+
     async def revoke(self, capability: str) -> None:
         """Close a capability's repositories and end its uploads; fine when it is unknown."""
         state = self._states.pop(capability, None)

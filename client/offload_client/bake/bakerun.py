@@ -26,6 +26,8 @@ from offload_client.build.runner import (
 )
 from offload_client.build.spec import effective_outputs
 from offload_client.bytepipe import in_thread
+from offload_client.ci.jobreport import JobReport
+from offload_client.ci.sourcenames import source_names
 from offload_client.eventlog import show_events
 from offload_client.interrupts import Interrupts
 from offload_client.progress.display import make_display
@@ -97,6 +99,7 @@ class BakeRun:
         self._messages: dict[str, str] = {}
         self._totals: Totals | None = None
         self._failure: Failure | None = None
+        self._report = JobReport(invocation, " ".join(request.targets), request.summary_file)
         self._display: Display
         self._settings: Settings
         self._identity: StoredIdentity
@@ -109,11 +112,20 @@ class BakeRun:
         Raises:
             OffloadError: with docker's or our documented exit code.
         """
-        invocation, request = self._invocation, self._request
         self._check_outputs()
         self._settings = resolve_settings(
-            invocation, gateway=request.gateway, project=request.project
+            self._invocation, gateway=self._request.gateway, project=self._request.project
         )
+        self._report.prepare()
+        try:
+            await self._run()
+        except OffloadError as error:
+            await self._report.write(self._settings, self._connections, error)
+            raise
+        await self._report.write(self._settings, self._connections, None)
+
+    async def _run(self) -> None:
+        invocation, request = self._invocation, self._request
         if request.metadata_file:
             check_file(invocation.path(request.metadata_file))
         for remark, names in self._remarks().items():
@@ -121,9 +133,14 @@ class BakeRun:
             invocation.err(f"WARNING: {about}{remark}")
         debug = request.debug or bool(invocation.environment.get("OFFLOAD_DEBUG"))
         with make_display(
-            request.progress, invocation.stderr, invocation.environment, expand_warnings=debug
+            request.progress,
+            invocation.stderr,
+            invocation.environment,
+            expand_warnings=debug,
+            sources=source_names(invocation, self._options.values()),
         ) as display:
             self._display = display
+            self._report.watch(display)
             show_events(display.notice, everything=debug)
             try:
                 self._identity = await self._connections.identity(
@@ -131,6 +148,7 @@ class BakeRun:
                 )
                 await self._build_all()
             finally:
+                self._report.ended(self._failure, self._totals)
                 await finish_display(display, self._failure, self._totals)
         await in_thread(self._conclude, name="last-words")
 
@@ -251,6 +269,7 @@ class BakeRun:
                 key: value for key, value in metadata.items() if not key.startswith(IMAGE_KEYS)
             }
         self._metadata[name] = metadata
+        self._report.built(assigned.build_id, name, metadata)
         if options.call is not None:
             self._answers.add(name, options.call, result.success.call_result)
         elif message := result.success.exporter_response.get(INLINE_MESSAGE):
@@ -296,9 +315,11 @@ class BakeRun:
             self._invocation.err(f"WARNING: {said[0]} for {', '.join(silent)} target(s).{said[2]}")
         text, error = self._answers.output()
         if text:
-            self._invocation.out(text.removesuffix("\n"))
+            asked = "format=json" in self._request.call
+            show = self._invocation.out if asked else self._invocation.out_foreign
+            show(text.removesuffix("\n"))
         for name in sorted(self._messages):
-            self._invocation.out(f"\n# {name}\n{self._messages[name]}")
+            self._invocation.out_foreign(f"\n# {name}\n{self._messages[name]}")
         if error is not None:
             raise error
 

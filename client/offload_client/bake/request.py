@@ -31,6 +31,7 @@ class BakeRequest:
         remarks: what to warn of before building.
         progress: mode of --progress.
         metadata_file: value of --metadata-file.
+        summary_file: value of --summary-file.
         gateway: value of --gateway.
         project: value of --project.
     """
@@ -52,5 +53,6 @@ class BakeRequest:
     remarks: Sequence[str] = ()
     progress: str = "auto"
     metadata_file: str = ""
+    summary_file: str = ""
     gateway: str | None = None
     project: str | None = None

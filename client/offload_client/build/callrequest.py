@@ -26,6 +26,11 @@ class CallRequest:
     """Exit with 0 also when something was found."""
 
     @property
+    def machine_readable(self) -> bool:
+        """The answer is for programs."""
+        return self.format == "json"
+
+    @property
     def method(self) -> str:
         """BuildKit's name of the request."""
         return f"frontend.{self.name}"

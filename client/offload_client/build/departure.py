@@ -46,6 +46,8 @@ def kept_here(options: BuildOptions, outputs: Sequence[OutputOption]) -> str:
         found.append("--iidfile")
     if options.metadata_file:
         found.append("--metadata-file")
+    if options.summary_file:
+        found.append("--summary-file")
     if options.call is not None:
         found.append("--call")
     return " and ".join(dict.fromkeys(found))

@@ -96,6 +96,9 @@ class BuildOptions:
     remarks: Sequence[str] = ()
     """What to warn of before building, for example a flag that docker deprecates."""
     metadata_file: str = ""
+    summary_file: str = ""
+    """--summary-file; empty for what the environment says, "none" for none."""
+    result_file: str = ""
     iidfile: str = ""
     secrets: Sequence[SecretOption] = ()
     agents: Sequence[AgentOption] = ()

@@ -8,6 +8,8 @@ import os
 import termios
 from typing import TYPE_CHECKING
 
+from offload_client.ci.system import in_pipeline
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -84,6 +86,9 @@ class Question:
             termios.tcsetattr(file, termios.TCSANOW, modes)
 
     def _open(self) -> bool:
+        if in_pipeline(self._invocation.environment):
+            # Some systems give commands a terminal, but nobody sits there.
+            return False
         file = self._invocation.stdin
         try:
             if not (os.isatty(file) and os.isatty(self._invocation.stderr.fileno())):

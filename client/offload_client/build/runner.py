@@ -10,8 +10,11 @@ from offload_client.build.departure import check_detach
 from offload_client.build.privateinputs import PrivateInputs
 from offload_client.build.spec import effective_outputs
 from offload_client.bytepipe import in_thread
+from offload_client.ci.jobreport import JobReport
+from offload_client.ci.sourcenames import source_names
 from offload_client.eventlog import show_events
 from offload_client.progress.display import make_display
+from offload_client.reference import familiar_reference
 from offload_client.settings import resolve_settings
 from offload_core.errors import (
     BuildCanceledError,
@@ -70,7 +73,19 @@ async def run_build(
         BrokenPipeError: nobody reads the results any more.
     """
     async with open_context(invocation, options) as files:
-        await _build(invocation, options, connections, files)
+        settings = resolve_settings(
+            invocation, gateway=options.gateway, project=options.project, directory=files.root
+        )
+        tag = next(iter(options.tags), "")
+        title = familiar_reference(tag) if tag else files.root.resolve().name
+        report = JobReport(invocation, title, options.summary_file, options.result_file)
+        report.prepare()
+        try:
+            await _build(invocation, options, connections, files, settings, report)
+        except OffloadError as error:
+            await report.write(settings, connections, error)
+            raise
+        await report.write(settings, connections, None)
 
 
 async def _build(
@@ -78,10 +93,9 @@ async def _build(
     options: BuildOptions,
     connections: Connections,
     files: ContextFiles,
+    settings: Settings,
+    report: JobReport,
 ) -> None:
-    settings = resolve_settings(
-        invocation, gateway=options.gateway, project=options.project, directory=files.root
-    )
     outputs = effective_outputs(options)
     check_detach(options, outputs)
     for remark in options.remarks:
@@ -90,8 +104,13 @@ async def _build(
     result: Result | None = None
     debug = options.debug or bool(invocation.environment.get("OFFLOAD_DEBUG"))
     with make_display(
-        options.progress, invocation.stderr, invocation.environment, expand_warnings=debug
+        options.progress,
+        invocation.stderr,
+        invocation.environment,
+        expand_warnings=debug,
+        sources=source_names(invocation, [options]),
     ) as display:
+        report.watch(display)
         show_events(display.notice, everything=debug)
         private = await in_thread(lambda: PrivateInputs(invocation, options), name="private-inputs")
         parts = (invocation, options, outputs, files, display, connections, settings, private)
@@ -112,14 +131,19 @@ async def _build(
             # Whatever went wrong is told by the caller, below the steps.
             if result is None:
                 await finish_display(display, None)
+        report.built(assigned.build_id)
         if result is None:
             _left(invocation, options, assigned.build_id)
             return
         failure = result.failure if result.HasField("failure") else None
         totals = build.results.totals(result)
+        report.ended(failure, totals)
         await finish_display(display, failure, totals)
     if failure is not None:
         raise error_of(failure)
+    metadata = build.results.metadata(result, assigned.build_id, assigned.node_id)
+    report.built(assigned.build_id, metadata=metadata)
+    report.image_id(build.results.image_id(result))
     build.results.write_files(result, assigned.build_id, assigned.node_id)
     done = result
     if options.call is not None:
@@ -134,7 +158,7 @@ async def _build(
         name="last-words",
     )
     if message := result.success.exporter_response.get(INLINE_MESSAGE):
-        await in_thread(lambda: invocation.out(f"\n{message}"), name="inline-message")
+        await in_thread(lambda: invocation.out_foreign(f"\n{message}"), name="inline-message")
 
 
 async def groups_of(
@@ -168,7 +192,8 @@ def _answer(invocation: Invocation, options: BuildOptions, result: Result) -> No
     title = dockerfile_title(options.path, options.file)
     text, error = call_output(options.call, result.success.call_result, title)
     if text:
-        invocation.out(text.removesuffix("\n"))
+        show = invocation.out if options.call.machine_readable else invocation.out_foreign
+        show(text.removesuffix("\n"))
     if error is not None:
         raise error
 

@@ -38,9 +38,9 @@ _TYPES = {
 def effective_outputs(options: BuildOptions) -> list[OutputOption]:
     """Return the outputs of a build, with the image that is implied.
 
-    A build with a tag, --iidfile, --metadata-file, --quiet or --detach and no output keeps its
-    image in the pool's registry; so a later `--load` or `--push` transfers layers and nothing else.
-    So does each build with --save.
+    A build with a tag, --iidfile, --metadata-file, --result-file, --quiet or --detach and no output
+    keeps its image in the pool's registry; so a later `--load` or `--push` transfers
+    layers and nothing else. So does each build with --save.
     """
     from offload_client.build.options import OutputOption
 
@@ -49,7 +49,7 @@ def effective_outputs(options: BuildOptions) -> list[OutputOption]:
         return []
     outputs = list(options.outputs)
     wants_image = options.tags or options.iidfile or options.metadata_file or options.quiet
-    wants_image = wants_image or options.detach
+    wants_image = wants_image or options.detach or options.result_file
     lacks_image = not any(output.type in ("image", "registry") for output in outputs)
     if (not outputs and wants_image) or (options.save and lacks_image):
         outputs.append(OutputOption("image"))

@@ -13,6 +13,7 @@ from offload_client.build.options import parse_progress
 from offload_client.build.remotecontext import is_remote
 from offload_client.cli.build import build_command, flag_syntax, parse_build
 from offload_client.cli.furtherflags import BUILDER
+from offload_client.cli.options import gateway_option
 from offload_client.goboolean import parse_boolean
 from offload_core.errors import InternalError, InvalidValueError
 
@@ -72,7 +73,7 @@ Examples:
     metavar="FILE",
     help='Bake file in HCL or JSON, or compose file; "-" for standard input.',
 )
-@click.option("--gateway", metavar="URL", help="Gateway to use instead of the configured one.")
+@gateway_option
 @click.option("-h", "--help", "help", is_flag=True, help="Show this message and exit.")
 @click.option("--list", "listed", default="", metavar="KIND", help="List targets or variables.")
 @click.option(
@@ -109,6 +110,12 @@ Examples:
 )  # fmt: skip
 @click.option(
     "--sbom", default="", metavar="VALUE", help='Shorthand for "--set=*.attest=type=sbom".'
+)
+@click.option(
+    "--summary-file",
+    default="",
+    metavar="FILE",
+    help='Write a summary in Markdown to a file; "none" for none. GitHub\'s is written unasked.',
 )
 @click.option(
     "--set",
@@ -160,6 +167,7 @@ def parse_bake(invocation: Invocation) -> BakeRequest | None:
         remarks=[BUILDER.format(name=values["builder"])] if values["builder"] else [],
         progress=parse_progress(values["progress"]),
         metadata_file=values["metadata_file"],
+        summary_file=values["summary_file"],
         gateway=values["gateway"],
         project=values["project"],
     )

@@ -30,6 +30,7 @@ from offload_client.build.secretoptions import (
 from offload_client.cli.defaultload import with_default_load
 from offload_client.cli.flags import FlagSyntax
 from offload_client.cli.furtherflags import further_flags, read_further
+from offload_client.cli.options import gateway_option
 from offload_core import VERSION
 from offload_core.errors import InvalidValueError
 
@@ -124,7 +125,7 @@ Examples:
     metavar="FILE",
     help='Name of the Dockerfile (default: "PATH/Dockerfile"); "-" reads it from standard input.',
 )
-@click.option("--gateway", metavar="URL", help="Gateway to use instead of the configured one.")
+@gateway_option
 @click.option("-h", "--help", "help", is_flag=True, help="Show this message and exit.")
 @click.option("--iidfile", default="", metavar="FILE", help="Write the image ID to a file.")
 @click.option(
@@ -167,6 +168,12 @@ Examples:
     "-q", "--quiet", is_flag=True, help="Suppress the build output and print image ID on success."
 )
 @click.option(
+    "--result-file",
+    default="",
+    metavar="FILE",
+    help="Write IDs and digest of the build to a file, as NAME=VALUE lines.",
+)
+@click.option(
     "--save",
     is_flag=True,
     help="Keep the image in the pool's shared store, for 'offload pull' and 'offload push'.",
@@ -185,6 +192,12 @@ Examples:
     metavar="AGENT",
     help="SSH agent socket or keys to expose to the build "
     '(format: "default|<id>[=<socket>|<key>[,<key>]]").',
+)
+@click.option(
+    "--summary-file",
+    default="",
+    metavar="FILE",
+    help='Write a summary in Markdown to a file; "none" for none. GitHub\'s is written unasked.',
 )
 @click.option(
     "-t",
@@ -282,6 +295,8 @@ def _options(values: dict[str, Any], invocation: Invocation) -> BuildOptions:
         quiet=values["quiet"] or values["progress"] == "quiet",
         outputs=outputs,
         metadata_file=values["metadata_file"],
+        summary_file=values["summary_file"],
+        result_file=values["result_file"],
         iidfile=check_iidfile(values["iidfile"], outputs),
         secrets=parse_secrets(values["secrets"]),
         agents=parse_agents(values["agents"]),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from offload_client.cli.options import gateway_option
 from offload_client.cli.process import run_async
 from offload_client.cli.tables import ago, between, format_table, rfc3339
 from offload_client.gateway import GatewayCalls
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from offload_client.connections import Connections
     from offload_client.invocation import Invocation
     from offload_proto.v1.builds_service_pb2 import Build, BuildStats
+    from offload_proto.v1.identity_service_pb2 import ExternalIdentity
 
 
 @click.command()
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     type=click.IntRange(1, 1000),
     help="At most so many.",
 )
-@click.option("--gateway", metavar="URL", help="Gateway to use instead of the configured one.")
+@gateway_option
 @click.option(
     "--format", "output", type=click.Choice(("table", "json")), default="table", show_default=True
 )
@@ -146,8 +148,28 @@ def _pretty(build: Build) -> str:
     }
     if build.group_id:
         lines["Part of"] = f"group {build.group_id}: one image, whose platforms several nodes build"
+    if build.HasField("identity"):
+        lines["Identity"] = f"{build.identity.subject} ({build.identity.issuer})"
+        lines["Rule"] = build.identity.rule
+        lines["Run"] = build.identity.run_url or "-"
     width = max(map(len, lines)) + 3
     return "\n".join(f"{name.ljust(width)}{value}" for name, value in lines.items())
+
+
+def identity_json(identity: ExternalIdentity) -> dict[str, Any]:
+    """Return who somebody is at an identity provider; names are those of the API."""
+    return {
+        "issuer": identity.issuer,
+        "subject": identity.subject,
+        "run_url": identity.run_url,
+        "rule": identity.rule,
+        "bound": identity.bound,
+        "branch": identity.branch,
+        "target_branch": identity.target_branch,
+        "pull_request": identity.pull_request,
+        "fork": identity.fork,
+        "protected_branch": identity.protected_branch,
+    }
 
 
 def _steps(stats: BuildStats) -> str:
@@ -182,6 +204,8 @@ def build_json(build: Build) -> dict[str, Any]:
         "repeat_of": build.repeat_of,
         "repeated_by": build.repeated_by,
         "image_saved": build.image_saved,
+        "identity": identity_json(build.identity) if build.HasField("identity") else None,
+        "client": build.client,
         "stats": {
             "steps_total": stats.steps_total,
             "steps_cached": stats.steps_cached,

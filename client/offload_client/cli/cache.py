@@ -9,6 +9,7 @@ import click
 from offload_client.cli.cacheprune import prune
 from offload_client.cli.cacheusage import usage
 from offload_client.cli.cachewhy import why
+from offload_client.cli.options import gateway_option, project_option
 from offload_client.cli.process import run_async
 from offload_client.gateway import GatewayCalls
 from offload_client.settings import resolve_settings
@@ -38,8 +39,8 @@ def cache() -> None:
 @click.option(
     "--to", "target", metavar="BRANCH", help="Branch that gets the entries.  [default: the pool's]"
 )
-@click.option("--project", metavar="NAME", help="Project instead of the configured one.")
-@click.option("--gateway", metavar="URL", help="Gateway to use instead of the configured one.")
+@project_option
+@gateway_option
 @click.pass_obj
 def promote(
     invocation: Invocation,

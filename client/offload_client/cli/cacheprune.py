@@ -9,6 +9,8 @@ import click
 
 from offload_client.build.cibranch import build_branches
 from offload_client.build.vcs import branch_and_revision
+from offload_client.ci.system import in_pipeline
+from offload_client.cli.options import gateway_option, project_option
 from offload_client.cli.process import run_async
 from offload_client.cli.tables import ago, format_table
 from offload_client.gateway import GatewayCalls
@@ -46,8 +48,8 @@ MAX_SHOWN = 50
 )
 @click.option("--dry-run", is_flag=True, help="Only show what would be removed.")
 @click.option("-f", "--force", is_flag=True, help="Do not ask.")
-@click.option("--project", metavar="NAME", help="Project instead of the configured one.")
-@click.option("--gateway", metavar="URL", help="Gateway to use instead of the configured one.")
+@project_option
+@gateway_option
 @click.pass_obj
 def prune(
     invocation: Invocation,
@@ -74,7 +76,8 @@ def prune(
     """
     settings = resolve_settings(invocation, gateway=gateway, project=project)
     wanted = _filter(invocation, scope, unused_for, keep_storage, all_scopes=all_scopes)
-    if not (dry_run or force or os.isatty(invocation.stdin)):
+    asking = os.isatty(invocation.stdin) and not in_pipeline(invocation.environment)
+    if not (dry_run or force or asking):
         raise UsageError(
             "there is no terminal to ask on; give --force to prune, or --dry-run to look"
         )

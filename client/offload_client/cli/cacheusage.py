@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from offload_client.cli.options import gateway_option
 from offload_client.cli.process import run_async
 from offload_client.cli.tables import ago, format_table, rfc3339
 from offload_client.gateway import GatewayCalls
@@ -26,7 +27,7 @@ USAGE_SECONDS = 60.0
 
 @click.command()
 @click.option("--project", metavar="NAME", help="Only this project; all that you may use if not.")
-@click.option("--gateway", metavar="URL", help="Gateway to use instead of the configured one.")
+@gateway_option
 @click.option(
     "--format", "output", type=click.Choice(("table", "json")), default="table", show_default=True
 )

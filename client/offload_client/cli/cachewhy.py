@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from offload_client.cli.options import gateway_option
 from offload_client.cli.process import run_async
 from offload_client.cli.tables import ago, rfc3339
 from offload_client.gateway import GatewayCalls
@@ -25,7 +26,7 @@ WHY_SECONDS = 60.0
 @click.command()
 @click.argument("build_id", metavar="BUILD")
 @click.argument("step", metavar="[STEP]", required=False)
-@click.option("--gateway", metavar="URL", help="Gateway to use instead of the configured one.")
+@gateway_option
 @click.option(
     "--format", "output", type=click.Choice(("text", "json")), default="text", show_default=True
 )

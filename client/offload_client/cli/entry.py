@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 # What gRPC logs of a refused connection is in our sentence; whoever wants more sets it.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
@@ -20,7 +25,7 @@ def build_main() -> None:
     except KeyboardInterrupt:
         # Before the command has said what an interrupt means to it, or after that.
         code = INTERRUPTED
-    sys.exit(code)
+    _end(code)
 
 
 def _build(arguments: list[str]) -> int:
@@ -47,7 +52,7 @@ def docker_main() -> None:
         code = main(sys.argv[1:])
     except KeyboardInterrupt:
         code = INTERRUPTED
-    sys.exit(code)
+    _end(code)
 
 
 def offload_main() -> None:
@@ -58,4 +63,26 @@ def offload_main() -> None:
         code = main(sys.argv[1:])
     except KeyboardInterrupt:
         code = INTERRUPTED
+    _end(code)
+
+
+def _end(code: int) -> NoReturn:
+    """Leave with an exit code; certificates of builders that are due are renewed afterwards."""
+    try:
+        due = os.stat(f"{_config_folder()}/buildx/due").st_mtime  # noqa: PTH116 - no imports here
+    except OSError:
+        sys.exit(code)
+    if due <= time.time():
+        from offload_client.buildx.background import start_refresh
+
+        start_refresh({**os.environ, "OFFLOAD_CONFIG_DIR": os.path.abspath(_config_folder())})  # noqa: PTH100
     sys.exit(code)
+
+
+def _config_folder() -> str:
+    """Return what `Invocation.config_dir` finds, without its imports."""
+    environment = os.environ
+    if directory := environment.get("OFFLOAD_CONFIG_DIR"):
+        return os.path.expanduser(directory)  # noqa: PTH111
+    base = environment.get("XDG_CONFIG_HOME") or f"{environment.get('HOME') or ''}/.config"
+    return f"{base}/offload"

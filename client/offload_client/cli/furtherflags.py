@@ -69,7 +69,10 @@ NOTES: dict[str, str] = {
     "--sbom": "the node pulls the scanner's image",
 }
 """What differs or is easily missed, by flag, for the documentation."""
-OWN = ("--cache-scope", "--detach", "--gateway", "--project", "--save", "--version")
+OWN = (
+    "--cache-scope", "--detach", "--gateway", "--project", "--result-file", "--save",
+    "--summary-file", "--version",
+)  # fmt: skip
 """Flags that docker does not have."""
 _NUMBERS = ("--cpu-period", "--cpu-quota", "--cpu-shares")
 _SWITCHES = ("--compress", "--force-rm", "--rm", "--squash")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from offload_client.cli.options import gateway_option, pretty_or_json
 from offload_client.cli.process import run_async
 from offload_client.gateway import GatewayCalls
 from offload_client.settings import resolve_settings
@@ -19,10 +20,8 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("build_id", metavar="BUILD")
-@click.option(
-    "--format", "output", type=click.Choice(("pretty", "json")), default="pretty", show_default=True
-)
-@click.option("--gateway", metavar="URL", help="Gateway to use instead of the configured one.")
+@pretty_or_json
+@gateway_option
 @click.pass_obj
 def inspect(invocation: Invocation, build_id: str, output: str, gateway: str | None) -> int:
     """Show what a build was made from, its steps and its result.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from offload_client.cli.options import gateway_option
 from offload_client.cli.process import run_async
 from offload_client.gateway import GatewayCalls
 from offload_client.progress.display import make_display
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Form of the output.",
 )
-@click.option("--gateway", metavar="URL", help="Gateway to use instead of the configured one.")
+@gateway_option
 @click.pass_obj
 def logs(
     invocation: Invocation, build_id: str, progress: str, gateway: str | None, *, follow: bool
@@ -46,7 +47,9 @@ def logs(
         from offload_client.bytepipe import in_thread
 
         calls = await GatewayCalls.open(invocation, settings, connections)
-        with make_display(progress, invocation.stdout, invocation.environment) as display:
+        with make_display(
+            progress, invocation.stdout, invocation.environment, folds=False
+        ) as display:
             async with aclosing(read_log(calls, build_id, follow=follow)) as log:
                 async for batch in log:
                     display.feed(batch)

@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 COMMANDS = {
-    "login": "Log in at a gateway with a token.",
+    "login": "Log in at a gateway with a token or an identity provider.",
     "logout": "Forget the login at a gateway.",
+    "init": "Write the project file, and what a pipeline needs.",
     "status": "Show the gateway, its nodes, and who you are.",
+    "whoami": "Show who you are at the gateway, and until when.",
     "builds": "List builds, or show one.",
     "attach": "Follow a build to its end.",
     "logs": "Print everything that a build printed.",
@@ -28,8 +30,12 @@ COMMANDS = {
     "cancel": "End a queued or running build.",
     "install": "Make 'docker build' build on the pool.",
     "uninstall": "Undo 'install'.",
+    "buildx": "Use the pool as a builder of stock docker buildx.",
+    "exec": "Run a BuildKit client on the pool.",
     "cache": "Look at the layer cache, prune it, promote a branch.",
 }
+FUNCTIONS = {"exec": "execute"}
+"""Where the function cannot have the name of its command."""
 
 
 class LazyGroup(click.Group):
@@ -44,7 +50,7 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(f"offload_client.cli.{cmd_name}")
-        command: click.Command = getattr(module, cmd_name)
+        command: click.Command = getattr(module, FUNCTIONS.get(cmd_name, cmd_name))
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -60,7 +66,7 @@ def offload() -> None:
 
     \b
     Examples:
-      offload login https://gateway.example:7443 --token ofl_...
+      offload login https://gateway.example:7443
       offload status
       offload logs 3f9a
     """

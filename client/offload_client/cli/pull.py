@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from offload_client.cli.options import gateway_option
 from offload_client.cli.process import run_async
 from offload_client.gateway import GatewayCalls
 from offload_client.settings import resolve_settings
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     metavar="MODE",
     help="Set type of progress output (auto, none, plain, quiet, rawjson, tty).",
 )
-@click.option("--gateway", metavar="URL", help="Gateway to use instead of the configured one.")
+@gateway_option
 @click.pass_obj
 def pull(
     invocation: Invocation,

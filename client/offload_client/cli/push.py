@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from offload_client.cli.options import gateway_option
 from offload_client.cli.process import run_async
 from offload_client.gateway import GatewayCalls
 from offload_client.settings import resolve_settings
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("build_id", metavar="BUILD")
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
-@click.option("--gateway", metavar="URL", help="Gateway to use instead of the configured one.")
+@gateway_option
 @click.pass_obj
 def push(invocation: Invocation, build_id: str, names: tuple[str, ...], gateway: str | None) -> int:
     """Push the image of a build that has ended from its node to registries.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from offload_client.cli.options import gateway_option, pretty_or_json
 from offload_client.cli.process import run_async
 from offload_client.cli.tables import ago, format_table, rfc3339
 from offload_client.gateway import GatewayCalls
@@ -26,15 +27,8 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--gateway", metavar="URL", help="Gateway to use instead of the configured one.")
-@click.option(
-    "-f",
-    "--format",
-    "output",
-    type=click.Choice(("pretty", "json")),
-    default="pretty",
-    show_default=True,
-)
+@gateway_option
+@pretty_or_json
 @click.pass_obj
 def status(invocation: Invocation, gateway: str | None, output: str) -> int:
     """Show the gateway, its nodes, and who you are."""

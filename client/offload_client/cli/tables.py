@@ -23,11 +23,11 @@ def format_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def ago(moment: Timestamp) -> str:
+def ago(stamp: Timestamp) -> str:
     """Return "12 seconds ago" and the like; "-" for a moment that is not set."""
-    if not moment.seconds:
+    if not stamp.seconds:
         return "-"
-    seconds = max(0, int(datetime.now(UTC).timestamp() - moment.seconds))
+    seconds = max(0, int(datetime.now(UTC).timestamp() - stamp.seconds))
     for size, unit in ((86400, "day"), (3600, "hour"), (60, "minute"), (1, "second")):
         if seconds >= size:
             count = seconds // size
@@ -43,8 +43,13 @@ def between(start: Timestamp, end: Timestamp) -> str:
     return format_duration(max(0.0, last - start.seconds - start.nanos / 1e9))
 
 
-def rfc3339(moment: Timestamp) -> str | None:
+def moment(seconds: float) -> str:
+    """Return seconds since 1970 as RFC 3339, UTC."""
+    return datetime.fromtimestamp(int(seconds), UTC).isoformat().replace("+00:00", "Z")
+
+
+def rfc3339(stamp: Timestamp) -> str | None:
     """Return a moment for JSON; None when it is not set."""
-    if not moment.seconds:
+    if not stamp.seconds:
         return None
-    return datetime.fromtimestamp(moment.seconds, UTC).isoformat().replace("+00:00", "Z")
+    return moment(stamp.seconds)

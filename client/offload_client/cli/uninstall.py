@@ -14,9 +14,12 @@ if TYPE_CHECKING:
 @click.pass_obj
 def uninstall(invocation: Invocation) -> None:
     """Undo 'offload install': docker's CLI is as it was."""
+    from offload_client.dockercli.composebuilds import ComposeBuilds
     from offload_client.dockercli.installation import Installation
 
-    if Installation(invocation).uninstall():
-        invocation.out("docker build is docker's own again.")
+    # The builder first: the directories that install has made go last.
+    compose = ComposeBuilds(invocation).uninstall()
+    if Installation(invocation).uninstall() or compose:
+        invocation.out("docker build and docker compose are docker's own again.")
     else:
         invocation.out("There was nothing to undo.")

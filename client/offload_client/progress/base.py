@@ -16,6 +16,7 @@ from offload_client.progress.output import Pump, Sink
 from offload_client.progress.style import Palette, paint
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
     from offload_client.progress.step import Step
@@ -51,6 +52,14 @@ class BaseDisplay(ABC):
         self._local_steps = itertools.count(1)
         self._finished = False
         self._totals: Totals | None = None
+        self._guard: Callable[[bytes], bytes] | None = None
+
+    def guard_with(self, guard: Callable[[bytes], bytes]) -> None:
+        """Change with `guard` the last output, which is in no form that is safe by itself.
+
+        For logs of systems that take orders from what they show; see `ci.guard`.
+        """
+        self._guard = guard
 
     def feed(self, batch: ProgressBatch) -> None:
         """Show what happened; returns at once, and is ignored after `finish`.
@@ -133,10 +142,14 @@ class BaseDisplay(ABC):
     def _finish(self, failure: Failure | None, timeout_seconds: float | None) -> None:
         if not self._finished:
             self._finished = True
-            self._pump.close(lambda: self._final(failure), timeout_seconds)
+            self._pump.close(lambda: self._last_output(failure), timeout_seconds)
         elif timeout_seconds is not None:
             # Interrupted while another thread waits for the reader.
             self._pump.give_up(timeout_seconds)
+
+    def _last_output(self, failure: Failure | None) -> bytes:
+        data = self._final(failure)
+        return data if self._guard is None else self._guard(data)
 
     def _take_local(self, batch: ProgressBatch) -> None:
         self._take(batch, local=True)
@@ -208,18 +221,22 @@ class ViewDisplay(BaseDisplay):
 
     def _ending(self, failure: Failure | None) -> bytes:
         """Return the error report or the list of warnings."""
-        parts = [
+        excerpts = self.excerpts()
+        if failure is not None:
+            # The report of what went wrong is in one piece, as docker's, and the last word.
+            parts = [self._summary(), excerpts, failure_report(failure)]
+        else:
+            parts = [excerpts, self._warning_list(), self._summary()]
+        return b"".join(parts)
+
+    def excerpts(self) -> bytes:
+        """Return the last output of the steps that failed."""
+        return b"".join(
             step_excerpt(step, self._log_tail(step))
             for step in self.view.shown
             # What went wrong in a step of the client, the client tells itself.
             if step.failed and not step.local
-        ]
-        if failure is not None:
-            # The report of what went wrong is in one piece, as docker's, and the last word.
-            parts = [self._summary(), *parts, failure_report(failure)]
-        else:
-            parts += [self._warning_list(), self._summary()]
-        return b"".join(parts)
+        )
 
     def _warning_list(self) -> bytes:
         headline, lines = warnings_report(self.view.warnings, expand=self._expand_warnings)

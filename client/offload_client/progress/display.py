@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import IO, TYPE_CHECKING, Any, Protocol, Self
 
+from offload_client.ci.system import find_system
 from offload_client.progress.output import Sink
 from offload_core.errors import UsageError
 
@@ -65,32 +66,53 @@ def make_display(
     environment: Mapping[str, str],
     *,
     expand_warnings: bool = False,
+    sources: Mapping[str, str] | None = None,
+    folds: bool = True,
 ) -> Display:
     """Return the display for a value of --progress.
 
     "auto" follows OFFLOAD_PROGRESS, then BUILDKIT_PROGRESS, then what the stream is: interactive
-    on a terminal that is not "dumb", plain elsewhere. A "tty" from the environment is a wish that
-    a pipe cannot fulfil, one from the command line is an order.
+    on a terminal that is not "dumb", plain elsewhere and in continuous integration. A "tty" from
+    the environment is a wish that a pipe cannot fulfil, one from the command line is an order.
 
     Args:
         mode: one of `MODES`.
         stream: text or binary; stays open. May be the terminal of another process.
         environment: also of that process; see TtyDisplay and PlainDisplay for what is read.
         expand_warnings: give warnings with details at the end of the build.
+        sources: in continuous integration: path of a Dockerfile in the repository by its name.
+        folds: in continuous integration: the lines are for its log, so fold and annotate them.
 
     Raises:
         UsageError: unknown mode, or "tty" for a stream that is not a terminal.
     """
     sink = Sink(stream)
+    system = find_system(environment)
     chosen = _checked(mode, "--progress")
     if chosen == "auto":
-        chosen = _automatic(sink, environment)
+        chosen = _automatic(sink, environment, watched=not system)
     elif chosen == "tty" and not sink.is_terminal:
         raise UsageError("--progress=tty needs a terminal, and the output is not one")
     if chosen == "tty":
         from offload_client.progress.tty import TtyDisplay
 
-        return TtyDisplay(sink, environment, expand_warnings=expand_warnings)
+        rows = TtyDisplay(sink, environment, expand_warnings=expand_warnings)
+        if system:
+            from offload_client.ci.guard import guard_for
+
+            rows.guard_with(guard_for(system))
+        return rows
+    if chosen == "plain" and system:
+        from offload_client.ci.display import CiDisplay
+
+        return CiDisplay(
+            sink,
+            environment,
+            system,
+            sources=sources or {},
+            folds=folds,
+            expand_warnings=expand_warnings,
+        )
     if chosen == "plain":
         from offload_client.progress.plain import PlainDisplay
 
@@ -98,14 +120,27 @@ def make_display(
     if chosen == "rawjson":
         from offload_client.progress.rawjson import RawJsonDisplay
 
-        return RawJsonDisplay(sink)
+        lines = RawJsonDisplay(sink)
+        if system:
+            from offload_client.ci.guard import guard_for, guard_json
+
+            lines.guard_with(guard_for(system))
+            lines.guard_lines_with(guard_json)
+        return lines
     from offload_client.progress.quiet import QuietDisplay
 
-    return QuietDisplay(sink)
+    quiet = QuietDisplay(sink)
+    if system:
+        from offload_client.ci.guard import guard_for
+
+        quiet.guard_with(guard_for(system))
+    return quiet
 
 
-def _automatic(sink: Sink, environment: Mapping[str, str]) -> str:
-    detected = "tty" if sink.is_terminal and environment.get("TERM") != "dumb" else "plain"
+def _automatic(sink: Sink, environment: Mapping[str, str], *, watched: bool) -> str:
+    # Systems such as Buildkite give commands a terminal that nobody sits at.
+    seen = watched and sink.is_terminal and environment.get("TERM") != "dumb"
+    detected = "tty" if seen else "plain"
     for name in ("OFFLOAD_PROGRESS", "BUILDKIT_PROGRESS"):
         wish = environment.get(name, "")
         if not wish:

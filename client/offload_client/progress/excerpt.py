@@ -70,18 +70,14 @@ def warnings_report(warnings: Iterable[VertexWarning], *, expand: bool) -> tuple
         warnings: in the order in which they came.
         expand: give the details, the link and the lines of the file too.
     """
-    distinct: dict[tuple[object, ...], VertexWarning] = {}
-    for warning in warnings:
-        spans = tuple((span.start_line, span.end_line) for span in warning.ranges)
-        key = (warning.short, warning.url, warning.source_filename, spans, *warning.detail)
-        distinct.setdefault(key, warning)
+    distinct = distinct_warnings(warnings)
     if not distinct:
         return "", ""
     plural = "s" if len(distinct) > 1 else ""
     hint = "" if expand else " (use --debug to expand)"
     headline = f" {len(distinct)} warning{plural} found{hint}:"
     lines = []
-    for warning in distinct.values():
+    for warning in distinct:
         lines.append(f" - {_text(warning.short)}\n")
         if not expand:
             continue
@@ -91,6 +87,16 @@ def warnings_report(warnings: Iterable[VertexWarning], *, expand: bool) -> tuple
         lines.append(source_excerpt(warning.source_filename, warning.source_data, warning.ranges))
         lines.append("\n")
     return headline, "".join(lines)
+
+
+def distinct_warnings(warnings: Iterable[VertexWarning]) -> list[VertexWarning]:
+    """Return each finding once, in the order in which they came."""
+    distinct: dict[tuple[object, ...], VertexWarning] = {}
+    for warning in warnings:
+        spans = tuple((span.start_line, span.end_line) for span in warning.ranges)
+        key = (warning.short, warning.url, warning.source_filename, spans, *warning.detail)
+        distinct.setdefault(key, warning)
+    return list(distinct.values())
 
 
 def _text(data: bytes) -> str:

@@ -33,9 +33,12 @@ class PlainDisplay(ViewDisplay):
             expand_warnings: give warnings with their details at the end.
         """
         super().__init__(sink, expand_warnings=expand_warnings, tick_seconds=_TICK_SECONDS)
-        self._printer = PlainPrinter(
-            self.view, truncate_names=environment.get("PROGRESS_NO_TRUNC") == "0"
+        self._printer = self._make_printer(
+            truncate_names=environment.get("PROGRESS_NO_TRUNC") == "0"
         )
+
+    def _make_printer(self, *, truncate_names: bool) -> PlainPrinter:
+        return PlainPrinter(self.view, truncate_names=truncate_names)
 
     def _notice(self, level: str, text: str) -> None:
         self._printer.interject(f"WARNING: {text}" if level == "warning" else text)

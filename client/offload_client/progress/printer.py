@@ -36,11 +36,11 @@ TAIL_LINES = 20
 _SHORT_NAME_CHARACTERS = 72
 # Of a line without an end, such as a progress bar that only goes back, so much is remembered: for
 # printing it again after a line of another step, and for the report of a failure.
-_OPEN_LINE_BYTES = 64 << 10
+OPEN_LINE_BYTES = 64 << 10
 
 
 @dataclass(slots=True)
-class _Lane:
+class Lane:
     """What was printed of one step, and what waits."""
 
     step: Step
@@ -77,9 +77,9 @@ class PlainPrinter:
         """
         self._view = view
         self._truncate_names = truncate_names
-        self._lanes: dict[str, _Lane] = {}
-        self._waiting: dict[str, _Lane] = {}
-        self._current: _Lane | None = None
+        self._lanes: dict[str, Lane] = {}
+        self._waiting: dict[str, Lane] = {}
+        self._current: Lane | None = None
         self._numbers = 0
         self._mid_line = False
         self._out: list[bytes] = []
@@ -143,7 +143,7 @@ class PlainPrinter:
         for key, count in self._view.take_news().items():
             lane = self._lanes.get(key)
             if lane is None:
-                lane = self._lanes[key] = _Lane(self._view.steps[key])
+                lane = self._lanes[key] = Lane(self._view.steps[key])
             if not lane.step.intervals and not lane.step.log:
                 continue  # a counter of a step that has not started has nowhere to stand
             if lane.news == 0:
@@ -191,12 +191,12 @@ class PlainPrinter:
             if step.running:
                 lane = self._lanes.get(step.digest)
                 if lane is None:
-                    lane = self._lanes[step.digest] = _Lane(step)
+                    lane = self._lanes[step.digest] = Lane(step)
                 lane.waiting_since = now
                 self._print(lane)
                 return
 
-    def _print(self, lane: _Lane, *, final: bool = False) -> None:
+    def _print(self, lane: Lane, *, final: bool = False) -> None:
         self._waiting.pop(lane.step.digest, None)
         self._heading(lane)
         step = lane.step
@@ -213,11 +213,14 @@ class PlainPrinter:
             self._print_held_back(lane)
             self._end_line()
             lane.open_line = None
-            self._line(lane, _outcome(step).encode("utf-8", "replace"))
+            self._print_outcome(lane)
             self._current = None
             lane.news = 0
 
-    def _heading(self, lane: _Lane) -> None:
+    def _print_outcome(self, lane: Lane) -> None:
+        self._line(lane, _outcome(lane.step).encode("utf-8", "replace"))
+
+    def _heading(self, lane: Lane) -> None:
         title = lane.step.title
         if self._truncate_names and len(title) > _SHORT_NAME_CHARACTERS:
             title = title[:_SHORT_NAME_CHARACTERS] + "..."
@@ -240,7 +243,7 @@ class PlainPrinter:
         lane.title = title
         self._line(lane, title.encode("utf-8", "replace"))
 
-    def _line(self, lane: _Lane, text: bytes) -> None:
+    def _line(self, lane: Lane, text: bytes) -> None:
         self._end_line()
         self._out.append(lane.label + text + b"\n")
 
@@ -252,7 +255,7 @@ class PlainPrinter:
                 # The rest of the line comes later, after the part that was already shown.
                 self._current.shown = 0
 
-    def _print_counters(self, lane: _Lane) -> bool:
+    def _print_counters(self, lane: Lane) -> bool:
         """Print counters with news; return whether one of them goes on."""
         step = lane.step
         if not step.changed_counters:
@@ -269,7 +272,7 @@ class PlainPrinter:
         step.changed_counters.clear()
         return open_counter
 
-    def _print_log(self, lane: _Lane) -> None:
+    def _print_log(self, lane: Lane) -> None:
         step = lane.step
         if lane.open_line is None or not lane.shown:
             self._end_line()
@@ -278,19 +281,24 @@ class PlainPrinter:
         self._view.pending_log_bytes -= step.log_bytes
         step.log_bytes = 0
         self._append_log(lane, log)
-        if lane.open_line is not None:
-            visible = whole_characters(lane.open_line)
-            if visible > lane.shown:
-                if not lane.shown:
-                    self._out.append(lane.label)
-                self._out.append(bytes(lane.open_line[lane.shown : visible]))
-                lane.shown = visible
-            self._mid_line = lane.shown > 0
-            if (excess := lane.shown - _OPEN_LINE_BYTES) > 0:
-                del lane.open_line[:excess]
-                lane.shown -= excess
+        self._show_open_line(lane)
 
-    def _print_held_back(self, lane: _Lane) -> None:
+    def _show_open_line(self, lane: Lane) -> None:
+        """Print what is new of a line that has not ended."""
+        if lane.open_line is None:
+            return
+        visible = whole_characters(lane.open_line)
+        if visible > lane.shown:
+            if not lane.shown:
+                self._out.append(lane.label)
+            self._out.append(bytes(lane.open_line[lane.shown : visible]))
+            lane.shown = visible
+        self._mid_line = lane.shown > 0
+        if (excess := lane.shown - OPEN_LINE_BYTES) > 0:
+            del lane.open_line[:excess]
+            lane.shown -= excess
+
+    def _print_held_back(self, lane: Lane) -> None:
         """Print what was kept as part of a character of which the rest will never come."""
         line = lane.open_line
         if line is None or whole_characters(line) == len(line):
@@ -303,7 +311,7 @@ class PlainPrinter:
         lane.shown = len(line)
         self._mid_line = True
 
-    def _append_log(self, lane: _Lane, log: Iterable[tuple[float, bytes]]) -> None:
+    def _append_log(self, lane: Lane, log: Iterable[tuple[float, bytes]]) -> None:
         label, tail, out = lane.label, lane.tail, self._out
         line = lane.open_line
         for offset, piece in log:

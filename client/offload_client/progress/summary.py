@@ -102,6 +102,18 @@ def summary_lines(view: BuildView, totals: Totals, now: float) -> list[str]:
     return lines
 
 
+def summary_facts(view: BuildView, totals: Totals, now: float) -> dict[str, str]:
+    """Return the same by heading, for a table; nothing where there is nothing to say."""
+    elapsed = view.elapsed_seconds(now)
+    facts = {
+        "Steps": _steps(totals),
+        "Context": _context(totals).removeprefix("context "),
+        "Load": _image(totals),
+        "Time": ": ".join(filter(None, (f"{elapsed:.1f}s", ", ".join(_times(view.shown))))),
+    }
+    return {name: text for name, text in facts.items() if text}
+
+
 def _steps(totals: Totals) -> str:
     if not totals.steps:
         return ""

@@ -16,7 +16,18 @@ if TYPE_CHECKING:
     from offload_client.invocation import Invocation
 
 KNOCK_SECONDS = 0.5
-KEPT_VARIABLES = frozenset(("HOME", "LANG", "LANGUAGE", "LD_LIBRARY_PATH", "PATH", "TMPDIR"))
+KEPT_VARIABLES = frozenset(
+    (
+        # Way to the keyring of the operating system.
+        "DBUS_SESSION_BUS_ADDRESS",
+        "HOME",
+        "LANG",
+        "LANGUAGE",
+        "LD_LIBRARY_PATH",
+        "PATH",
+        "TMPDIR",
+    )
+)
 KEPT_PREFIXES = ("GRPC_", "LC_", "OPENSSL_", "PYTHON", "SSL_")
 
 

@@ -1,6 +1,6 @@
 module offload.build/deploy/tools/buildx
 
-go 1.26
+go 1.26.0
 
 tool github.com/docker/buildx/cmd/buildx
 

@@ -213,20 +213,28 @@ class UpdateBuildHistoryRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REF_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
     DELETE_FIELD_NUMBER: _builtins.int
+    FINALIZE_FIELD_NUMBER: _builtins.int
     Ref: _builtins.str
     """Name of the build."""
+    Pinned: _builtins.bool
+    """Keep it for good."""
     Delete: _builtins.bool
     """Forget it."""
+    Finalize: _builtins.bool
+    """Complete it; changes nothing of what it says."""
     def __init__(
         self,
         *,
         Ref: _builtins.str = ...,
+        Pinned: _builtins.bool = ...,
         Delete: _builtins.bool = ...,
+        Finalize: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["Delete", b"Delete", "Ref", b"Ref"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["Delete", b"Delete", "Finalize", b"Finalize", "Pinned", b"Pinned", "Ref", b"Ref"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -416,6 +424,26 @@ class SolveRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
+    class ExporterAttrsDeprecatedEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
     class FrontendAttrsEntry(_message.Message):
         DESCRIPTOR: _descriptor.Descriptor
 
@@ -436,6 +464,9 @@ class SolveRequest(_message.Message):
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     REF_FIELD_NUMBER: _builtins.int
+    DEFINITION_FIELD_NUMBER: _builtins.int
+    EXPORTERDEPRECATED_FIELD_NUMBER: _builtins.int
+    EXPORTERATTRSDEPRECATED_FIELD_NUMBER: _builtins.int
     SESSION_FIELD_NUMBER: _builtins.int
     FRONTEND_FIELD_NUMBER: _builtins.int
     FRONTENDATTRS_FIELD_NUMBER: _builtins.int
@@ -443,17 +474,28 @@ class SolveRequest(_message.Message):
     ENTITLEMENTS_FIELD_NUMBER: _builtins.int
     INTERNAL_FIELD_NUMBER: _builtins.int
     EXPORTERS_FIELD_NUMBER: _builtins.int
+    ENABLESESSIONEXPORTER_FIELD_NUMBER: _builtins.int
     PROXYNETWORK_FIELD_NUMBER: _builtins.int
     Ref: _builtins.str
     """Name of the build, chosen by the client."""
+    Definition: _builtins.bytes
+    """What to build when no frontend says it, a serialised pb.Definition."""
+    ExporterDeprecated: _builtins.str
+    """What becomes of the result; of old clients."""
     Session: _builtins.str
     """Identifier of the session that serves the build."""
     Frontend: _builtins.str
     """Frontend, for example "dockerfile.v0"."""
     Internal: _builtins.bool
     """Leave no record in the daemon's history."""
+    EnableSessionExporter: _builtins.bool
+    """The session says more of that."""
     ProxyNetwork: _builtins.bool
     """Send the network traffic of steps through the daemon's proxy."""
+    @_builtins.property
+    def ExporterAttrsDeprecated(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Its parameters."""
+
     @_builtins.property
     def FrontendAttrs(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Its parameters."""
@@ -474,6 +516,9 @@ class SolveRequest(_message.Message):
         self,
         *,
         Ref: _builtins.str = ...,
+        Definition: _builtins.bytes = ...,
+        ExporterDeprecated: _builtins.str = ...,
+        ExporterAttrsDeprecated: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         Session: _builtins.str = ...,
         Frontend: _builtins.str = ...,
         FrontendAttrs: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
@@ -481,11 +526,12 @@ class SolveRequest(_message.Message):
         Entitlements: _abc.Iterable[_builtins.str] | None = ...,
         Internal: _builtins.bool = ...,
         Exporters: _abc.Iterable[Global___Exporter] | None = ...,
+        EnableSessionExporter: _builtins.bool = ...,
         ProxyNetwork: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["Cache", b"Cache"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["Cache", b"Cache", "Entitlements", b"Entitlements", "Exporters", b"Exporters", "Frontend", b"Frontend", "FrontendAttrs", b"FrontendAttrs", "Internal", b"Internal", "ProxyNetwork", b"ProxyNetwork", "Ref", b"Ref", "Session", b"Session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["Cache", b"Cache", "Definition", b"Definition", "EnableSessionExporter", b"EnableSessionExporter", "Entitlements", b"Entitlements", "ExporterAttrsDeprecated", b"ExporterAttrsDeprecated", "ExporterDeprecated", b"ExporterDeprecated", "Exporters", b"Exporters", "Frontend", b"Frontend", "FrontendAttrs", b"FrontendAttrs", "Internal", b"Internal", "ProxyNetwork", b"ProxyNetwork", "Ref", b"Ref", "Session", b"Session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -497,8 +543,16 @@ class CacheOptions(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    EXPORTREFDEPRECATED_FIELD_NUMBER: _builtins.int
+    IMPORTREFSDEPRECATED_FIELD_NUMBER: _builtins.int
     EXPORTS_FIELD_NUMBER: _builtins.int
     IMPORTS_FIELD_NUMBER: _builtins.int
+    ExportRefDeprecated: _builtins.str
+    """To write; of old clients."""
+    @_builtins.property
+    def ImportRefsDeprecated(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """To read; of old clients."""
+
     @_builtins.property
     def Exports(self) -> _containers.RepeatedCompositeFieldContainer[Global___CacheOptionsEntry]:
         """To write."""
@@ -510,12 +564,14 @@ class CacheOptions(_message.Message):
     def __init__(
         self,
         *,
+        ExportRefDeprecated: _builtins.str = ...,
+        ImportRefsDeprecated: _abc.Iterable[_builtins.str] | None = ...,
         Exports: _abc.Iterable[Global___CacheOptionsEntry] | None = ...,
         Imports: _abc.Iterable[Global___CacheOptionsEntry] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["Exports", b"Exports", "Imports", b"Imports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ExportRefDeprecated", b"ExportRefDeprecated", "Exports", b"Exports", "ImportRefsDeprecated", b"ImportRefsDeprecated", "Imports", b"Imports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -20,7 +20,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Result(_message.Message):
-    """Result is what a frontend made; references to file systems are left out."""
+    """Result is what a frontend made, with the names that the daemon gives to its file systems."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -44,23 +44,235 @@ class Result(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class AttestationsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___Attestations: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___Attestations | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    REFDEPRECATED_FIELD_NUMBER: _builtins.int
+    REFSDEPRECATED_FIELD_NUMBER: _builtins.int
+    REF_FIELD_NUMBER: _builtins.int
+    REFS_FIELD_NUMBER: _builtins.int
     METADATA_FIELD_NUMBER: _builtins.int
+    ATTESTATIONS_FIELD_NUMBER: _builtins.int
+    refDeprecated: _builtins.str
+    """The only file system, for old clients."""
+    @_builtins.property
+    def refsDeprecated(self) -> Global___RefMapDeprecated:
+        """File systems by platform, for old clients."""
+
+    @_builtins.property
+    def ref(self) -> Global___Ref:
+        """The only file system."""
+
+    @_builtins.property
+    def refs(self) -> Global___RefMap:
+        """File systems by platform."""
+
     @_builtins.property
     def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.bytes]:
         """Notes by name, for example "result.json"."""
 
+    @_builtins.property
+    def attestations(self) -> _containers.MessageMap[_builtins.str, Global___Attestations]:
+        """What is attested, by platform."""
+
     def __init__(
         self,
         *,
+        refDeprecated: _builtins.str = ...,
+        refsDeprecated: Global___RefMapDeprecated | None = ...,
+        ref: Global___Ref | None = ...,
+        refs: Global___RefMap | None = ...,
         metadata: _abc.Mapping[_builtins.str, _builtins.bytes] | None = ...,
+        attestations: _abc.Mapping[_builtins.str, Global___Attestations] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref", "refs", b"refs", "refsDeprecated", b"refsDeprecated"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["metadata", b"metadata"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attestations", b"attestations", "metadata", b"metadata", "ref", b"ref", "refDeprecated", b"refDeprecated", "refs", b"refs", "refsDeprecated", b"refsDeprecated"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Result: _TypeAlias = Result  # noqa: Y015
+
+@_typing.final
+class RefMapDeprecated(_message.Message):
+    """RefMapDeprecated has file systems by platform."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class RefsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    REFS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def refs(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Their names."""
+
+    def __init__(
+        self,
+        *,
+        refs: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["refs", b"refs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RefMapDeprecated: _TypeAlias = RefMapDeprecated  # noqa: Y015
+
+@_typing.final
+class Ref(_message.Message):
+    """Ref is a file system."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    DEFINITION_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Its name at the daemon, good for one build."""
+    definition: _builtins.bytes
+    """How to build it, a serialised pb.Definition."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        definition: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["definition", b"definition", "id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Ref: _TypeAlias = Ref  # noqa: Y015
+
+@_typing.final
+class RefMap(_message.Message):
+    """RefMap has file systems by platform."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class RefsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___Ref: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___Ref | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    REFS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def refs(self) -> _containers.MessageMap[_builtins.str, Global___Ref]:
+        """Of one build."""
+
+    def __init__(
+        self,
+        *,
+        refs: _abc.Mapping[_builtins.str, Global___Ref] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["refs", b"refs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RefMap: _TypeAlias = RefMap  # noqa: Y015
+
+@_typing.final
+class Attestations(_message.Message):
+    """Attestations are those of one platform."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTESTATION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def attestation(self) -> _containers.RepeatedCompositeFieldContainer[Global___Attestation]:
+        """In the frontend's order."""
+
+    def __init__(
+        self,
+        *,
+        attestation: _abc.Iterable[Global___Attestation] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attestation", b"attestation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Attestations: _TypeAlias = Attestations  # noqa: Y015
+
+@_typing.final
+class Attestation(_message.Message):
+    """Attestation is a statement in a file."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REF_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def ref(self) -> Global___Ref:
+        """Where the file is."""
+
+    def __init__(
+        self,
+        *,
+        ref: Global___Ref | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Attestation: _TypeAlias = Attestation  # noqa: Y015
 
 @_typing.final
 class ReturnRequest(_message.Message):
@@ -133,35 +345,97 @@ class SolveRequest(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    DEFINITION_FIELD_NUMBER: _builtins.int
     FRONTEND_FIELD_NUMBER: _builtins.int
     FRONTENDOPT_FIELD_NUMBER: _builtins.int
     ALLOWRESULTRETURN_FIELD_NUMBER: _builtins.int
     ALLOWRESULTARRAYREF_FIELD_NUMBER: _builtins.int
+    CACHEIMPORTS_FIELD_NUMBER: _builtins.int
+    EVALUATE_FIELD_NUMBER: _builtins.int
+    Definition: _builtins.bytes
+    """What to build when no frontend says it, a serialised pb.Definition."""
     Frontend: _builtins.str
     """Name, for example "dockerfile.v0"."""
     allowResultReturn: _builtins.bool
     """The answer may hold a result."""
     allowResultArrayRef: _builtins.bool
     """References may be in a list."""
+    Evaluate: _builtins.bool
+    """Answer when it is built."""
     @_builtins.property
     def FrontendOpt(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Its parameters."""
 
+    @_builtins.property
+    def CacheImports(self) -> _containers.RepeatedCompositeFieldContainer[Global___CacheOptionsEntry]:
+        """Caches to read, for definitions; frontends have them in their parameters."""
+
     def __init__(
         self,
         *,
+        Definition: _builtins.bytes = ...,
         Frontend: _builtins.str = ...,
         FrontendOpt: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         allowResultReturn: _builtins.bool = ...,
         allowResultArrayRef: _builtins.bool = ...,
+        CacheImports: _abc.Iterable[Global___CacheOptionsEntry] | None = ...,
+        Evaluate: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["Frontend", b"Frontend", "FrontendOpt", b"FrontendOpt", "allowResultArrayRef", b"allowResultArrayRef", "allowResultReturn", b"allowResultReturn"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["CacheImports", b"CacheImports", "Definition", b"Definition", "Evaluate", b"Evaluate", "Frontend", b"Frontend", "FrontendOpt", b"FrontendOpt", "allowResultArrayRef", b"allowResultArrayRef", "allowResultReturn", b"allowResultReturn"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SolveRequest: _TypeAlias = SolveRequest  # noqa: Y015
+
+@_typing.final
+class CacheOptionsEntry(_message.Message):
+    """CacheOptionsEntry is one cache."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class AttrsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    TYPE_FIELD_NUMBER: _builtins.int
+    ATTRS_FIELD_NUMBER: _builtins.int
+    Type: _builtins.str
+    """Kind, for example "registry"."""
+    @_builtins.property
+    def Attrs(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Parameters."""
+
+    def __init__(
+        self,
+        *,
+        Type: _builtins.str = ...,
+        Attrs: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["Attrs", b"Attrs", "Type", b"Type"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CacheOptionsEntry: _TypeAlias = CacheOptionsEntry  # noqa: Y015
 
 @_typing.final
 class SolveResponse(_message.Message):

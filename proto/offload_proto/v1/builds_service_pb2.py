@@ -25,67 +25,68 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from offload_proto.v1 import events_pb2 as offload_dot_v1_dot_events__pb2
+from offload_proto.v1 import identity_service_pb2 as offload_dot_v1_dot_identity__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1foffload/v1/builds_service.proto\x12\noffload.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17offload/v1/events.proto\"\xaf\x02\n\rCreateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nproject_id\x18\x02 \x01(\t\x12\x11\n\tplatforms\x18\x03 \x03(\t\x12\x0c\n\x04name\x18\x04 \x01(\t\x12\x17\n\x0f\x64ockerfile_path\x18\x05 \x01(\t\x12\x0e\n\x06target\x18\x06 \x01(\t\x12\x12\n\nvcs_branch\x18\x07 \x01(\t\x12\x14\n\x0cvcs_revision\x18\x08 \x01(\t\x12\x19\n\x11vcs_target_branch\x18\t \x01(\t\x12&\n\x05\x63\x61\x63he\x18\n \x01(\x0b\x32\x17.offload.v1.CacheChoice\x12\x10\n\x08group_id\x18\x0b \x01(\t\x12\x1a\n\x12preferred_platform\x18\x0c \x01(\t\x12\x11\n\trepeat_of\x18\r \x01(\t\"=\n\x14PlanPlatformsRequest\x12\x12\n\nproject_id\x18\x01 \x01(\t\x12\x11\n\tplatforms\x18\x02 \x03(\t\"B\n\x15PlanPlatformsResponse\x12)\n\x06groups\x18\x01 \x03(\x0b\x32\x19.offload.v1.PlatformGroup\"\"\n\rPlatformGroup\x12\x11\n\tplatforms\x18\x01 \x03(\t\"V\n\x0b\x43\x61\x63heChoice\x12\r\n\x05scope\x18\x01 \x01(\t\x12\x13\n\x0bread_scopes\x18\x02 \x03(\t\x12\x10\n\x08read_off\x18\x03 \x01(\x08\x12\x11\n\twrite_off\x18\x04 \x01(\x08\"i\n\x0e\x43reateResponse\x12$\n\x06queued\x18\x01 \x01(\x0b\x32\x12.offload.v1.QueuedH\x00\x12(\n\x08\x61ssigned\x18\x02 \x01(\x0b\x32\x14.offload.v1.AssignedH\x00\x42\x07\n\x05state\"<\n\x06Queued\x12\x10\n\x08\x62uild_id\x18\x01 \x01(\t\x12\x10\n\x08position\x18\x02 \x01(\x05\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x7f\n\x08\x41ssigned\x12\x10\n\x08\x62uild_id\x18\x01 \x01(\t\x12(\n\x06ticket\x18\x02 \x01(\x0b\x32\x18.offload.v1.SignedTicket\x12\x11\n\tendpoints\x18\x03 \x03(\t\x12\x13\n\x0bserver_name\x18\x04 \x01(\t\x12\x0f\n\x07node_id\x18\x05 \x01(\t\"2\n\x0cSignedTicket\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\xf7\x01\n\x06Ticket\x12\x10\n\x08\x62uild_id\x18\x01 \x01(\t\x12\x12\n\nproject_id\x18\x02 \x01(\t\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12\x0e\n\x06member\x18\x04 \x01(\t\x12\x13\n\x0bread_scopes\x18\x05 \x03(\t\x12\x13\n\x0bwrite_scope\x18\x06 \x01(\t\x12.\n\nexpires_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0ctrust_domain\x18\x08 \x01(\t\x12\x0c\n\x04role\x18\t \x01(\t\x12\x12\n\nvcs_branch\x18\n \x01(\t\x12\x14\n\x0cvcs_revision\x18\x0b \x01(\t\"\xa0\x02\n\nBuildStats\x12\x13\n\x0bsteps_total\x18\x01 \x01(\x05\x12\x14\n\x0csteps_cached\x18\x02 \x01(\x05\x12\x15\n\rcontext_files\x18\x03 \x01(\x03\x12\x15\n\rcontext_bytes\x18\x04 \x01(\x03\x12\x1a\n\x12\x63ontext_sent_bytes\x18\x05 \x01(\x03\x12\x16\n\x0ereturned_bytes\x18\x06 \x01(\x03\x12\x10\n\x08warnings\x18\x07 \x01(\x05\x12\x1a\n\x12\x63ontext_wire_bytes\x18\x08 \x01(\x03\x12\x1c\n\x14\x63ontext_shared_bytes\x18\t \x01(\x03\x12\x1d\n\x15\x63ontext_refused_blobs\x18\n \x01(\x05\x12\x1a\n\x12saved_milliseconds\x18\x0b \x01(\x03\"\xc3\x04\n\x05\x42uild\x12\x10\n\x08\x62uild_id\x18\x01 \x01(\t\x12\x12\n\nproject_id\x18\x02 \x01(\t\x12\x0e\n\x06member\x18\x03 \x01(\t\x12\x0c\n\x04name\x18\x04 \x01(\t\x12%\n\x05state\x18\x05 \x01(\x0e\x32\x16.offload.v1.BuildState\x12\x0f\n\x07node_id\x18\x06 \x01(\t\x12.\n\ncreated_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstarted_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x0c\x63ompleted_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x65rror\x18\n \x01(\t\x12%\n\x05stats\x18\x0b \x01(\x0b\x32\x16.offload.v1.BuildStats\x12\x14\n\x0cimage_digest\x18\x0c \x01(\t\x12+\n\x0b\x63\x61\x63he_state\x18\r \x01(\x0e\x32\x16.offload.v1.CacheState\x12\x17\n\x0f\x64ockerfile_path\x18\x0e \x01(\t\x12\x0e\n\x06target\x18\x0f \x01(\t\x12\x11\n\tplatforms\x18\x10 \x03(\t\x12\x12\n\nvcs_branch\x18\x11 \x01(\t\x12\x14\n\x0cvcs_revision\x18\x12 \x01(\t\x12\x10\n\x08group_id\x18\x13 \x01(\t\x12\x11\n\trepeat_of\x18\x14 \x01(\t\x12\x13\n\x0brepeated_by\x18\x15 \x01(\t\x12\x13\n\x0bimage_saved\x18\x16 \x01(\x08\"H\n\x0bListRequest\x12\x12\n\nproject_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"J\n\x0cListResponse\x12!\n\x06\x62uilds\x18\x01 \x03(\x0b\x32\x11.offload.v1.Build\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x1e\n\nGetRequest\x12\x10\n\x08\x62uild_id\x18\x01 \x01(\t\"/\n\x0bGetResponse\x12 \n\x05\x62uild\x18\x01 \x01(\x0b\x32\x11.offload.v1.Build\"E\n\x0bLogsRequest\x12\x10\n\x08\x62uild_id\x18\x01 \x01(\t\x12\x14\n\x0cresume_after\x18\x02 \x01(\x03\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\":\n\x0cLogsResponse\x12*\n\x07\x62\x61tches\x18\x01 \x03(\x0b\x32\x19.offload.v1.ProgressBatch\"6\n\rLocateRequest\x12\x10\n\x08\x62uild_id\x18\x01 \x01(\t\x12\x13\n\x0bsaved_image\x18\x02 \x01(\x08\"\x87\x01\n\x0eLocateResponse\x12 \n\x05\x62uild\x18\x01 \x01(\x0b\x32\x11.offload.v1.Build\x12\x11\n\tendpoints\x18\x02 \x03(\t\x12\x13\n\x0bserver_name\x18\x03 \x01(\t\x12+\n\x0bsaved_image\x18\x04 \x01(\x0b\x32\x16.offload.v1.ImagePlace\"o\n\nImagePlace\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x11\n\tendpoints\x18\x02 \x03(\t\x12\x13\n\x0bserver_name\x18\x03 \x01(\t\x12(\n\x06ticket\x18\x04 \x01(\x0b\x32\x18.offload.v1.SignedTicket\"\x94\x01\n\x0bImageTicket\x12\x10\n\x08\x62uild_id\x18\x01 \x01(\t\x12\x12\n\nproject_id\x18\x02 \x01(\t\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12\x0e\n\x06member\x18\x04 \x01(\t\x12\x0e\n\x06\x64igest\x18\x05 \x01(\t\x12.\n\nexpires_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"!\n\rCancelRequest\x12\x10\n\x08\x62uild_id\x18\x01 \x01(\t\"A\n\x0e\x43\x61ncelResponse\x12/\n\x0cgrace_period\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration*\xbd\x01\n\nBuildState\x12\x1b\n\x17\x42UILD_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x42UILD_STATE_QUEUED\x10\x01\x12\x17\n\x13\x42UILD_STATE_RUNNING\x10\x02\x12\x19\n\x15\x42UILD_STATE_SUCCEEDED\x10\x03\x12\x16\n\x12\x42UILD_STATE_FAILED\x10\x04\x12\x18\n\x14\x42UILD_STATE_CANCELED\x10\x05\x12\x14\n\x10\x42UILD_STATE_LOST\x10\x06*\xa9\x01\n\nCacheState\x12\x1b\n\x17\x43\x41\x43HE_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x43\x41\x43HE_STATE_PENDING\x10\x01\x12\x19\n\x15\x43\x41\x43HE_STATE_PUBLISHED\x10\x02\x12\x16\n\x12\x43\x41\x43HE_STATE_FAILED\x10\x03\x12\x19\n\x15\x43\x41\x43HE_STATE_UNCHANGED\x10\x04\x12\x17\n\x13\x43\x41\x43HE_STATE_SKIPPED\x10\x05\x32\xda\x03\n\rBuildsService\x12\x41\n\x06\x43reate\x12\x19.offload.v1.CreateRequest\x1a\x1a.offload.v1.CreateResponse0\x01\x12\x39\n\x04List\x12\x17.offload.v1.ListRequest\x1a\x18.offload.v1.ListResponse\x12\x36\n\x03Get\x12\x16.offload.v1.GetRequest\x1a\x17.offload.v1.GetResponse\x12;\n\x04Logs\x12\x17.offload.v1.LogsRequest\x1a\x18.offload.v1.LogsResponse0\x01\x12?\n\x06\x43\x61ncel\x12\x19.offload.v1.CancelRequest\x1a\x1a.offload.v1.CancelResponse\x12?\n\x06Locate\x12\x19.offload.v1.LocateRequest\x1a\x1a.offload.v1.LocateResponse\x12T\n\rPlanPlatforms\x12 .offload.v1.PlanPlatformsRequest\x1a!.offload.v1.PlanPlatformsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1foffload/v1/builds_service.proto\x12\noffload.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17offload/v1/events.proto\x1a!offload/v1/identity_service.proto\"\xbf\x02\n\rCreateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nproject_id\x18\x02 \x01(\t\x12\x11\n\tplatforms\x18\x03 \x03(\t\x12\x0c\n\x04name\x18\x04 \x01(\t\x12\x17\n\x0f\x64ockerfile_path\x18\x05 \x01(\t\x12\x0e\n\x06target\x18\x06 \x01(\t\x12\x12\n\nvcs_branch\x18\x07 \x01(\t\x12\x14\n\x0cvcs_revision\x18\x08 \x01(\t\x12\x19\n\x11vcs_target_branch\x18\t \x01(\t\x12&\n\x05\x63\x61\x63he\x18\n \x01(\x0b\x32\x17.offload.v1.CacheChoice\x12\x10\n\x08group_id\x18\x0b \x01(\t\x12\x1a\n\x12preferred_platform\x18\x0c \x01(\t\x12\x11\n\trepeat_of\x18\r \x01(\t\x12\x0e\n\x06\x63lient\x18\x0e \x01(\t\"=\n\x14PlanPlatformsRequest\x12\x12\n\nproject_id\x18\x01 \x01(\t\x12\x11\n\tplatforms\x18\x02 \x03(\t\"B\n\x15PlanPlatformsResponse\x12)\n\x06groups\x18\x01 \x03(\x0b\x32\x19.offload.v1.PlatformGroup\"\"\n\rPlatformGroup\x12\x11\n\tplatforms\x18\x01 \x03(\t\"V\n\x0b\x43\x61\x63heChoice\x12\r\n\x05scope\x18\x01 \x01(\t\x12\x13\n\x0bread_scopes\x18\x02 \x03(\t\x12\x10\n\x08read_off\x18\x03 \x01(\x08\x12\x11\n\twrite_off\x18\x04 \x01(\x08\"i\n\x0e\x43reateResponse\x12$\n\x06queued\x18\x01 \x01(\x0b\x32\x12.offload.v1.QueuedH\x00\x12(\n\x08\x61ssigned\x18\x02 \x01(\x0b\x32\x14.offload.v1.AssignedH\x00\x42\x07\n\x05state\"<\n\x06Queued\x12\x10\n\x08\x62uild_id\x18\x01 \x01(\t\x12\x10\n\x08position\x18\x02 \x01(\x05\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x7f\n\x08\x41ssigned\x12\x10\n\x08\x62uild_id\x18\x01 \x01(\t\x12(\n\x06ticket\x18\x02 \x01(\x0b\x32\x18.offload.v1.SignedTicket\x12\x11\n\tendpoints\x18\x03 \x03(\t\x12\x13\n\x0bserver_name\x18\x04 \x01(\t\x12\x0f\n\x07node_id\x18\x05 \x01(\t\"2\n\x0cSignedTicket\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\xa7\x02\n\x06Ticket\x12\x10\n\x08\x62uild_id\x18\x01 \x01(\t\x12\x12\n\nproject_id\x18\x02 \x01(\t\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12\x0e\n\x06member\x18\x04 \x01(\t\x12\x13\n\x0bread_scopes\x18\x05 \x03(\t\x12\x13\n\x0bwrite_scope\x18\x06 \x01(\t\x12.\n\nexpires_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0ctrust_domain\x18\x08 \x01(\t\x12\x0c\n\x04role\x18\t \x01(\t\x12\x12\n\nvcs_branch\x18\n \x01(\t\x12\x14\n\x0cvcs_revision\x18\x0b \x01(\t\x12.\n\x08identity\x18\x14 \x01(\x0b\x32\x1c.offload.v1.ExternalIdentity\"\xa0\x02\n\nBuildStats\x12\x13\n\x0bsteps_total\x18\x01 \x01(\x05\x12\x14\n\x0csteps_cached\x18\x02 \x01(\x05\x12\x15\n\rcontext_files\x18\x03 \x01(\x03\x12\x15\n\rcontext_bytes\x18\x04 \x01(\x03\x12\x1a\n\x12\x63ontext_sent_bytes\x18\x05 \x01(\x03\x12\x16\n\x0ereturned_bytes\x18\x06 \x01(\x03\x12\x10\n\x08warnings\x18\x07 \x01(\x05\x12\x1a\n\x12\x63ontext_wire_bytes\x18\x08 \x01(\x03\x12\x1c\n\x14\x63ontext_shared_bytes\x18\t \x01(\x03\x12\x1d\n\x15\x63ontext_refused_blobs\x18\n \x01(\x05\x12\x1a\n\x12saved_milliseconds\x18\x0b \x01(\x03\"\x83\x05\n\x05\x42uild\x12\x10\n\x08\x62uild_id\x18\x01 \x01(\t\x12\x12\n\nproject_id\x18\x02 \x01(\t\x12\x0e\n\x06member\x18\x03 \x01(\t\x12\x0c\n\x04name\x18\x04 \x01(\t\x12%\n\x05state\x18\x05 \x01(\x0e\x32\x16.offload.v1.BuildState\x12\x0f\n\x07node_id\x18\x06 \x01(\t\x12.\n\ncreated_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstarted_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x0c\x63ompleted_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x65rror\x18\n \x01(\t\x12%\n\x05stats\x18\x0b \x01(\x0b\x32\x16.offload.v1.BuildStats\x12\x14\n\x0cimage_digest\x18\x0c \x01(\t\x12+\n\x0b\x63\x61\x63he_state\x18\r \x01(\x0e\x32\x16.offload.v1.CacheState\x12\x17\n\x0f\x64ockerfile_path\x18\x0e \x01(\t\x12\x0e\n\x06target\x18\x0f \x01(\t\x12\x11\n\tplatforms\x18\x10 \x03(\t\x12\x12\n\nvcs_branch\x18\x11 \x01(\t\x12\x14\n\x0cvcs_revision\x18\x12 \x01(\t\x12\x10\n\x08group_id\x18\x13 \x01(\t\x12\x11\n\trepeat_of\x18\x14 \x01(\t\x12\x13\n\x0brepeated_by\x18\x15 \x01(\t\x12\x13\n\x0bimage_saved\x18\x16 \x01(\x08\x12.\n\x08identity\x18\x17 \x01(\x0b\x32\x1c.offload.v1.ExternalIdentity\x12\x0e\n\x06\x63lient\x18\x18 \x01(\t\"H\n\x0bListRequest\x12\x12\n\nproject_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"J\n\x0cListResponse\x12!\n\x06\x62uilds\x18\x01 \x03(\x0b\x32\x11.offload.v1.Build\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x1e\n\nGetRequest\x12\x10\n\x08\x62uild_id\x18\x01 \x01(\t\"/\n\x0bGetResponse\x12 \n\x05\x62uild\x18\x01 \x01(\x0b\x32\x11.offload.v1.Build\"E\n\x0bLogsRequest\x12\x10\n\x08\x62uild_id\x18\x01 \x01(\t\x12\x14\n\x0cresume_after\x18\x02 \x01(\x03\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\":\n\x0cLogsResponse\x12*\n\x07\x62\x61tches\x18\x01 \x03(\x0b\x32\x19.offload.v1.ProgressBatch\"6\n\rLocateRequest\x12\x10\n\x08\x62uild_id\x18\x01 \x01(\t\x12\x13\n\x0bsaved_image\x18\x02 \x01(\x08\"\x87\x01\n\x0eLocateResponse\x12 \n\x05\x62uild\x18\x01 \x01(\x0b\x32\x11.offload.v1.Build\x12\x11\n\tendpoints\x18\x02 \x03(\t\x12\x13\n\x0bserver_name\x18\x03 \x01(\t\x12+\n\x0bsaved_image\x18\x04 \x01(\x0b\x32\x16.offload.v1.ImagePlace\"o\n\nImagePlace\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x11\n\tendpoints\x18\x02 \x03(\t\x12\x13\n\x0bserver_name\x18\x03 \x01(\t\x12(\n\x06ticket\x18\x04 \x01(\x0b\x32\x18.offload.v1.SignedTicket\"\x94\x01\n\x0bImageTicket\x12\x10\n\x08\x62uild_id\x18\x01 \x01(\t\x12\x12\n\nproject_id\x18\x02 \x01(\t\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12\x0e\n\x06member\x18\x04 \x01(\t\x12\x0e\n\x06\x64igest\x18\x05 \x01(\t\x12.\n\nexpires_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"!\n\rCancelRequest\x12\x10\n\x08\x62uild_id\x18\x01 \x01(\t\"A\n\x0e\x43\x61ncelResponse\x12/\n\x0cgrace_period\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration*\xbd\x01\n\nBuildState\x12\x1b\n\x17\x42UILD_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x42UILD_STATE_QUEUED\x10\x01\x12\x17\n\x13\x42UILD_STATE_RUNNING\x10\x02\x12\x19\n\x15\x42UILD_STATE_SUCCEEDED\x10\x03\x12\x16\n\x12\x42UILD_STATE_FAILED\x10\x04\x12\x18\n\x14\x42UILD_STATE_CANCELED\x10\x05\x12\x14\n\x10\x42UILD_STATE_LOST\x10\x06*\xa9\x01\n\nCacheState\x12\x1b\n\x17\x43\x41\x43HE_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x43\x41\x43HE_STATE_PENDING\x10\x01\x12\x19\n\x15\x43\x41\x43HE_STATE_PUBLISHED\x10\x02\x12\x16\n\x12\x43\x41\x43HE_STATE_FAILED\x10\x03\x12\x19\n\x15\x43\x41\x43HE_STATE_UNCHANGED\x10\x04\x12\x17\n\x13\x43\x41\x43HE_STATE_SKIPPED\x10\x05\x32\xda\x03\n\rBuildsService\x12\x41\n\x06\x43reate\x12\x19.offload.v1.CreateRequest\x1a\x1a.offload.v1.CreateResponse0\x01\x12\x39\n\x04List\x12\x17.offload.v1.ListRequest\x1a\x18.offload.v1.ListResponse\x12\x36\n\x03Get\x12\x16.offload.v1.GetRequest\x1a\x17.offload.v1.GetResponse\x12;\n\x04Logs\x12\x17.offload.v1.LogsRequest\x1a\x18.offload.v1.LogsResponse0\x01\x12?\n\x06\x43\x61ncel\x12\x19.offload.v1.CancelRequest\x1a\x1a.offload.v1.CancelResponse\x12?\n\x06Locate\x12\x19.offload.v1.LocateRequest\x1a\x1a.offload.v1.LocateResponse\x12T\n\rPlanPlatforms\x12 .offload.v1.PlanPlatformsRequest\x1a!.offload.v1.PlanPlatformsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'offload_proto.v1.builds_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_BUILDSTATE']._serialized_start=3094
-  _globals['_BUILDSTATE']._serialized_end=3283
-  _globals['_CACHESTATE']._serialized_start=3286
-  _globals['_CACHESTATE']._serialized_end=3455
-  _globals['_CREATEREQUEST']._serialized_start=138
-  _globals['_CREATEREQUEST']._serialized_end=441
-  _globals['_PLANPLATFORMSREQUEST']._serialized_start=443
-  _globals['_PLANPLATFORMSREQUEST']._serialized_end=504
-  _globals['_PLANPLATFORMSRESPONSE']._serialized_start=506
-  _globals['_PLANPLATFORMSRESPONSE']._serialized_end=572
-  _globals['_PLATFORMGROUP']._serialized_start=574
-  _globals['_PLATFORMGROUP']._serialized_end=608
-  _globals['_CACHECHOICE']._serialized_start=610
-  _globals['_CACHECHOICE']._serialized_end=696
-  _globals['_CREATERESPONSE']._serialized_start=698
-  _globals['_CREATERESPONSE']._serialized_end=803
-  _globals['_QUEUED']._serialized_start=805
-  _globals['_QUEUED']._serialized_end=865
-  _globals['_ASSIGNED']._serialized_start=867
-  _globals['_ASSIGNED']._serialized_end=994
-  _globals['_SIGNEDTICKET']._serialized_start=996
-  _globals['_SIGNEDTICKET']._serialized_end=1046
-  _globals['_TICKET']._serialized_start=1049
-  _globals['_TICKET']._serialized_end=1296
-  _globals['_BUILDSTATS']._serialized_start=1299
-  _globals['_BUILDSTATS']._serialized_end=1587
-  _globals['_BUILD']._serialized_start=1590
-  _globals['_BUILD']._serialized_end=2169
-  _globals['_LISTREQUEST']._serialized_start=2171
-  _globals['_LISTREQUEST']._serialized_end=2243
-  _globals['_LISTRESPONSE']._serialized_start=2245
-  _globals['_LISTRESPONSE']._serialized_end=2319
-  _globals['_GETREQUEST']._serialized_start=2321
-  _globals['_GETREQUEST']._serialized_end=2351
-  _globals['_GETRESPONSE']._serialized_start=2353
-  _globals['_GETRESPONSE']._serialized_end=2400
-  _globals['_LOGSREQUEST']._serialized_start=2402
-  _globals['_LOGSREQUEST']._serialized_end=2471
-  _globals['_LOGSRESPONSE']._serialized_start=2473
-  _globals['_LOGSRESPONSE']._serialized_end=2531
-  _globals['_LOCATEREQUEST']._serialized_start=2533
-  _globals['_LOCATEREQUEST']._serialized_end=2587
-  _globals['_LOCATERESPONSE']._serialized_start=2590
-  _globals['_LOCATERESPONSE']._serialized_end=2725
-  _globals['_IMAGEPLACE']._serialized_start=2727
-  _globals['_IMAGEPLACE']._serialized_end=2838
-  _globals['_IMAGETICKET']._serialized_start=2841
-  _globals['_IMAGETICKET']._serialized_end=2989
-  _globals['_CANCELREQUEST']._serialized_start=2991
-  _globals['_CANCELREQUEST']._serialized_end=3024
-  _globals['_CANCELRESPONSE']._serialized_start=3026
-  _globals['_CANCELRESPONSE']._serialized_end=3091
-  _globals['_BUILDSSERVICE']._serialized_start=3458
-  _globals['_BUILDSSERVICE']._serialized_end=3932
+  _globals['_BUILDSTATE']._serialized_start=3257
+  _globals['_BUILDSTATE']._serialized_end=3446
+  _globals['_CACHESTATE']._serialized_start=3449
+  _globals['_CACHESTATE']._serialized_end=3618
+  _globals['_CREATEREQUEST']._serialized_start=173
+  _globals['_CREATEREQUEST']._serialized_end=492
+  _globals['_PLANPLATFORMSREQUEST']._serialized_start=494
+  _globals['_PLANPLATFORMSREQUEST']._serialized_end=555
+  _globals['_PLANPLATFORMSRESPONSE']._serialized_start=557
+  _globals['_PLANPLATFORMSRESPONSE']._serialized_end=623
+  _globals['_PLATFORMGROUP']._serialized_start=625
+  _globals['_PLATFORMGROUP']._serialized_end=659
+  _globals['_CACHECHOICE']._serialized_start=661
+  _globals['_CACHECHOICE']._serialized_end=747
+  _globals['_CREATERESPONSE']._serialized_start=749
+  _globals['_CREATERESPONSE']._serialized_end=854
+  _globals['_QUEUED']._serialized_start=856
+  _globals['_QUEUED']._serialized_end=916
+  _globals['_ASSIGNED']._serialized_start=918
+  _globals['_ASSIGNED']._serialized_end=1045
+  _globals['_SIGNEDTICKET']._serialized_start=1047
+  _globals['_SIGNEDTICKET']._serialized_end=1097
+  _globals['_TICKET']._serialized_start=1100
+  _globals['_TICKET']._serialized_end=1395
+  _globals['_BUILDSTATS']._serialized_start=1398
+  _globals['_BUILDSTATS']._serialized_end=1686
+  _globals['_BUILD']._serialized_start=1689
+  _globals['_BUILD']._serialized_end=2332
+  _globals['_LISTREQUEST']._serialized_start=2334
+  _globals['_LISTREQUEST']._serialized_end=2406
+  _globals['_LISTRESPONSE']._serialized_start=2408
+  _globals['_LISTRESPONSE']._serialized_end=2482
+  _globals['_GETREQUEST']._serialized_start=2484
+  _globals['_GETREQUEST']._serialized_end=2514
+  _globals['_GETRESPONSE']._serialized_start=2516
+  _globals['_GETRESPONSE']._serialized_end=2563
+  _globals['_LOGSREQUEST']._serialized_start=2565
+  _globals['_LOGSREQUEST']._serialized_end=2634
+  _globals['_LOGSRESPONSE']._serialized_start=2636
+  _globals['_LOGSRESPONSE']._serialized_end=2694
+  _globals['_LOCATEREQUEST']._serialized_start=2696
+  _globals['_LOCATEREQUEST']._serialized_end=2750
+  _globals['_LOCATERESPONSE']._serialized_start=2753
+  _globals['_LOCATERESPONSE']._serialized_end=2888
+  _globals['_IMAGEPLACE']._serialized_start=2890
+  _globals['_IMAGEPLACE']._serialized_end=3001
+  _globals['_IMAGETICKET']._serialized_start=3004
+  _globals['_IMAGETICKET']._serialized_end=3152
+  _globals['_CANCELREQUEST']._serialized_start=3154
+  _globals['_CANCELREQUEST']._serialized_end=3187
+  _globals['_CANCELRESPONSE']._serialized_start=3189
+  _globals['_CANCELRESPONSE']._serialized_end=3254
+  _globals['_BUILDSSERVICE']._serialized_start=3621
+  _globals['_BUILDSSERVICE']._serialized_end=4095
 # @@protoc_insertion_point(module_scope)

@@ -11,6 +11,7 @@ from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from offload_proto.v1 import events_pb2 as _events_pb2
+from offload_proto.v1 import identity_service_pb2 as _identity_service_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -117,6 +118,7 @@ class CreateRequest(_message.Message):
     GROUP_ID_FIELD_NUMBER: _builtins.int
     PREFERRED_PLATFORM_FIELD_NUMBER: _builtins.int
     REPEAT_OF_FIELD_NUMBER: _builtins.int
+    CLIENT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Chosen by the client; a repeated request with the same id is the same build."""
     project_id: _builtins.str
@@ -143,6 +145,8 @@ class CreateRequest(_message.Message):
     """Build of the caller that was lost and that this one repeats; it is placed at another node where
     there is one. Empty for none; ignored when it is not a build of the caller in this project.
     """
+    client: _builtins.str
+    """Program that builds, for example "buildx"; empty for our own client."""
     @_builtins.property
     def platforms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Platforms wanted; empty for any."""
@@ -167,10 +171,11 @@ class CreateRequest(_message.Message):
         group_id: _builtins.str = ...,
         preferred_platform: _builtins.str = ...,
         repeat_of: _builtins.str = ...,
+        client: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "dockerfile_path", b"dockerfile_path", "group_id", b"group_id", "name", b"name", "platforms", b"platforms", "preferred_platform", b"preferred_platform", "project_id", b"project_id", "repeat_of", b"repeat_of", "request_id", b"request_id", "target", b"target", "vcs_branch", b"vcs_branch", "vcs_revision", b"vcs_revision", "vcs_target_branch", b"vcs_target_branch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "client", b"client", "dockerfile_path", b"dockerfile_path", "group_id", b"group_id", "name", b"name", "platforms", b"platforms", "preferred_platform", b"preferred_platform", "project_id", b"project_id", "repeat_of", b"repeat_of", "request_id", b"request_id", "target", b"target", "vcs_branch", b"vcs_branch", "vcs_revision", b"vcs_revision", "vcs_target_branch", b"vcs_target_branch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -435,6 +440,7 @@ class Ticket(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     VCS_BRANCH_FIELD_NUMBER: _builtins.int
     VCS_REVISION_FIELD_NUMBER: _builtins.int
+    IDENTITY_FIELD_NUMBER: _builtins.int
     build_id: _builtins.str
     """The build; a node accepts each one once."""
     project_id: _builtins.str
@@ -462,6 +468,10 @@ class Ticket(_message.Message):
     def expires_at(self) -> _timestamp_pb2.Timestamp:
         """From when on it is refused."""
 
+    @_builtins.property
+    def identity(self) -> _identity_service_pb2.ExternalIdentity:
+        """Who the member is at an identity provider, for the record; unset behind a token of ours."""
+
     def __init__(
         self,
         *,
@@ -476,10 +486,11 @@ class Ticket(_message.Message):
         role: _builtins.str = ...,
         vcs_branch: _builtins.str = ...,
         vcs_revision: _builtins.str = ...,
+        identity: _identity_service_pb2.ExternalIdentity | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "identity", b"identity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_id", b"build_id", "expires_at", b"expires_at", "member", b"member", "node_id", b"node_id", "project_id", b"project_id", "read_scopes", b"read_scopes", "role", b"role", "trust_domain", b"trust_domain", "vcs_branch", b"vcs_branch", "vcs_revision", b"vcs_revision", "write_scope", b"write_scope"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_id", b"build_id", "expires_at", b"expires_at", "identity", b"identity", "member", b"member", "node_id", b"node_id", "project_id", b"project_id", "read_scopes", b"read_scopes", "role", b"role", "trust_domain", b"trust_domain", "vcs_branch", b"vcs_branch", "vcs_revision", b"vcs_revision", "write_scope", b"write_scope"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -577,6 +588,8 @@ class Build(_message.Message):
     REPEAT_OF_FIELD_NUMBER: _builtins.int
     REPEATED_BY_FIELD_NUMBER: _builtins.int
     IMAGE_SAVED_FIELD_NUMBER: _builtins.int
+    IDENTITY_FIELD_NUMBER: _builtins.int
+    CLIENT_FIELD_NUMBER: _builtins.int
     build_id: _builtins.str
     """Identifier."""
     project_id: _builtins.str
@@ -611,6 +624,8 @@ class Build(_message.Message):
     """Build that repeats this one, which was lost; empty for none."""
     image_saved: _builtins.bool
     """The shared store keeps the image, so that every node can give it."""
+    client: _builtins.str
+    """Program that has started it, for example "buildx"; empty for our own client."""
     @_builtins.property
     def created_at(self) -> _timestamp_pb2.Timestamp:
         """When it was asked for."""
@@ -630,6 +645,10 @@ class Build(_message.Message):
     @_builtins.property
     def platforms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Platforms."""
+
+    @_builtins.property
+    def identity(self) -> _identity_service_pb2.ExternalIdentity:
+        """Who the member is at an identity provider; unset behind a token of ours."""
 
     def __init__(
         self,
@@ -656,10 +675,12 @@ class Build(_message.Message):
         repeat_of: _builtins.str = ...,
         repeated_by: _builtins.str = ...,
         image_saved: _builtins.bool = ...,
+        identity: _identity_service_pb2.ExternalIdentity | None = ...,
+        client: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["completed_at", b"completed_at", "created_at", b"created_at", "started_at", b"started_at", "stats", b"stats"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["completed_at", b"completed_at", "created_at", b"created_at", "identity", b"identity", "started_at", b"started_at", "stats", b"stats"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_id", b"build_id", "cache_state", b"cache_state", "completed_at", b"completed_at", "created_at", b"created_at", "dockerfile_path", b"dockerfile_path", "error", b"error", "group_id", b"group_id", "image_digest", b"image_digest", "image_saved", b"image_saved", "member", b"member", "name", b"name", "node_id", b"node_id", "platforms", b"platforms", "project_id", b"project_id", "repeat_of", b"repeat_of", "repeated_by", b"repeated_by", "started_at", b"started_at", "state", b"state", "stats", b"stats", "target", b"target", "vcs_branch", b"vcs_branch", "vcs_revision", b"vcs_revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_id", b"build_id", "cache_state", b"cache_state", "client", b"client", "completed_at", b"completed_at", "created_at", b"created_at", "dockerfile_path", b"dockerfile_path", "error", b"error", "group_id", b"group_id", "identity", b"identity", "image_digest", b"image_digest", "image_saved", b"image_saved", "member", b"member", "name", b"name", "node_id", b"node_id", "platforms", b"platforms", "project_id", b"project_id", "repeat_of", b"repeat_of", "repeated_by", b"repeated_by", "started_at", b"started_at", "state", b"state", "stats", b"stats", "target", b"target", "vcs_branch", b"vcs_branch", "vcs_revision", b"vcs_revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -71,7 +71,7 @@ class ClientCertificate(_message.Message):
     private_key_pem: _builtins.bytes
     """PEM private key."""
     ca_pem: _builtins.bytes
-    """PEM of the CA."""
+    """PEM of every CA to trust, that of the certificate first; two while the CA is replaced."""
     @_builtins.property
     def expires_at(self) -> _timestamp_pb2.Timestamp:
         """End of validity."""
@@ -153,6 +153,215 @@ class LoginResponse(_message.Message):
 Global___LoginResponse: _TypeAlias = LoginResponse  # noqa: Y015
 
 @_typing.final
+class DescribeLoginRequest(_message.Message):
+    """DescribeLoginRequest has no fields."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DescribeLoginRequest: _TypeAlias = DescribeLoginRequest  # noqa: Y015
+
+@_typing.final
+class PersonProvider(_message.Message):
+    """PersonProvider is where people prove who they are."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ISSUER_FIELD_NUMBER: _builtins.int
+    CLIENT_ID_FIELD_NUMBER: _builtins.int
+    SCOPES_FIELD_NUMBER: _builtins.int
+    issuer: _builtins.str
+    """URL of the issuer; its discovery document names the endpoints."""
+    client_id: _builtins.str
+    """Identifier of our client there; it is public and has no secret."""
+    @_builtins.property
+    def scopes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Scopes to ask for."""
+
+    def __init__(
+        self,
+        *,
+        issuer: _builtins.str = ...,
+        client_id: _builtins.str = ...,
+        scopes: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "issuer", b"issuer", "scopes", b"scopes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PersonProvider: _TypeAlias = PersonProvider  # noqa: Y015
+
+@_typing.final
+class DescribeLoginResponse(_message.Message):
+    """DescribeLoginResponse has no secrets; whoever reaches the gateway may read it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PERSON_FIELD_NUMBER: _builtins.int
+    AUDIENCE_FIELD_NUMBER: _builtins.int
+    ISSUERS_FIELD_NUMBER: _builtins.int
+    audience: _builtins.str
+    """Audience that a pipeline asks a token for; empty when pipelines cannot log in."""
+    @_builtins.property
+    def person(self) -> Global___PersonProvider:
+        """For people; unset when there is none."""
+
+    @_builtins.property
+    def issuers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """URLs of the issuers whose tokens are taken."""
+
+    def __init__(
+        self,
+        *,
+        person: Global___PersonProvider | None = ...,
+        audience: _builtins.str = ...,
+        issuers: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["person", b"person"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audience", b"audience", "issuers", b"issuers", "person", b"person"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DescribeLoginResponse: _TypeAlias = DescribeLoginResponse  # noqa: Y015
+
+@_typing.final
+class ExchangeRequest(_message.Message):
+    """ExchangeRequest proves an identity at a provider."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_FIELD_NUMBER: _builtins.int
+    token: _builtins.str
+    """The provider's token as it is: header, claims and signature, with dots between them."""
+    def __init__(
+        self,
+        *,
+        token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExchangeRequest: _TypeAlias = ExchangeRequest  # noqa: Y015
+
+@_typing.final
+class ExternalIdentity(_message.Message):
+    """ExternalIdentity is what an identity provider says of a person or a pipeline, and which rule of
+    the gateway took it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ISSUER_FIELD_NUMBER: _builtins.int
+    SUBJECT_FIELD_NUMBER: _builtins.int
+    RUN_URL_FIELD_NUMBER: _builtins.int
+    RULE_FIELD_NUMBER: _builtins.int
+    BOUND_FIELD_NUMBER: _builtins.int
+    BRANCH_FIELD_NUMBER: _builtins.int
+    TARGET_BRANCH_FIELD_NUMBER: _builtins.int
+    PULL_REQUEST_FIELD_NUMBER: _builtins.int
+    FORK_FIELD_NUMBER: _builtins.int
+    PROTECTED_BRANCH_FIELD_NUMBER: _builtins.int
+    issuer: _builtins.str
+    """URL of the issuer."""
+    subject: _builtins.str
+    """Subject at the issuer."""
+    run_url: _builtins.str
+    """Page of the pipeline's run; empty for people."""
+    rule: _builtins.str
+    """Name of the rule."""
+    bound: _builtins.bool
+    """Whether branch and the fields after it are proven: then they hold, whatever a client says."""
+    branch: _builtins.str
+    """Branch of a pipeline; empty when it builds none, for example a tag."""
+    target_branch: _builtins.str
+    """Branch that a pull request is to be merged into, as far as the issuer says it."""
+    pull_request: _builtins.bool
+    """The run belongs to a pull request."""
+    fork: _builtins.bool
+    """The code comes, or may come, from a fork."""
+    protected_branch: _builtins.bool
+    """The branch is one whose protected scope this run may write."""
+    def __init__(
+        self,
+        *,
+        issuer: _builtins.str = ...,
+        subject: _builtins.str = ...,
+        run_url: _builtins.str = ...,
+        rule: _builtins.str = ...,
+        bound: _builtins.bool = ...,
+        branch: _builtins.str = ...,
+        target_branch: _builtins.str = ...,
+        pull_request: _builtins.bool = ...,
+        fork: _builtins.bool = ...,
+        protected_branch: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bound", b"bound", "branch", b"branch", "fork", b"fork", "issuer", b"issuer", "protected_branch", b"protected_branch", "pull_request", b"pull_request", "rule", b"rule", "run_url", b"run_url", "subject", b"subject", "target_branch", b"target_branch"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExternalIdentity: _TypeAlias = ExternalIdentity  # noqa: Y015
+
+@_typing.final
+class ExchangeResponse(_message.Message):
+    """ExchangeResponse is the caller's new identity."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CERTIFICATE_FIELD_NUMBER: _builtins.int
+    MEMBER_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    PROJECT_IDS_FIELD_NUMBER: _builtins.int
+    IDENTITY_FIELD_NUMBER: _builtins.int
+    member: _builtins.str
+    """Name of the member."""
+    role: Global___Role.ValueType
+    """Role of the member."""
+    @_builtins.property
+    def certificate(self) -> Global___ClientCertificate:
+        """Certificate for the other services and for nodes."""
+
+    @_builtins.property
+    def project_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Projects that may be used; empty for all."""
+
+    @_builtins.property
+    def identity(self) -> Global___ExternalIdentity:
+        """Who that is at the provider."""
+
+    def __init__(
+        self,
+        *,
+        certificate: Global___ClientCertificate | None = ...,
+        member: _builtins.str = ...,
+        role: Global___Role.ValueType = ...,
+        project_ids: _abc.Iterable[_builtins.str] | None = ...,
+        identity: Global___ExternalIdentity | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "identity", b"identity"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "identity", b"identity", "member", b"member", "project_ids", b"project_ids", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExchangeResponse: _TypeAlias = ExchangeResponse  # noqa: Y015
+
+@_typing.final
 class EnrollNodeRequest(_message.Message):
     """EnrollNodeRequest proves a node token."""
 
@@ -195,7 +404,7 @@ class EnrollNodeResponse(_message.Message):
     certificate_pem: _builtins.bytes
     """PEM certificate chain, valid for serving and as a client."""
     ca_pem: _builtins.bytes
-    """PEM of the CA."""
+    """PEM of every CA to trust, that of the certificate first; two while the CA is replaced."""
     node_id: _builtins.str
     """Name as accepted."""
     @_builtins.property
@@ -246,6 +455,7 @@ class WhoAmIResponse(_message.Message):
     PROJECT_IDS_FIELD_NUMBER: _builtins.int
     TOKEN_EXPIRES_AT_FIELD_NUMBER: _builtins.int
     GATEWAY_VERSION_FIELD_NUMBER: _builtins.int
+    IDENTITY_FIELD_NUMBER: _builtins.int
     member: _builtins.str
     """Name of the member."""
     role: Global___Role.ValueType
@@ -260,6 +470,10 @@ class WhoAmIResponse(_message.Message):
     def token_expires_at(self) -> _timestamp_pb2.Timestamp:
         """When the token ends; unset for never."""
 
+    @_builtins.property
+    def identity(self) -> Global___ExternalIdentity:
+        """Who the caller is at an identity provider; unset behind a token of ours."""
+
     def __init__(
         self,
         *,
@@ -268,10 +482,11 @@ class WhoAmIResponse(_message.Message):
         project_ids: _abc.Iterable[_builtins.str] | None = ...,
         token_expires_at: _timestamp_pb2.Timestamp | None = ...,
         gateway_version: _builtins.str = ...,
+        identity: Global___ExternalIdentity | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["token_expires_at", b"token_expires_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "token_expires_at", b"token_expires_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway_version", b"gateway_version", "member", b"member", "project_ids", b"project_ids", "role", b"role", "token_expires_at", b"token_expires_at"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway_version", b"gateway_version", "identity", b"identity", "member", b"member", "project_ids", b"project_ids", "role", b"role", "token_expires_at", b"token_expires_at"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -319,6 +534,60 @@ class RenewResponse(_message.Message):
 Global___RenewResponse: _TypeAlias = RenewResponse  # noqa: Y015
 
 @_typing.final
+class RenewNodeRequest(_message.Message):
+    """RenewNodeRequest comes from a node with a valid certificate."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CSR_PEM_FIELD_NUMBER: _builtins.int
+    csr_pem: _builtins.bytes
+    """PEM certificate signing request."""
+    def __init__(
+        self,
+        *,
+        csr_pem: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["csr_pem", b"csr_pem"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RenewNodeRequest: _TypeAlias = RenewNodeRequest  # noqa: Y015
+
+@_typing.final
+class RenewNodeResponse(_message.Message):
+    """RenewNodeResponse is the node's fresh identity."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CERTIFICATE_PEM_FIELD_NUMBER: _builtins.int
+    CA_PEM_FIELD_NUMBER: _builtins.int
+    EXPIRES_AT_FIELD_NUMBER: _builtins.int
+    certificate_pem: _builtins.bytes
+    """PEM certificate chain, valid for serving and as a client."""
+    ca_pem: _builtins.bytes
+    """PEM of every CA to trust from now on, that of the certificate first."""
+    @_builtins.property
+    def expires_at(self) -> _timestamp_pb2.Timestamp:
+        """End of validity."""
+
+    def __init__(
+        self,
+        *,
+        certificate_pem: _builtins.bytes = ...,
+        ca_pem: _builtins.bytes = ...,
+        expires_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ca_pem", b"ca_pem", "certificate_pem", b"certificate_pem", "expires_at", b"expires_at"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RenewNodeResponse: _TypeAlias = RenewNodeResponse  # noqa: Y015
+
+@_typing.final
 class Token(_message.Message):
     """Token is a token without its secret."""
 
@@ -332,12 +601,18 @@ class Token(_message.Message):
     EXPIRES_AT_FIELD_NUMBER: _builtins.int
     LAST_USED_AT_FIELD_NUMBER: _builtins.int
     REVOKED_AT_FIELD_NUMBER: _builtins.int
+    MAX_USES_FIELD_NUMBER: _builtins.int
+    USES_FIELD_NUMBER: _builtins.int
     token_id: _builtins.str
     """Public part."""
     name: _builtins.str
     """Member or node pool that it was made for."""
     role: Global___Role.ValueType
     """Role."""
+    max_uses: _builtins.int
+    """How many nodes it may enrol; 0 for any number. Of nodes' tokens only."""
+    uses: _builtins.int
+    """How many nodes it has enrolled."""
     @_builtins.property
     def project_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Projects; empty for all."""
@@ -369,10 +644,12 @@ class Token(_message.Message):
         expires_at: _timestamp_pb2.Timestamp | None = ...,
         last_used_at: _timestamp_pb2.Timestamp | None = ...,
         revoked_at: _timestamp_pb2.Timestamp | None = ...,
+        max_uses: _builtins.int = ...,
+        uses: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "expires_at", b"expires_at", "last_used_at", b"last_used_at", "revoked_at", b"revoked_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "expires_at", b"expires_at", "last_used_at", b"last_used_at", "name", b"name", "project_ids", b"project_ids", "revoked_at", b"revoked_at", "role", b"role", "token_id", b"token_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "expires_at", b"expires_at", "last_used_at", b"last_used_at", "max_uses", b"max_uses", "name", b"name", "project_ids", b"project_ids", "revoked_at", b"revoked_at", "role", b"role", "token_id", b"token_id", "uses", b"uses"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -388,17 +665,20 @@ class CreateTokenRequest(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     PROJECT_IDS_FIELD_NUMBER: _builtins.int
     EXPIRES_AT_FIELD_NUMBER: _builtins.int
+    MAX_USES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Member or pool."""
     role: Global___Role.ValueType
     """Role."""
+    max_uses: _builtins.int
+    """How many nodes it may enrol; unset for one, 0 for any number. Of nodes' tokens only."""
     @_builtins.property
     def project_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Projects; empty for all."""
 
     @_builtins.property
     def expires_at(self) -> _timestamp_pb2.Timestamp:
-        """When it ends; unset for never."""
+        """When it ends; unset for never. Nodes that were enrolled before that go on."""
 
     def __init__(
         self,
@@ -407,12 +687,15 @@ class CreateTokenRequest(_message.Message):
         role: Global___Role.ValueType = ...,
         project_ids: _abc.Iterable[_builtins.str] | None = ...,
         expires_at: _timestamp_pb2.Timestamp | None = ...,
+        max_uses: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_uses", b"_max_uses", "expires_at", b"expires_at", "max_uses", b"max_uses"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "name", b"name", "project_ids", b"project_ids", "role", b"role"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_uses", b"_max_uses", "expires_at", b"expires_at", "max_uses", b"max_uses", "name", b"name", "project_ids", b"project_ids", "role", b"role"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__max_uses: _TypeAlias = _typing.Literal["max_uses"]  # noqa: Y015
+    _WhichOneofArgType__max_uses: _TypeAlias = _typing.Literal["_max_uses", b"_max_uses"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_uses) -> _WhichOneofReturnType__max_uses | None: ...
 
 Global___CreateTokenRequest: _TypeAlias = CreateTokenRequest  # noqa: Y015
 

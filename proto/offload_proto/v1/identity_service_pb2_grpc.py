@@ -41,6 +41,16 @@ class EnrollmentServiceStub:
                 request_serializer=offload_dot_v1_dot_identity__service__pb2.LoginRequest.SerializeToString,
                 response_deserializer=offload_dot_v1_dot_identity__service__pb2.LoginResponse.FromString,
                 _registered_method=True)
+        self.DescribeLogin = channel.unary_unary(
+                '/offload.v1.EnrollmentService/DescribeLogin',
+                request_serializer=offload_dot_v1_dot_identity__service__pb2.DescribeLoginRequest.SerializeToString,
+                response_deserializer=offload_dot_v1_dot_identity__service__pb2.DescribeLoginResponse.FromString,
+                _registered_method=True)
+        self.Exchange = channel.unary_unary(
+                '/offload.v1.EnrollmentService/Exchange',
+                request_serializer=offload_dot_v1_dot_identity__service__pb2.ExchangeRequest.SerializeToString,
+                response_deserializer=offload_dot_v1_dot_identity__service__pb2.ExchangeResponse.FromString,
+                _registered_method=True)
         self.EnrollNode = channel.unary_unary(
                 '/offload.v1.EnrollmentService/EnrollNode',
                 request_serializer=offload_dot_v1_dot_identity__service__pb2.EnrollNodeRequest.SerializeToString,
@@ -60,6 +70,20 @@ class EnrollmentServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DescribeLogin(self, request, context):
+        """DescribeLogin says how one can log in without a token of ours.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Exchange(self, request, context):
+        """Exchange turns the token of an identity provider (OpenID Connect) into a certificate.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def EnrollNode(self, request, context):
         """EnrollNode is for nodes; the private key stays with the node.
         """
@@ -74,6 +98,16 @@ def add_EnrollmentServiceServicer_to_server(servicer, server):
                     servicer.Login,
                     request_deserializer=offload_dot_v1_dot_identity__service__pb2.LoginRequest.FromString,
                     response_serializer=offload_dot_v1_dot_identity__service__pb2.LoginResponse.SerializeToString,
+            ),
+            'DescribeLogin': grpc.unary_unary_rpc_method_handler(
+                    servicer.DescribeLogin,
+                    request_deserializer=offload_dot_v1_dot_identity__service__pb2.DescribeLoginRequest.FromString,
+                    response_serializer=offload_dot_v1_dot_identity__service__pb2.DescribeLoginResponse.SerializeToString,
+            ),
+            'Exchange': grpc.unary_unary_rpc_method_handler(
+                    servicer.Exchange,
+                    request_deserializer=offload_dot_v1_dot_identity__service__pb2.ExchangeRequest.FromString,
+                    response_serializer=offload_dot_v1_dot_identity__service__pb2.ExchangeResponse.SerializeToString,
             ),
             'EnrollNode': grpc.unary_unary_rpc_method_handler(
                     servicer.EnrollNode,
@@ -110,6 +144,60 @@ class EnrollmentService:
             '/offload.v1.EnrollmentService/Login',
             offload_dot_v1_dot_identity__service__pb2.LoginRequest.SerializeToString,
             offload_dot_v1_dot_identity__service__pb2.LoginResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DescribeLogin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/offload.v1.EnrollmentService/DescribeLogin',
+            offload_dot_v1_dot_identity__service__pb2.DescribeLoginRequest.SerializeToString,
+            offload_dot_v1_dot_identity__service__pb2.DescribeLoginResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Exchange(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/offload.v1.EnrollmentService/Exchange',
+            offload_dot_v1_dot_identity__service__pb2.ExchangeRequest.SerializeToString,
+            offload_dot_v1_dot_identity__service__pb2.ExchangeResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -168,6 +256,11 @@ class IdentityServiceStub:
                 request_serializer=offload_dot_v1_dot_identity__service__pb2.RenewRequest.SerializeToString,
                 response_deserializer=offload_dot_v1_dot_identity__service__pb2.RenewResponse.FromString,
                 _registered_method=True)
+        self.RenewNode = channel.unary_unary(
+                '/offload.v1.IdentityService/RenewNode',
+                request_serializer=offload_dot_v1_dot_identity__service__pb2.RenewNodeRequest.SerializeToString,
+                response_deserializer=offload_dot_v1_dot_identity__service__pb2.RenewNodeResponse.FromString,
+                _registered_method=True)
 
 
 class IdentityServiceServicer:
@@ -188,6 +281,13 @@ class IdentityServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RenewNode(self, request, context):
+        """RenewNode gives a node that is not revoked a fresh certificate for its own key.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_IdentityServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -200,6 +300,11 @@ def add_IdentityServiceServicer_to_server(servicer, server):
                     servicer.Renew,
                     request_deserializer=offload_dot_v1_dot_identity__service__pb2.RenewRequest.FromString,
                     response_serializer=offload_dot_v1_dot_identity__service__pb2.RenewResponse.SerializeToString,
+            ),
+            'RenewNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.RenewNode,
+                    request_deserializer=offload_dot_v1_dot_identity__service__pb2.RenewNodeRequest.FromString,
+                    response_serializer=offload_dot_v1_dot_identity__service__pb2.RenewNodeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -257,6 +362,33 @@ class IdentityService:
             '/offload.v1.IdentityService/Renew',
             offload_dot_v1_dot_identity__service__pb2.RenewRequest.SerializeToString,
             offload_dot_v1_dot_identity__service__pb2.RenewResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RenewNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/offload.v1.IdentityService/RenewNode',
+            offload_dot_v1_dot_identity__service__pb2.RenewNodeRequest.SerializeToString,
+            offload_dot_v1_dot_identity__service__pb2.RenewNodeResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -329,7 +461,8 @@ class AdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RevokeToken(self, request, context):
-        """RevokeToken ends a token and every certificate made from it.
+        """RevokeToken ends a token and every certificate made from it; also a login by an identity
+        provider, or the enrolment of one node, by its id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -37,6 +37,10 @@ class EnrollmentServiceStub:
     def __new__(cls, channel: _aio.Channel) -> EnrollmentServiceAsyncStub: ...
     Login: _grpc.UnaryUnaryMultiCallable[_identity_service_pb2.LoginRequest, _identity_service_pb2.LoginResponse]
     """Login is for people and pipelines."""
+    DescribeLogin: _grpc.UnaryUnaryMultiCallable[_identity_service_pb2.DescribeLoginRequest, _identity_service_pb2.DescribeLoginResponse]
+    """DescribeLogin says how one can log in without a token of ours."""
+    Exchange: _grpc.UnaryUnaryMultiCallable[_identity_service_pb2.ExchangeRequest, _identity_service_pb2.ExchangeResponse]
+    """Exchange turns the token of an identity provider (OpenID Connect) into a certificate."""
     EnrollNode: _grpc.UnaryUnaryMultiCallable[_identity_service_pb2.EnrollNodeRequest, _identity_service_pb2.EnrollNodeResponse]
     """EnrollNode is for nodes; the private key stays with the node."""
 
@@ -49,6 +53,10 @@ class EnrollmentServiceAsyncStub(EnrollmentServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Login: _aio.UnaryUnaryMultiCallable[_identity_service_pb2.LoginRequest, _identity_service_pb2.LoginResponse]  # type: ignore[assignment]
     """Login is for people and pipelines."""
+    DescribeLogin: _aio.UnaryUnaryMultiCallable[_identity_service_pb2.DescribeLoginRequest, _identity_service_pb2.DescribeLoginResponse]  # type: ignore[assignment]
+    """DescribeLogin says how one can log in without a token of ours."""
+    Exchange: _aio.UnaryUnaryMultiCallable[_identity_service_pb2.ExchangeRequest, _identity_service_pb2.ExchangeResponse]  # type: ignore[assignment]
+    """Exchange turns the token of an identity provider (OpenID Connect) into a certificate."""
     EnrollNode: _aio.UnaryUnaryMultiCallable[_identity_service_pb2.EnrollNodeRequest, _identity_service_pb2.EnrollNodeResponse]  # type: ignore[assignment]
     """EnrollNode is for nodes; the private key stays with the node."""
 
@@ -64,6 +72,22 @@ class EnrollmentServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_identity_service_pb2.LoginResponse, _abc.Awaitable[_identity_service_pb2.LoginResponse]]:
         """Login is for people and pipelines."""
+
+    @_abc_1.abstractmethod
+    def DescribeLogin(
+        self,
+        request: _identity_service_pb2.DescribeLoginRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_identity_service_pb2.DescribeLoginResponse, _abc.Awaitable[_identity_service_pb2.DescribeLoginResponse]]:
+        """DescribeLogin says how one can log in without a token of ours."""
+
+    @_abc_1.abstractmethod
+    def Exchange(
+        self,
+        request: _identity_service_pb2.ExchangeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_identity_service_pb2.ExchangeResponse, _abc.Awaitable[_identity_service_pb2.ExchangeResponse]]:
+        """Exchange turns the token of an identity provider (OpenID Connect) into a certificate."""
 
     @_abc_1.abstractmethod
     def EnrollNode(
@@ -86,6 +110,8 @@ class IdentityServiceStub:
     """WhoAmI describes the caller."""
     Renew: _grpc.UnaryUnaryMultiCallable[_identity_service_pb2.RenewRequest, _identity_service_pb2.RenewResponse]
     """Renew gives a fresh client certificate while the token behind the old one is valid."""
+    RenewNode: _grpc.UnaryUnaryMultiCallable[_identity_service_pb2.RenewNodeRequest, _identity_service_pb2.RenewNodeResponse]
+    """RenewNode gives a node that is not revoked a fresh certificate for its own key."""
 
 @_typing.type_check_only
 class IdentityServiceAsyncStub(IdentityServiceStub):
@@ -96,6 +122,8 @@ class IdentityServiceAsyncStub(IdentityServiceStub):
     """WhoAmI describes the caller."""
     Renew: _aio.UnaryUnaryMultiCallable[_identity_service_pb2.RenewRequest, _identity_service_pb2.RenewResponse]  # type: ignore[assignment]
     """Renew gives a fresh client certificate while the token behind the old one is valid."""
+    RenewNode: _aio.UnaryUnaryMultiCallable[_identity_service_pb2.RenewNodeRequest, _identity_service_pb2.RenewNodeResponse]  # type: ignore[assignment]
+    """RenewNode gives a node that is not revoked a fresh certificate for its own key."""
 
 class IdentityServiceServicer(metaclass=_abc_1.ABCMeta):
     """IdentityService answers to a client certificate."""
@@ -116,6 +144,14 @@ class IdentityServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_identity_service_pb2.RenewResponse, _abc.Awaitable[_identity_service_pb2.RenewResponse]]:
         """Renew gives a fresh client certificate while the token behind the old one is valid."""
 
+    @_abc_1.abstractmethod
+    def RenewNode(
+        self,
+        request: _identity_service_pb2.RenewNodeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_identity_service_pb2.RenewNodeResponse, _abc.Awaitable[_identity_service_pb2.RenewNodeResponse]]:
+        """RenewNode gives a node that is not revoked a fresh certificate for its own key."""
+
 def add_IdentityServiceServicer_to_server(servicer: IdentityServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
 class AdminServiceStub:
@@ -130,7 +166,9 @@ class AdminServiceStub:
     ListTokens: _grpc.UnaryUnaryMultiCallable[_identity_service_pb2.ListTokensRequest, _identity_service_pb2.ListTokensResponse]
     """ListTokens never shows secrets."""
     RevokeToken: _grpc.UnaryUnaryMultiCallable[_identity_service_pb2.RevokeTokenRequest, _identity_service_pb2.RevokeTokenResponse]
-    """RevokeToken ends a token and every certificate made from it."""
+    """RevokeToken ends a token and every certificate made from it; also a login by an identity
+    provider, or the enrolment of one node, by its id.
+    """
     CreateProject: _grpc.UnaryUnaryMultiCallable[_identity_service_pb2.CreateProjectRequest, _identity_service_pb2.CreateProjectResponse]
     """CreateProject makes a project."""
     ListProjects: _grpc.UnaryUnaryMultiCallable[_identity_service_pb2.ListProjectsRequest, _identity_service_pb2.ListProjectsResponse]
@@ -148,7 +186,9 @@ class AdminServiceAsyncStub(AdminServiceStub):
     ListTokens: _aio.UnaryUnaryMultiCallable[_identity_service_pb2.ListTokensRequest, _identity_service_pb2.ListTokensResponse]  # type: ignore[assignment]
     """ListTokens never shows secrets."""
     RevokeToken: _aio.UnaryUnaryMultiCallable[_identity_service_pb2.RevokeTokenRequest, _identity_service_pb2.RevokeTokenResponse]  # type: ignore[assignment]
-    """RevokeToken ends a token and every certificate made from it."""
+    """RevokeToken ends a token and every certificate made from it; also a login by an identity
+    provider, or the enrolment of one node, by its id.
+    """
     CreateProject: _aio.UnaryUnaryMultiCallable[_identity_service_pb2.CreateProjectRequest, _identity_service_pb2.CreateProjectResponse]  # type: ignore[assignment]
     """CreateProject makes a project."""
     ListProjects: _aio.UnaryUnaryMultiCallable[_identity_service_pb2.ListProjectsRequest, _identity_service_pb2.ListProjectsResponse]  # type: ignore[assignment]
@@ -181,7 +221,9 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _identity_service_pb2.RevokeTokenRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_identity_service_pb2.RevokeTokenResponse, _abc.Awaitable[_identity_service_pb2.RevokeTokenResponse]]:
-        """RevokeToken ends a token and every certificate made from it."""
+        """RevokeToken ends a token and every certificate made from it; also a login by an identity
+        provider, or the enrolment of one node, by its id.
+        """
 
     @_abc_1.abstractmethod
     def CreateProject(

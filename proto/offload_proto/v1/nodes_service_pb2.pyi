@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from offload_proto.v1 import builds_service_pb2 as _builds_service_pb2
 from offload_proto.v1 import cache_service_pb2 as _cache_service_pb2
@@ -21,6 +22,128 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+@_typing.final
+class AuthorizeRequest(_message.Message):
+    """AuthorizeRequest names a member by what the node has verified."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CERTIFICATE_DER_FIELD_NUMBER: _builtins.int
+    PROJECT_ID_FIELD_NUMBER: _builtins.int
+    certificate_der: _builtins.bytes
+    """Certificate that the member has proved in TLS, DER."""
+    project_id: _builtins.str
+    """Project that is to be used."""
+    def __init__(
+        self,
+        *,
+        certificate_der: _builtins.bytes = ...,
+        project_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate_der", b"certificate_der", "project_id", b"project_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AuthorizeRequest: _TypeAlias = AuthorizeRequest  # noqa: Y015
+
+@_typing.final
+class AuthorizeResponse(_message.Message):
+    """AuthorizeResponse is what the member is in the project."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEMBER_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    TRUST_DOMAIN_FIELD_NUMBER: _builtins.int
+    member: _builtins.str
+    """Name of the member."""
+    role: _builtins.str
+    """Role, for example "member"."""
+    trust_domain: _builtins.str
+    """Trust domain of the member's builds for which no branch is known; see Ticket."""
+    def __init__(
+        self,
+        *,
+        member: _builtins.str = ...,
+        role: _builtins.str = ...,
+        trust_domain: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["member", b"member", "role", b"role", "trust_domain", b"trust_domain"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AuthorizeResponse: _TypeAlias = AuthorizeResponse  # noqa: Y015
+
+@_typing.final
+class AdmitRequest(_message.Message):
+    """AdmitRequest is a build of a member who is connected to the calling node."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CERTIFICATE_DER_FIELD_NUMBER: _builtins.int
+    BUILD_FIELD_NUMBER: _builtins.int
+    BESIDE_BUILD_ID_FIELD_NUMBER: _builtins.int
+    certificate_der: _builtins.bytes
+    """Certificate that the member has proved in TLS, DER."""
+    beside_build_id: _builtins.str
+    """A running build of the same client at this node, whose slot this one shares: targets of one
+    bake wait for each other, so they cannot wait for each other's slots as well.
+    """
+    @_builtins.property
+    def build(self) -> _builds_service_pb2.CreateRequest:
+        """The build."""
+
+    def __init__(
+        self,
+        *,
+        certificate_der: _builtins.bytes = ...,
+        build: _builds_service_pb2.CreateRequest | None = ...,
+        beside_build_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["build", b"build"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["beside_build_id", b"beside_build_id", "build", b"build", "certificate_der", b"certificate_der"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdmitRequest: _TypeAlias = AdmitRequest  # noqa: Y015
+
+@_typing.final
+class AdmitResponse(_message.Message):
+    """AdmitResponse is news of a build that waits."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUEUED_FIELD_NUMBER: _builtins.int
+    ASSIGNED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def queued(self) -> _builds_service_pb2.Queued:
+        """The build waits."""
+
+    @_builtins.property
+    def assigned(self) -> _builds_service_pb2.Assigned:
+        """The calling node has it."""
+
+    def __init__(
+        self,
+        *,
+        queued: _builds_service_pb2.Queued | None = ...,
+        assigned: _builds_service_pb2.Assigned | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["assigned", b"assigned", "queued", b"queued", "state", b"state"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assigned", b"assigned", "queued", b"queued", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_state: _TypeAlias = _typing.Literal["queued", "assigned"]  # noqa: Y015
+    _WhichOneofArgType_state: _TypeAlias = _typing.Literal["state", b"state"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_state) -> _WhichOneofReturnType_state | None: ...
+
+Global___AdmitResponse: _TypeAlias = AdmitResponse  # noqa: Y015
 
 @_typing.final
 class AttachRequest(_message.Message):
@@ -91,6 +214,7 @@ class Hello(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     BUILDKIT_VERSION_FIELD_NUMBER: _builtins.int
     RUNNING_BUILD_IDS_FIELD_NUMBER: _builtins.int
+    BUILDKIT_ENDPOINT_FIELD_NUMBER: _builtins.int
     relay_endpoint: _builtins.str
     """Address that the relay dials."""
     slots: _builtins.int
@@ -99,6 +223,10 @@ class Hello(_message.Message):
     """Version of the agent."""
     buildkit_version: _builtins.str
     """Version of BuildKit."""
+    buildkit_endpoint: _builtins.str
+    """HOST:PORT that the gateway's relay dials for clients that speak BuildKit's API; empty when the
+    node serves none.
+    """
     @_builtins.property
     def endpoints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Addresses "HOST:PORT" that clients may dial; empty when only the relay reaches the node."""
@@ -121,10 +249,11 @@ class Hello(_message.Message):
         version: _builtins.str = ...,
         buildkit_version: _builtins.str = ...,
         running_build_ids: _abc.Iterable[_builtins.str] | None = ...,
+        buildkit_endpoint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["buildkit_version", b"buildkit_version", "endpoints", b"endpoints", "platforms", b"platforms", "relay_endpoint", b"relay_endpoint", "running_build_ids", b"running_build_ids", "slots", b"slots", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buildkit_endpoint", b"buildkit_endpoint", "buildkit_version", b"buildkit_version", "endpoints", b"endpoints", "platforms", b"platforms", "relay_endpoint", b"relay_endpoint", "running_build_ids", b"running_build_ids", "slots", b"slots", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -141,6 +270,7 @@ class Heartbeat(_message.Message):
     DISK_FREE_BYTES_FIELD_NUMBER: _builtins.int
     HEALTH_FIELD_NUMBER: _builtins.int
     PLATFORMS_FIELD_NUMBER: _builtins.int
+    AUTHORITIES_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     """Builds that run."""
     draining: _builtins.bool
@@ -153,6 +283,10 @@ class Heartbeat(_message.Message):
     def platforms(self) -> Global___NodePlatforms:
         """Unset until the node knows what its BuildKit can build."""
 
+    @_builtins.property
+    def authorities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """SHA-256 of the CA certificates that the node trusts, as in TrustedAuthorities."""
+
     def __init__(
         self,
         *,
@@ -161,10 +295,11 @@ class Heartbeat(_message.Message):
         disk_free_bytes: _builtins.int = ...,
         health: _builtins.str = ...,
         platforms: Global___NodePlatforms | None = ...,
+        authorities: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["platforms", b"platforms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["disk_free_bytes", b"disk_free_bytes", "draining", b"draining", "health", b"health", "platforms", b"platforms", "running", b"running"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["authorities", b"authorities", "disk_free_bytes", b"disk_free_bytes", "draining", b"draining", "health", b"health", "platforms", b"platforms", "running", b"running"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -244,6 +379,7 @@ class BuildUpdate(_message.Message):
     CACHE_STATE_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
     IMAGE_SAVED_FIELD_NUMBER: _builtins.int
+    SECRET_IDS_FIELD_NUMBER: _builtins.int
     build_id: _builtins.str
     """The build."""
     state: _builds_service_pb2.BuildState.ValueType
@@ -264,6 +400,12 @@ class BuildUpdate(_message.Message):
     def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepTime]:
         """Steps, in news of the end only; at most 1000."""
 
+    @_builtins.property
+    def secret_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Identifiers of the secrets that the build has asked its client for, never their values; in
+        news of the end only.
+        """
+
     def __init__(
         self,
         *,
@@ -275,10 +417,11 @@ class BuildUpdate(_message.Message):
         cache_state: _builds_service_pb2.CacheState.ValueType = ...,
         steps: _abc.Iterable[Global___StepTime] | None = ...,
         image_saved: _builtins.bool = ...,
+        secret_ids: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["stats", b"stats"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_id", b"build_id", "cache_state", b"cache_state", "error", b"error", "image_digest", b"image_digest", "image_saved", b"image_saved", "state", b"state", "stats", b"stats", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_id", b"build_id", "cache_state", b"cache_state", "error", b"error", "image_digest", b"image_digest", "image_saved", b"image_saved", "secret_ids", b"secret_ids", "state", b"state", "stats", b"stats", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -353,6 +496,8 @@ class AttachResponse(_message.Message):
     CANCEL_BUILD_FIELD_NUMBER: _builtins.int
     CACHE_TASK_FIELD_NUMBER: _builtins.int
     PROJECT_LIMITS_FIELD_NUMBER: _builtins.int
+    REVOCATIONS_FIELD_NUMBER: _builtins.int
+    AUTHORITIES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome:
         """First message."""
@@ -373,6 +518,16 @@ class AttachResponse(_message.Message):
     def project_limits(self) -> Global___ProjectLimits:
         """What projects may keep; sent after Welcome and at every change, complete each time."""
 
+    @_builtins.property
+    def revocations(self) -> Global___RevocationList:
+        """Whose certificates are worth nothing any more; sent after Welcome and at every change,
+        complete each time.
+        """
+
+    @_builtins.property
+    def authorities(self) -> Global___TrustedAuthorities:
+        """CAs of the pool; sent after Welcome and at every change."""
+
     def __init__(
         self,
         *,
@@ -381,16 +536,96 @@ class AttachResponse(_message.Message):
         cancel_build: Global___CancelBuild | None = ...,
         cache_task: Global___CacheTask | None = ...,
         project_limits: Global___ProjectLimits | None = ...,
+        revocations: Global___RevocationList | None = ...,
+        authorities: Global___TrustedAuthorities | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cache_task", b"cache_task", "cancel_build", b"cancel_build", "message", b"message", "offer", b"offer", "project_limits", b"project_limits", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["authorities", b"authorities", "cache_task", b"cache_task", "cancel_build", b"cancel_build", "message", b"message", "offer", b"offer", "project_limits", b"project_limits", "revocations", b"revocations", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_task", b"cache_task", "cancel_build", b"cancel_build", "message", b"message", "offer", b"offer", "project_limits", b"project_limits", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["authorities", b"authorities", "cache_task", b"cache_task", "cancel_build", b"cancel_build", "message", b"message", "offer", b"offer", "project_limits", b"project_limits", "revocations", b"revocations", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "offer", "cancel_build", "cache_task", "project_limits"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "offer", "cancel_build", "cache_task", "project_limits", "revocations", "authorities"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
 Global___AttachResponse: _TypeAlias = AttachResponse  # noqa: Y015
+
+@_typing.final
+class RevocationList(_message.Message):
+    """RevocationList names what a node refuses, and whose open calls it ends."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVOCATIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def revocations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Revocation]:
+        """In no order."""
+
+    def __init__(
+        self,
+        *,
+        revocations: _abc.Iterable[Global___Revocation] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revocations", b"revocations"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevocationList: _TypeAlias = RevocationList  # noqa: Y015
+
+@_typing.final
+class Revocation(_message.Message):
+    """Revocation is one token, or login by an identity provider, that was revoked."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    UNTIL_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.str
+    """Its id, which its certificates name."""
+    @_builtins.property
+    def until(self) -> _timestamp_pb2.Timestamp:
+        """When the last of its certificates has ended, so that it need not be remembered."""
+
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.str = ...,
+        until: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["until", b"until"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["token_id", b"token_id", "until", b"until"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Revocation: _TypeAlias = Revocation  # noqa: Y015
+
+@_typing.final
+class TrustedAuthorities(_message.Message):
+    """TrustedAuthorities says whom a node should trust, and whose certificate it should have."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FINGERPRINTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def fingerprints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """SHA-256 of the CA certificates, DER, 64 hexadecimal characters each; the one that signs now
+        comes first. A node that has other ones, or a certificate of another one, calls RenewNode.
+        """
+
+    def __init__(
+        self,
+        *,
+        fingerprints: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprints", b"fingerprints"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrustedAuthorities: _TypeAlias = TrustedAuthorities  # noqa: Y015
 
 @_typing.final
 class Welcome(_message.Message):

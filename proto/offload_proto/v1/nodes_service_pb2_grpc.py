@@ -40,6 +40,16 @@ class NodesServiceStub:
                 request_serializer=offload_dot_v1_dot_nodes__service__pb2.AttachRequest.SerializeToString,
                 response_deserializer=offload_dot_v1_dot_nodes__service__pb2.AttachResponse.FromString,
                 _registered_method=True)
+        self.Authorize = channel.unary_unary(
+                '/offload.v1.NodesService/Authorize',
+                request_serializer=offload_dot_v1_dot_nodes__service__pb2.AuthorizeRequest.SerializeToString,
+                response_deserializer=offload_dot_v1_dot_nodes__service__pb2.AuthorizeResponse.FromString,
+                _registered_method=True)
+        self.Admit = channel.unary_stream(
+                '/offload.v1.NodesService/Admit',
+                request_serializer=offload_dot_v1_dot_nodes__service__pb2.AdmitRequest.SerializeToString,
+                response_deserializer=offload_dot_v1_dot_nodes__service__pb2.AdmitResponse.FromString,
+                _registered_method=True)
 
 
 class NodesServiceServicer:
@@ -53,6 +63,23 @@ class NodesServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Authorize(self, request, context):
+        """Authorize says whether the member behind a certificate may use a project now. Nodes call it for
+        clients that speak BuildKit's API and nothing of ours.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Admit(self, request, context):
+        """Admit queues a build that a BuildKit client has brought to the calling node, for a slot of
+        that node, as BuildsService.Create does for a member: places in the queue come until there is
+        a ticket. The same request_id finds the same build again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NodesServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +87,16 @@ def add_NodesServiceServicer_to_server(servicer, server):
                     servicer.Attach,
                     request_deserializer=offload_dot_v1_dot_nodes__service__pb2.AttachRequest.FromString,
                     response_serializer=offload_dot_v1_dot_nodes__service__pb2.AttachResponse.SerializeToString,
+            ),
+            'Authorize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Authorize,
+                    request_deserializer=offload_dot_v1_dot_nodes__service__pb2.AuthorizeRequest.FromString,
+                    response_serializer=offload_dot_v1_dot_nodes__service__pb2.AuthorizeResponse.SerializeToString,
+            ),
+            'Admit': grpc.unary_stream_rpc_method_handler(
+                    servicer.Admit,
+                    request_deserializer=offload_dot_v1_dot_nodes__service__pb2.AdmitRequest.FromString,
+                    response_serializer=offload_dot_v1_dot_nodes__service__pb2.AdmitResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +127,60 @@ class NodesService:
             '/offload.v1.NodesService/Attach',
             offload_dot_v1_dot_nodes__service__pb2.AttachRequest.SerializeToString,
             offload_dot_v1_dot_nodes__service__pb2.AttachResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Authorize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/offload.v1.NodesService/Authorize',
+            offload_dot_v1_dot_nodes__service__pb2.AuthorizeRequest.SerializeToString,
+            offload_dot_v1_dot_nodes__service__pb2.AuthorizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Admit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/offload.v1.NodesService/Admit',
+            offload_dot_v1_dot_nodes__service__pb2.AdmitRequest.SerializeToString,
+            offload_dot_v1_dot_nodes__service__pb2.AdmitResponse.FromString,
             options,
             channel_credentials,
             insecure,

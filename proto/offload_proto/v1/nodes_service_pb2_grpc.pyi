@@ -35,6 +35,15 @@ class NodesServiceStub:
     def __new__(cls, channel: _aio.Channel) -> NodesServiceAsyncStub: ...
     Attach: _grpc.StreamStreamMultiCallable[_nodes_service_pb2.AttachRequest, _nodes_service_pb2.AttachResponse]
     """Attach is open for as long as the node serves. The first message must be Hello."""
+    Authorize: _grpc.UnaryUnaryMultiCallable[_nodes_service_pb2.AuthorizeRequest, _nodes_service_pb2.AuthorizeResponse]
+    """Authorize says whether the member behind a certificate may use a project now. Nodes call it for
+    clients that speak BuildKit's API and nothing of ours.
+    """
+    Admit: _grpc.UnaryStreamMultiCallable[_nodes_service_pb2.AdmitRequest, _nodes_service_pb2.AdmitResponse]
+    """Admit queues a build that a BuildKit client has brought to the calling node, for a slot of
+    that node, as BuildsService.Create does for a member: places in the queue come until there is
+    a ticket. The same request_id finds the same build again.
+    """
 
 @_typing.type_check_only
 class NodesServiceAsyncStub(NodesServiceStub):
@@ -43,6 +52,15 @@ class NodesServiceAsyncStub(NodesServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Attach: _aio.StreamStreamMultiCallable[_nodes_service_pb2.AttachRequest, _nodes_service_pb2.AttachResponse]  # type: ignore[assignment]
     """Attach is open for as long as the node serves. The first message must be Hello."""
+    Authorize: _aio.UnaryUnaryMultiCallable[_nodes_service_pb2.AuthorizeRequest, _nodes_service_pb2.AuthorizeResponse]  # type: ignore[assignment]
+    """Authorize says whether the member behind a certificate may use a project now. Nodes call it for
+    clients that speak BuildKit's API and nothing of ours.
+    """
+    Admit: _aio.UnaryStreamMultiCallable[_nodes_service_pb2.AdmitRequest, _nodes_service_pb2.AdmitResponse]  # type: ignore[assignment]
+    """Admit queues a build that a BuildKit client has brought to the calling node, for a slot of
+    that node, as BuildsService.Create does for a member: places in the queue come until there is
+    a ticket. The same request_id finds the same build again.
+    """
 
 class NodesServiceServicer(metaclass=_abc_1.ABCMeta):
     """NodesService is called by nodes, with their certificate."""
@@ -54,5 +72,26 @@ class NodesServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_nodes_service_pb2.AttachResponse], _abc.AsyncIterator[_nodes_service_pb2.AttachResponse]]:
         """Attach is open for as long as the node serves. The first message must be Hello."""
+
+    @_abc_1.abstractmethod
+    def Authorize(
+        self,
+        request: _nodes_service_pb2.AuthorizeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_nodes_service_pb2.AuthorizeResponse, _abc.Awaitable[_nodes_service_pb2.AuthorizeResponse]]:
+        """Authorize says whether the member behind a certificate may use a project now. Nodes call it for
+        clients that speak BuildKit's API and nothing of ours.
+        """
+
+    @_abc_1.abstractmethod
+    def Admit(
+        self,
+        request: _nodes_service_pb2.AdmitRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_nodes_service_pb2.AdmitResponse], _abc.AsyncIterator[_nodes_service_pb2.AdmitResponse]]:
+        """Admit queues a build that a BuildKit client has brought to the calling node, for a slot of
+        that node, as BuildsService.Create does for a member: places in the queue come until there is
+        a ticket. The same request_id finds the same build again.
+        """
 
 def add_NodesServiceServicer_to_server(servicer: NodesServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -19,7 +19,8 @@ from offload_client import connections as module
 from offload_client.connections import Connections
 from offload_client.identity import StoredIdentity
 from offload_core.errors import NodeLostError
-from offload_core.tls import GATEWAY_NAME, Identity, server_credentials
+from offload_core.servercredentials import ReloadingCredentials
+from offload_core.tls import GATEWAY_NAME, Identity
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -40,7 +41,7 @@ def identity(authority: CertificateAuthority) -> StoredIdentity:
 @asynccontextmanager
 async def serving(authority: CertificateAuthority, port: int = 0) -> AsyncIterator[str]:
     server = aio.server(options=(("grpc.so_reuseport", 0),))
-    credentials = server_credentials(authority.gateway_keys(), require_client=True)
+    credentials = ReloadingCredentials(authority.gateway_keys()).server(require_client=True)
     port = server.add_secure_port(f"127.0.0.1:{port}", credentials)
     await server.start()
     try:

@@ -33,7 +33,7 @@ _SO_SNDBUFFORCE = 32
 """Linux's asm-generic/socket.h."""
 
 
-class UnixConnection(asyncio.Protocol):
+class UnixConnection(asyncio.BufferedProtocol):
     """An HTTP/2 client connection on a unix socket."""
 
     def __init__(self) -> None:
@@ -66,10 +66,10 @@ class UnixConnection(asyncio.Protocol):
     async def _write(self, pieces: list[bytes | memoryview]) -> None:
         if self._transport is None or self._transport.is_closing():
             raise ConnectionLostError("the socket is closed")
-        self._transport.write(b"".join(pieces))
+        self._transport.write(pieces[0] if len(pieces) == 1 else b"".join(pieces))
         await self._writable.wait()
 
-    # asyncio.Protocol
+    # asyncio.BufferedProtocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called by asyncio."""
@@ -79,9 +79,13 @@ class UnixConnection(asyncio.Protocol):
         _widen(transport.get_extra_info("socket"))
         self.http2.start()
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002
         """Called by asyncio."""
-        self.http2.feed(data)
+        return self.http2.room()
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Called by asyncio."""
+        self.http2.filled(nbytes)
         if self.http2.drained and self._transport is not None:
             self._transport.close()
 

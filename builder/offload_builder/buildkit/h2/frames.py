@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import threading
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ SETTINGS_MAX_HEADER_LIST_SIZE = 0x6
 # Error codes, section 7.
 NO_ERROR = 0x0
 PROTOCOL_ERROR = 0x1
-INTERNAL_ERROR = 0x2
 FLOW_CONTROL_ERROR = 0x3
 STREAM_CLOSED = 0x5
 FRAME_SIZE_ERROR = 0x6
@@ -57,8 +57,13 @@ _SETTING = struct.Struct(">HI")
 _U32 = struct.Struct(">I")
 HEADER_SIZE = _HEADER.size
 
+Buffer = bytes | memoryview
+
 Frame = tuple[int, int, int, bytes]
-"""Type, flags, stream identifier, payload."""
+"""Type, flags, stream identifier, payload; of a `RUN`: how many frames, and all of them."""
+RUN = -1
+"""Stands for several DATA frames of one stream, without flags and not empty."""
+READ_SIZE = 256 * 2**10
 
 
 class ProtocolError(Exception):
@@ -81,9 +86,9 @@ def frame(kind: int, flags: int, stream_id: int, payload: bytes = b"") -> bytes:
 
 def data_frames(
     stream_id: int, pieces: Iterable[bytes | memoryview], size: int, max_frame: int
-) -> list[bytes | memoryview]:
+) -> list[Buffer]:
     """Return DATA frames with the `pieces`, `size` bytes in all; the pieces are not copied."""
-    parts: list[bytes | memoryview] = []
+    parts: list[Buffer] = []
     left, room = size, 0
     for piece in pieces:
         length = len(piece)
@@ -167,12 +172,46 @@ def strip_padding(flags: int, payload: bytes) -> bytes:
     return payload[start:end]
 
 
+class _Scratch(threading.local):
+    """Memory of one thread into which bytes are received."""
+
+    def __init__(self) -> None:
+        self.buffer = bytearray()
+
+
+_scratch = _Scratch()
+
+
 class FrameReader:
-    """Cuts a byte stream, given in pieces of any size, into frames."""
+    """Cuts a byte stream, given in pieces of any size, into frames.
+
+    Bytes come with `feed`, or are written into `room` and announced with `filled`. Streams in
+    `joined` have their DATA frames handed out in runs.
+    """
 
     def __init__(self, max_frame: int = DEFAULT_MAX_FRAME) -> None:
+        self.joined: dict[int, int] = {}
+        """By stream: the number that its frames get."""
         self._max_frame = max_frame
-        self._rest = b""
+        self._rest: bytes | bytearray = b""
+        self._position = 0
+
+    def room(self) -> memoryview:
+        """Return where the next bytes can be written at once; it is never empty.
+
+        All readers of a thread share it, so it costs nothing while a connection is silent.
+        """
+        needed = READ_SIZE + len(self._rest)
+        if len(_scratch.buffer) < needed:
+            _scratch.buffer = bytearray(needed + self._max_frame)
+        _scratch.buffer[: len(self._rest)] = self._rest
+        return memoryview(_scratch.buffer)[len(self._rest) :]
+
+    def filled(self, size: int) -> Iterator[Frame]:
+        """Do as `feed` with `size` bytes in `room`, which nobody else may have used since."""
+        buffer, end = _scratch.buffer, len(self._rest) + size
+        yield from self._cut(buffer, end)
+        self._rest = buffer[self._position : end]
 
     def feed(self, data: bytes) -> Iterator[Frame]:
         """Yield the frames that end in `data`.
@@ -182,10 +221,13 @@ class FrameReader:
         Raises:
             ProtocolError: a frame is larger than we allow.
         """
-        if self._rest:
-            data = self._rest + data
-        position, size = 0, len(data)
-        unpack = _HEADER.unpack_from
+        whole = bytearray(self._rest + data) if self.joined else self._rest + data
+        yield from self._cut(whole, len(whole))
+        self._rest = whole[self._position :]
+
+    def _cut(self, data: bytes | bytearray, size: int) -> Iterator[Frame]:
+        position, unpack, joined = 0, _HEADER.unpack_from, self.joined
+        view = memoryview(data)
         while size - position >= HEADER_SIZE:
             high, low, kind, flags, stream_id = unpack(data, position)
             length = high << 8 | low
@@ -194,6 +236,27 @@ class FrameReader:
             end = position + HEADER_SIZE + length
             if end > size:
                 break
-            yield kind, flags, stream_id & 0x7FFF_FFFF, data[position + HEADER_SIZE : end]
+            if kind == DATA and stream_id in joined and not flags and length:
+                end, count = self._run(data, position, size)
+                yield RUN, count, stream_id, bytes(view[position:end])
+            else:
+                payload = bytes(view[position + HEADER_SIZE : end])
+                yield kind, flags, stream_id & 0x7FFF_FFFF, payload
             position = end
-        self._rest = data[position:]
+        self._position = position
+
+    def _run(self, data: bytes | bytearray, position: int, size: int) -> tuple[int, int]:
+        """Give DATA frames in a row their new number; return where they end, and how many."""
+        unpack, readdress, largest = _HEADER.unpack_from, _U32.pack_into, self._max_frame
+        stream_id: int = unpack(data, position)[4]
+        number, count = self.joined[stream_id], 0
+        while size - position >= HEADER_SIZE:
+            high, low, kind, flags, found = unpack(data, position)
+            length = high << 8 | low
+            end = position + HEADER_SIZE + length
+            if kind or flags or found != stream_id or end > size or not 0 < length <= largest:
+                break
+            readdress(data, position + 5, number)
+            position = end
+            count += 1
+        return position, count

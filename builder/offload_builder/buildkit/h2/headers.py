@@ -21,8 +21,14 @@ BuildKit sends every line of .dockerignore as a header of its own; 3,000 lines a
 """
 
 
+_ENTRY_BYTES = 32
 _MAX_FRAMES = 2048
 """Of one block: frames of next to nothing would cost more than their bytes."""
+
+
+def list_size(headers: HeaderList) -> int:
+    """Return the bytes of a header list, as RFC 9113, section 10.5.1 counts them."""
+    return sum(len(name) + len(value) + _ENTRY_BYTES for name, value in headers)
 
 
 class HeaderEncoder:
@@ -60,8 +66,10 @@ class HeaderDecoder:
     While `pending` is set only CONTINUATION frames of the same stream may come.
     """
 
-    def __init__(self) -> None:
-        self._decoder = hpack.Decoder(max_header_list_size=MAX_HEADER_LIST)
+    def __init__(self, max_bytes: int = MAX_HEADER_LIST) -> None:
+        """Take header lists of at most `max_bytes`."""
+        self._max_bytes = max_bytes
+        self._decoder = hpack.Decoder(max_header_list_size=max_bytes)
         self._pieces: list[bytes] = []
         self._size = 0
         self._stream_id = 0
@@ -100,7 +108,7 @@ class HeaderDecoder:
     def _add(self, flags: int, piece: bytes) -> tuple[int, HeaderList, bool] | None:
         self._pieces.append(piece)
         self._size += len(piece)
-        if self._size > MAX_HEADER_LIST or len(self._pieces) > _MAX_FRAMES:
+        if self._size > self._max_bytes or len(self._pieces) > _MAX_FRAMES:
             raise frames.ProtocolError(frames.ENHANCE_YOUR_CALM, "header block is too large")
         if not flags & frames.END_HEADERS:
             return None

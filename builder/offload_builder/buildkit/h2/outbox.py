@@ -18,6 +18,7 @@ from offload_core.aio import TaskSet
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from offload_builder.buildkit.h2.frames import Buffer
     from offload_builder.buildkit.h2.headers import HeaderList
     from offload_builder.buildkit.h2.stream import Http2Stream
 
@@ -37,7 +38,7 @@ class Outbox:
 
     def __init__(
         self,
-        sink: Callable[[list[bytes | memoryview]], Awaitable[None]],
+        sink: Callable[[list[Buffer]], Awaitable[None]],
         *,
         on_lost: Callable[[str], None],
         on_end: Callable[[Http2Stream], None],
@@ -48,7 +49,7 @@ class Outbox:
         self._encoder = HeaderEncoder()
         self._max_frame = frames.DEFAULT_MAX_FRAME
         self._window = frames.DEFAULT_WINDOW
-        self._control: list[bytes | memoryview] = []
+        self._control: list[Buffer] = []
         self._control_size = 0
         self._sending: dict[int, Http2Stream] = {}
         self._wake = asyncio.Event()
@@ -138,7 +139,7 @@ class Outbox:
         except (StreamResetError, OSError) as error:
             self._on_lost(str(error) or type(error).__name__)
 
-    def _collect(self) -> list[bytes | memoryview]:
+    def _collect(self) -> list[Buffer]:
         parts = self._control
         self._control, self._control_size = [], 0
         size = 0
@@ -152,13 +153,12 @@ class Outbox:
                 self._sending[stream.id] = stream
         return parts
 
-    def _collect_stream(self, stream: Http2Stream, parts: list[bytes | memoryview]) -> int:
+    def _collect_stream(self, stream: Http2Stream, parts: list[Buffer]) -> int:
         allowed = min(stream.pending_size, stream.send_window, self._window, QUANTUM)
         if allowed > 0:
-            pieces = stream.take_pending(allowed)
             stream.send_window -= allowed
             self._window -= allowed
-            parts += frames.data_frames(stream.id, pieces, allowed, self._max_frame)
+            parts += stream.take_frames(allowed, self._max_frame)
         if stream.finished_sending:
             if stream.final_headers is None:
                 parts.append(frames.frame(frames.DATA, frames.END_STREAM, stream.id))

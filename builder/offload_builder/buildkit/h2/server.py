@@ -26,6 +26,7 @@ from offload_core.errors import OffloadError, find_offload_error
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
+    from offload_builder.buildkit.h2.limits import Budget
     from offload_builder.buildkit.h2.stream import Http2Stream
 
     Handler = Callable[["ServerCall"], Awaitable[None]]
@@ -44,13 +45,16 @@ class ServerCall:
         method: str,
         metadata: dict[str, list[str]],
         on_failure: FailureListener,
+        budget: Budget | None = None,
     ) -> None:
         self.method = method
+        self._budget, self._held = budget, 0
         self.metadata = metadata
         self._stream = stream
         self._on_failure = on_failure
         self._reader = MessageReader()
         self._answered = False
+        self._put_back: bytes | None = None
 
     async def receive(self) -> list[bytes]:
         """Return the messages that have come, waiting for some; [] after the last one.
@@ -60,6 +64,9 @@ class ServerCall:
         """
         try:
             while data := await self._stream.read():
+                if self._budget is not None:
+                    self._budget.take(len(data))
+                    self._held += len(data)
                 if messages := self._reader.feed(data):
                     return messages
         except StreamResetError as error:
@@ -75,10 +82,16 @@ class ServerCall:
         Raises:
             GrpcError: there is none, or see `receive`.
         """
+        if self._put_back is not None:
+            return self._put_back
         messages = await self.receive()
         if len(messages) != 1:
             raise GrpcError(INVALID_ARGUMENT, "one request message is expected")
         return messages[0]
+
+    def put_back(self, message: bytes) -> None:
+        """Have `receive_one` return a message that was received already."""
+        self._put_back = message
 
     async def send(self, messages: Iterable[bytes]) -> None:
         """Send messages; wait while too much is unsent.
@@ -111,8 +124,15 @@ class ServerCall:
         except StreamResetError as error:
             raise GrpcError(CANCELLED, str(error)) from error
 
+    def answered(self) -> None:
+        """Hear that the first header block of the answer was sent by somebody else."""
+        self._answered = True
+
     def finish(self, code: int, message: str = "", details: bytes = b"") -> None:
         """End the call with a status."""
+        if self._budget is not None:
+            self._budget.give(self._held)
+            self._held = 0
         trailers = status_trailers(code, message, details)
         self._stream.end(trailers if self._answered else [*_ANSWER, *trailers])
 

@@ -108,7 +108,8 @@ def test_node_certificate_has_its_server_name_and_the_key_of_the_request(tmp_pat
     issued = authority.issue_node(request(key), node_id="node-1", token_id="abc", expires_at=soon())
     leaf = x509.load_pem_x509_certificate(issued.certificate_pem)
     names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    assert names.get_values_for_type(x509.DNSName) == ["node-1.node.offload"]
+    expected = ["node-1.node.offload", "*.buildkit.offload"]
+    assert names.get_values_for_type(x509.DNSName) == expected
     assert leaf.public_key() == key.public_key()
 
 

@@ -105,14 +105,14 @@ async def test_failed_transaction_leaves_nothing(store):
 
 
 async def test_token_secret_is_not_stored(tmp_path, store):
-    members = Members(store, CA)
+    members = Members(store, lambda: CA)
     _, text = await members.create_token(name="ann", role=identity_pb.ROLE_MEMBER)
     for path in tmp_path.iterdir():
         assert text.secret.encode() not in path.read_bytes()
 
 
 async def test_token_comes_back_as_it_was_made(store):
-    members = Members(store, CA)
+    members = Members(store, lambda: CA)
     await members.create_project("shop")
     end = NOW + timedelta(days=1)
     record, _ = await members.create_token(
@@ -123,14 +123,14 @@ async def test_token_comes_back_as_it_was_made(store):
 
 
 async def test_token_for_an_unknown_project_is_refused(store):
-    members = Members(store, CA)
+    members = Members(store, lambda: CA)
     await members.create_project("shop")
     with pytest.raises(NotFoundError, match="known projects are shop"):
         await members.create_token(name="ann", role=identity_pb.ROLE_MEMBER, project_ids=["shap"])
 
 
 async def test_revoking_twice_keeps_the_first_time(store):
-    members = Members(store, CA)
+    members = Members(store, lambda: CA)
     record, _ = await members.create_token(name="ann", role=identity_pb.ROLE_MEMBER)
     first = await members.revoke_token(record.token_id)
     assert (await members.revoke_token(record.token_id)).revoked_at == first.revoked_at
@@ -139,11 +139,11 @@ async def test_revoking_twice_keeps_the_first_time(store):
 @pytest.mark.parametrize("name", ["", "Shop", "a b", "-x", "x" * 41, "a/b"])
 async def test_project_name_is_checked(store, name):
     with pytest.raises(UsageError):
-        await Members(store, CA).create_project(name)
+        await Members(store, lambda: CA).create_project(name)
 
 
 async def test_project_is_made_once(store):
-    members = Members(store, CA)
+    members = Members(store, lambda: CA)
     await members.create_project("shop")
     with pytest.raises(UsageError, match="already"):
         await members.create_project("shop")
@@ -320,7 +320,7 @@ async def test_database_of_version_1_gets_the_new_columns_and_keeps_its_builds(t
 
 
 async def test_a_name_is_not_shared_by_an_untrusted_and_another_member(store):
-    members = Members(store, CA)
+    members = Members(store, lambda: CA)
     ci, _ = await members.create_token(name="ci", role=identity_pb.ROLE_CI)
     await members.create_token(name="ci", role=identity_pb.ROLE_MEMBER)
     await members.revoke_token(ci.token_id)
@@ -334,3 +334,15 @@ async def test_a_name_is_not_shared_by_an_untrusted_and_another_member(store):
     await members.create_token(name="forks", role=identity_pb.ROLE_NODE)
     await members.create_token(name="pool", role=identity_pb.ROLE_NODE)
     await members.create_token(name="pool", role=identity_pb.ROLE_UNTRUSTED)
+
+
+def test_postgresql_refuses_changes_of_the_audit_log_as_well():
+    statements = []
+    engine = sa.create_mock_engine(
+        "postgresql+psycopg://",
+        lambda statement, *_, **__: statements.append(str(statement.compile(engine))),
+    )
+    schema.metadata.create_all(engine, checkfirst=False)
+    (trigger,) = [item for item in statements if "CREATE TRIGGER" in item]
+    assert "BEFORE UPDATE OR TRUNCATE ON audit" in trigger
+    assert sum("CREATE FUNCTION audit_refuse_change" in item for item in statements) == 1

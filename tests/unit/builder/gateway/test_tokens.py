@@ -62,32 +62,32 @@ def test_text_that_is_no_token_is_refused_without_repeating_it(text):
 
 def test_right_token_is_verified():
     text, record = made()
-    assert verify(text, record, ca_fingerprint=CA, now=NOW) is record
+    assert verify(text, record, ca_fingerprints=(CA,), now=NOW) is record
 
 
 def test_wrong_secret_is_refused():
     text, record = made()
     other = TokenText(text.token_id, TokenText.generate(CA).secret, text.fingerprint)
     with pytest.raises(AuthenticationError, match="does not know"):
-        verify(other, record, ca_fingerprint=CA, now=NOW)
+        verify(other, record, ca_fingerprints=(CA,), now=NOW)
 
 
 def test_unknown_token_gets_the_same_sentence_as_a_wrong_secret():
     with pytest.raises(AuthenticationError, match="does not know"):
-        verify(TokenText.generate(CA), None, ca_fingerprint=CA, now=NOW)
+        verify(TokenText.generate(CA), None, ca_fingerprints=(CA,), now=NOW)
 
 
 def test_token_of_another_gateway_is_named_as_such():
     text, record = made()
     with pytest.raises(AuthenticationError, match="another gateway"):
-        verify(text, record, ca_fingerprint="cd" * 32, now=NOW)
+        verify(text, record, ca_fingerprints=("cd" * 32,), now=NOW)
 
 
 def test_expired_token_is_refused_with_its_end():
     text, record = made(expires_at=NOW + timedelta(hours=1))
-    verify(text, record, ca_fingerprint=CA, now=NOW)
+    verify(text, record, ca_fingerprints=(CA,), now=NOW)
     with pytest.raises(AuthenticationError, match="expired on 2030-01-01 01:00 UTC"):
-        verify(text, record, ca_fingerprint=CA, now=NOW + timedelta(hours=1))
+        verify(text, record, ca_fingerprints=(CA,), now=NOW + timedelta(hours=1))
 
 
 def test_token_that_ends_in_the_past_cannot_be_made():

@@ -92,3 +92,15 @@ def test_it_does_not_grow_without_bound(
             export(ledger, MAIN, f"k{number}")
     exported = [ledger.is_exported(MAIN, f"k{number}") for number in range(10)]
     assert exported == [*[True] * 8, False, False]
+
+
+def test_what_is_exported_with_its_build_is_known(tmp_path):
+    ledger = ExportLedger(tmp_path / "exports.json")
+    ledger.ran("key")
+    assert not ledger.is_exported("team", "key")
+    ledger.made("team", "key")
+    assert ledger.is_exported("team", "key")
+    ledger.failed("team", "key")
+    assert not ledger.is_exported("team", "key")
+    ledger.made("team", "key")
+    assert ledger.is_exported("team", "key")

@@ -29,6 +29,7 @@ def test_interrupt_outside_of_a_build_shows_no_traceback(
     ) as process:
         try:
             writer = opened(tmp_path / "config.json")
+            wait_asleep(process.pid)
             process.send_signal(signal.SIGINT)
             _, shown = process.communicate(timeout=10)
             os.close(writer)
@@ -47,3 +48,16 @@ def opened(pipe: Path) -> int:
             if error.errno != errno.ENXIO or time.monotonic() > deadline:
                 raise
             time.sleep(0.02)
+
+
+def wait_asleep(pid: int) -> None:
+    """Wait until a program sleeps in its read.
+
+    Between the last look of Python at its signals and the system call there are some instructions;
+    a signal that comes just then is noticed only after the call, which this file never ends.
+    """
+    deadline = time.monotonic() + 10
+    # After the name in parentheses comes the state.
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "S":
+        assert time.monotonic() < deadline, "the program does not wait"
+        time.sleep(0.01)
