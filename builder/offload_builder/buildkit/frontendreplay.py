@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     Ask = Callable[[HeaderList, bytes], Awaitable[tuple[bytes, GrpcError | None]]]
 
 
+MAX_KEPT_BYTES = 4 << 20
+"""Of one build's calls; a Dockerfile's are some kilobytes. With more, it is not repeated."""
+
+
 class FrontendReplay:
     """What a client has said as the frontend of one build."""
 
@@ -32,6 +36,7 @@ class FrontendReplay:
         self._solves: list[tuple[HeaderList, bytes, list[str]]] = []
         self._end: tuple[HeaderList, bytes] | None = None
         self._complete = True
+        self._bytes = 0
 
     @property
     def possible(self) -> bool:
@@ -40,18 +45,30 @@ class FrontendReplay:
 
     def solved(self, headers: HeaderList, request: bytes, answer: bytes) -> None:
         """Note a frontend that has run: the client's request, and BuildKit's answer."""
+        if not self._has_room(request):
+            return
         try:
             self._solves.append((headers, request, list(_names(answer))))
         except (DecodeError, GrpcError):
-            self._complete = False
+            self.other()
 
     def returned(self, headers: HeaderList, request: bytes) -> None:
         """Note the client's word on what the result is."""
-        self._end = (headers, request)
+        if self._has_room(request):
+            self._end = (headers, request)
 
     def other(self) -> None:
         """Note a call that cannot be made once more."""
         self._complete = False
+        self._solves.clear()
+        self._end = None
+
+    def _has_room(self, request: bytes) -> bool:
+        """Whether a call can be kept; what is not complete needs nothing."""
+        self._bytes += len(request)
+        if self._complete and self._bytes > MAX_KEPT_BYTES:
+            self.other()
+        return self._complete
 
     async def run(self, ask: Ask, changed: Callable[[bytes], bytes]) -> None:
         """Say all of it again, to another attempt of the same build.

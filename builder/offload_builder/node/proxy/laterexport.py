@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+MAX_KEPT_BYTES = 4 << 20
+"""Of one build's calls and their definitions; with more, the next build exports."""
+
 
 def can_wait(order: SolveOrder) -> bool:
     """Whether the export of a build can be left to a solve of our own.
@@ -70,6 +73,7 @@ class LaterExport:
         self._show = show
         self._order = b""
         self._calls: dict[str, tuple[bytes, bytes]] = {}
+        self._bytes = 0
         self._held: HeldSolve | None = None
 
     def begin(self, order: bytes) -> None:
@@ -79,7 +83,10 @@ class LaterExport:
     def called(self, call: bytes, answer: bytes) -> None:
         """Take an LLBBridge SolveRequest and BuildKit's answer."""
         name, definition = answered_definition(answer)
-        if name and definition:
+        self._bytes += len(call) + len(definition)
+        if self._bytes > MAX_KEPT_BYTES:
+            self._calls.clear()
+        elif name and definition:
             self._calls[name] = (call, definition)
 
     def returned(self, request: bytes) -> None:

@@ -19,6 +19,7 @@ from offload_builder.buildkit.h2.messages import (
     INTERNAL,
     NOT_FOUND,
     OK,
+    RESOURCE_EXHAUSTED,
     UNAVAILABLE,
     UNIMPLEMENTED,
     GrpcError,
@@ -230,7 +231,8 @@ class Visitor:
         if found is None:
             if len(self.builds) >= MAX_BUILDS:
                 raise GrpcError(
-                    8, f"one connection may have {MAX_BUILDS} builds at a time; start fewer at once"
+                    RESOURCE_EXHAUSTED,
+                    f"one connection may have {MAX_BUILDS} builds at a time; start fewer at once",
                 )
             found = self.builds[ref] = ClientBuild(ref)
         return found

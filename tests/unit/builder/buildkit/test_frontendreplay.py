@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from google.rpc.status_pb2 import Status
 
-from offload_builder.buildkit.frontendreplay import FrontendReplay
+from offload_builder.buildkit.frontendreplay import MAX_KEPT_BYTES, FrontendReplay
 from offload_builder.buildkit.h2.messages import GrpcError, message_prefix
 from offload_proto.buildkit import gateway_pb2 as gateway
 
@@ -80,3 +80,16 @@ async def test_other_calls_cannot_be_made_once_more() -> None:
     damaged = FrontendReplay()
     damaged.solved(HEADERS, b"solve", b"\0\0\0\0\x03abc")
     assert not damaged.possible
+
+
+async def test_a_build_that_says_too_much_is_not_kept() -> None:
+    said = FrontendReplay()
+    large = b"x" * (MAX_KEPT_BYTES // 2)
+    said.solved(HEADERS, large, answer("a1"))
+    assert said.possible
+    said.solved(HEADERS, large, answer("b1"))
+    said.returned(END_HEADERS, end_of("b1"))
+    assert not said.possible
+    daemon = Daemon()
+    await said.run(daemon.ask, bytes)
+    assert daemon.heard == []
