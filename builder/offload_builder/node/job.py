@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
     from offload_builder.buildkit.client import BuildkitClient
+    from offload_builder.buildkit.failure import SolveFailure
     from offload_builder.node.clientlink import ClientLink
     from offload_builder.node.departure import ClientSeat
     from offload_builder.node.journal import Journal
@@ -200,6 +201,19 @@ class BuildJob(ABC):
             await self.link.notice(
                 f"the shared cache is not reachable ({problem}); the build goes on without it"
             )
+
+    async def _note_fault(self, failure: SolveFailure) -> bool:
+        """Note that promised cache content could not be read; return whether the damage stays.
+
+        It stays as long as other builds need BuildKit's downloads.
+        """
+        log.warning(
+            "cache.import.failed",
+            build_id=self.build_id,
+            reason=self.cache.readable(failure.message),
+        )
+        self._record.faults += 1
+        return failure.is_digest_mismatch and not await self._runtime.wipe_ingest()
 
     def _mounts(self) -> BuildMounts:
         """Return what the build may do with the project's cache mounts."""

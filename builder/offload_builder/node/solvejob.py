@@ -168,14 +168,7 @@ class SolveJob(BuildJob):
                 return outcome
             if last or (self._outputs and self._outputs.begun):
                 return outcome
-            log.warning(
-                "cache.import.failed",
-                build_id=self.build_id,
-                reason=self.cache.readable(outcome.message),
-            )
-            self._record.faults += 1
-            # The damaged content stays as long as other builds need BuildKit's downloads.
-            kept = outcome.is_digest_mismatch and not await self._runtime.wipe_ingest()
+            kept = await self._note_fault(outcome)
             if number == 0:
                 await self.link.notice(
                     "cached content could not be read; its steps are built again"

@@ -14,8 +14,6 @@ import secrets
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
-import structlog
-
 from offload_builder.buildkit.controlapi import cleaned_status
 from offload_builder.buildkit.failure import SolveFailure, failure_from_status
 from offload_builder.buildkit.notes import ProgressNote
@@ -41,8 +39,6 @@ if TYPE_CHECKING:
     from offload_builder.node.proxy.feed import StatusFeed
     from offload_builder.node.proxy.policy import Wish
     from offload_proto.v1.events_pb2 import ProgressBatch
-
-log = structlog.get_logger(__name__)
 
 LINGER_SECONDS = 0.05
 HEAR_SECONDS = 5.0
@@ -348,13 +344,7 @@ class RelayedJob(BuildJob):
         """Leave what could not be read out of the next import; say whether to build again."""
         if not (failure.is_cache_fault and self.cache.imports):
             return False
-        log.warning(
-            "cache.import.failed",
-            build_id=self.build_id,
-            reason=self.cache.readable(failure.message),
-        )
-        self._record.faults += 1
-        kept = failure.is_digest_mismatch and not await self._runtime.wipe_ingest()
+        kept = await self._note_fault(failure)
         useless = await self.cache.offer(after_fault=True) is None
         if self._is_last:
             await self.link.notice(FAULT_NOTE)
