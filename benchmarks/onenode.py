@@ -51,15 +51,21 @@ class Parts:
         return self.rested(seconds)
 
 
-def start_parts(session: Session, stack: ExitStack) -> Parts:
-    """Start everything; `stack` ends it."""
+def start_parts(session: Session, stack: ExitStack, *, isolation: str = "none") -> Parts:
+    """Start everything; `stack` ends it.
+
+    Args:
+        session: of the benchmark.
+        stack: whatever was started ends with it.
+        isolation: of the node: "none" or "netns".
+    """
     session.note("starting MinIO, gateway and node")
-    folder = session.work / session.benchmark.name
+    folder = session.work / isolation
     folder.mkdir()
     minio = stack.enter_context(MinioServer(folder / "minio"))
     pool = stack.enter_context(Pool(folder, minio))
     member = stack.enter_context(pool.member("one"))
-    pool.start_node(NODE, member)
+    pool.start_node(NODE, member, isolation=isolation)
     # The first build starts the node's BuildKit and the member's helper.
     member.build(small_project(folder / "first"))
     member.wait_helper()

@@ -82,13 +82,17 @@ class Pool:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def start_node(self, name: str, viewer: Member, *, slots: int = 0) -> None:
+    def start_node(
+        self, name: str, viewer: Member, *, slots: int = 0, isolation: str = "none"
+    ) -> None:
         """Start a node with an empty data directory, and return when it takes builds.
 
         Args:
             name: of the node.
             viewer: somebody who sees it come.
             slots: builds that may run at once; 0 for the node's own default.
+            isolation: "netns" for builds behind the firewall, where no peer reaches BuildKit
+                by TCP.
         """
         address = f"{self._host}:{free_port()}"
         settings = {
@@ -96,6 +100,7 @@ class Pool:
             "data": str(self._work / name),
             "node_id": name,
             "listen": address,
+            "isolation": isolation,
             "advertise": address,
             "token": self._token,
             "log_level": "error",

@@ -66,7 +66,7 @@ def option_form(hint: Any, unit: str) -> str:
         return unit
     inner = [part for part in typing.get_args(hint) if part not in (type(None), Ellipsis)]
     if typing.get_origin(hint) in (list, tuple):
-        return "list of texts"
+        return "list of paths" if Path in inner else "list of texts"
     if typing.get_origin(hint) is dict:
         return "table of lists of texts"
     names = {str: "text", int: "whole number", float: "number", bool: "true or false", Path: "path"}
@@ -88,7 +88,7 @@ def default_text(field: dataclasses.Field[Any]) -> str:
             raise ValueError(f"{field.name}: {value} cannot be written with a unit")
         return f"`{text}`"
     if isinstance(value, (list, tuple)):
-        value = ", ".join(value)
+        value = ", ".join(map(str, value))
     return f"`{value}`"
 
 
@@ -125,6 +125,67 @@ def identity_table() -> str:
         for name, key in keys.items()
     ]  # fmt: skip
     return table(("Key", "In", "Form", "Default", "Meaning"), rows)
+
+
+def egress_keys() -> str:
+    """Return the keys of a policy file."""
+    from offload_builder.egress.policy.keys import RULE_KEYS, TOP_KEYS
+
+    rows = [
+        (
+            f"`{name}`",
+            place,
+            ", ".join(layer.value for layer in key.layers),
+            key.form,
+            key.default or "-",
+            sentence(key.about),
+        )
+        for place, keys in (("top", TOP_KEYS), ("`[[rule]]`", RULE_KEYS))
+        for name, key in keys.items()
+    ]
+    return table(("Key", "In", "Policy of", "Form", "Default", "Meaning"), rows)
+
+
+def egress_ranges() -> str:
+    """Return the protected ranges, by the id under which they are refused."""
+    from offload_builder.egress.policy.model import PROTECTED
+
+    rows = [
+        (f"`protected-{item.kind}`", f"`{item.network}`", item.about,
+         "yes" if item.openable else "never")
+        for item in PROTECTED
+    ]  # fmt: skip
+    return table(("Refused as", "Range", "What", "Can be allowed"), rows)
+
+
+def egress_presets() -> str:
+    """Return the presets of policies."""
+    from offload_builder.egress.policy.presets import PRESETS
+
+    rows = [
+        (
+            f"`{name}`",
+            sentence(preset.about),
+            ", ".join(
+                [
+                    *(f"`{host}`" for host in preset.hosts),
+                    *(f"`{host}` port {port}" for host, port in preset.further),
+                ]
+            ),
+        )
+        for name, preset in PRESETS.items()
+    ]
+    return table(("Preset", "What", "Hosts"), rows)
+
+
+def egress_kubernetes() -> str:
+    """Return the manifests for the example of a policy."""
+    from offload_builder.egress.policy.kubernetes import export
+    from offload_builder.egress.policy.reading import load_text, read_text
+
+    text = load_text(ROOT / "examples" / "egress" / "policy.toml")
+    made = export(read_text(text, file="policy.toml").require())
+    return f"```yaml\n{made.text}```"
 
 
 # --- Errors.
@@ -284,6 +345,10 @@ def parts() -> dict[str, Callable[[], str]]:
         "node-config": lambda: config_table(NodeConfig, "OFFLOAD_NODE"),
         "registry-keys": registry_table,
         "identity-keys": identity_table,
+        "egress-keys": egress_keys,
+        "egress-ranges": egress_ranges,
+        "egress-presets": egress_presets,
+        "egress-kubernetes": egress_kubernetes,
         "errors": error_table,
         "cli": command_help,
         "flags": flag_table,

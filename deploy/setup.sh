@@ -13,10 +13,13 @@ die() { printf 'ERROR: %s\n' "$*" >&2; exit 1; }
 
 # --- Debian packages: "program package" pairs; only what is missing is installed.
 need="runc:runc setpriv:util-linux busybox:busybox-static git:git"
+# For builds behind the firewall.
+need="$need nft:nftables ip:iproute2 nsenter:util-linux /usr/lib/cni/ptp:containernetworking-plugins"
 if [ "$what" = test ]; then
   need="$need containerd:containerd dockerd:docker.io docker:docker.io"
-  need="$need docker-registry:docker-registry iptables:iptables ip:iproute2 nsenter:util-linux"
+  need="$need docker-registry:docker-registry iptables:iptables"
   need="$need ssh-agent:openssh-client sshd:openssh-server pgrep:procps"
+  need="$need dnsmasq:dnsmasq-base systemd-analyze:systemd"
 fi
 missing=""
 PATH=$PATH:/usr/sbin:/sbin

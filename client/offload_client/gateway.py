@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from offload_client.connections import Connections
     from offload_client.invocation import Invocation
     from offload_client.settings import Settings
+    from offload_proto.v1.connector_service_pb2_grpc import ConnectorServiceAsyncStub
+    from offload_proto.v1.egress_service_pb2_grpc import EgressServiceAsyncStub
 
 CALL_SECONDS = 15.0
 
@@ -32,6 +34,19 @@ class GatewayCalls:
         self.identity = IdentityServiceStub(channel)
         self.admin = AdminServiceStub(channel)
         self.cache = CacheServiceStub(channel)
+        self._channel = channel
+
+    def egress(self) -> EgressServiceAsyncStub:
+        """Return the calls about what builds may reach, which few commands need."""
+        from offload_proto.v1.egress_service_pb2_grpc import EgressServiceStub
+
+        return EgressServiceStub(self._channel)
+
+    def connectors(self) -> ConnectorServiceAsyncStub:
+        """Return the calls about connectors."""
+        from offload_proto.v1.connector_service_pb2_grpc import ConnectorServiceStub
+
+        return ConnectorServiceStub(self._channel)
 
     @classmethod
     async def open(

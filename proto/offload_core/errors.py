@@ -11,7 +11,8 @@
     ├── AuthenticationError       who are you                                         exit 4
     ├── AccessDeniedError         you may not                                         exit 4
     ├── NotFoundError             no such build, project, node                        exit 5
-    │   └── PlatformUnavailableError  no node of the pool builds a platform           exit 5
+    │   ├── PlatformUnavailableError  no node of the pool builds a platform           exit 5
+    │   └── DeviceUnavailableError    no node has a device that a build needs         exit 5
     ├── QuotaExceededError        a limit is reached                                  exit 6
     ├── QueueTimeoutError         waited too long for a node                          exit 6
     ├── GatewayUnreachableError   no answer from the gateway                          exit 7
@@ -148,6 +149,12 @@ class PlatformUnavailableError(NotFoundError):
     """No node of the pool builds a platform that is wanted, natively or emulated."""
 
     reason = "PLATFORM_UNAVAILABLE"
+
+
+class DeviceUnavailableError(NotFoundError):
+    """No node that could get the build has a device that it is to use."""
+
+    reason = "DEVICE_UNAVAILABLE"
 
 
 class QuotaExceededError(OffloadError):

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, Self
 import pytest
 
 from offload_builder.node.config import NodeConfig
+from offload_builder.node.place import Place
 from offload_builder.node.projectpool import ProjectPool
 from offload_builder.node.registries import Bases
+from offload_builder.node.trustdomain import TrustDomain
 from offload_cache.collection.collector import Collector
 from offload_cache.collection.plan import Limits
 from offload_cache.keys import pack_prefix
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
     from offload_builder.node.contextshare import SharedContext
+    from offload_cache.mirror.judging import Judge
     from offload_cache.tiered import ProjectStore
 
 SHARED_SECONDS = 30.0
@@ -533,9 +536,21 @@ async def test_memory_stays_small_while_much_is_packed_and_fetched(pool: Pool) -
 
 
 @asynccontextmanager
-async def no_bases(_: ProjectStore, *, trusted: bool) -> AsyncIterator[Bases]:
-    del trusted
+async def no_bases(
+    _address: str,
+    _: ProjectStore,
+    *,
+    trusted: bool,
+    elsewhere: object,
+    judge: Judge | None,
+) -> AsyncIterator[Bases]:
+    del trusted, elsewhere, judge
     yield Bases({}, None)
+
+
+@asynccontextmanager
+async def on_machine(_: TrustDomain) -> AsyncIterator[Place]:
+    yield Place("127.0.0.1:1")
 
 
 @asynccontextmanager
@@ -544,7 +559,7 @@ async def projects(pool: Pool, name: str) -> AsyncIterator[ProjectPool]:
         config = NodeConfig(gateway="127.0.0.1:1", data=pool.root / name)
         store = NodeStore(config.data / "cache", objects=pool.store())
         await stack.enter_async_context(store)
-        yield await stack.enter_async_context(ProjectPool(config, store, no_bases))
+        yield await stack.enter_async_context(ProjectPool(config, store, no_bases, on_machine))
 
 
 async def test_a_node_that_stops_leaves_its_context_content_to_the_others(pool: Pool) -> None:
@@ -568,5 +583,8 @@ async def test_a_node_that_stops_leaves_its_context_content_to_the_others(pool: 
 
 async def test_a_node_on_its_own_shares_nothing(tmp_path: Path) -> None:
     config = NodeConfig(gateway="127.0.0.1:1", data=tmp_path)
-    async with NodeStore(tmp_path / "cache") as store, ProjectPool(config, store, no_bases) as pool:
+    async with (
+        NodeStore(tmp_path / "cache") as store,
+        ProjectPool(config, store, no_bases, on_machine) as pool,
+    ):
         assert (await pool.runtime("web")).shared_context is None

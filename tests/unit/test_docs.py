@@ -208,7 +208,9 @@ def test_outdated_part_is_told_and_made_anew(tmp_path: Path) -> None:
     script = tmp_path / "deploy" / "generate_docs.py"
     script.write_text((ROOT / "deploy" / "generate_docs.py").read_text("utf-8"))
     shutil.copytree(ROOT / "deploy" / "ci", tmp_path / "deploy" / "ci")
-    names = ("cli", "errors", "flags", "gateway-config", "identity-keys",
+    shutil.copytree(ROOT / "examples" / "egress", tmp_path / "examples" / "egress")
+    egress = (f"egress-{part}" for part in ("keys", "kubernetes", "presets", "ranges"))
+    names = (*egress, "cli", "errors", "flags", "gateway-config", "identity-keys",
              "node-config", "registry-keys", *(f"ci-{system}" for system in TEMPLATES))  # fmt: skip
     page = tmp_path / "docs" / "page.md"
     page.write_text("".join(f"<!-- generated: {name} -->\nold\n<!-- end -->\n" for name in names))

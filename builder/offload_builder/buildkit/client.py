@@ -15,6 +15,7 @@ from offload_builder.buildkit.h2.messages import CANCELLED, UNAVAILABLE, GrpcErr
 from offload_builder.buildkit.heldsolve import HeldSolve
 from offload_builder.buildkit.solve import SolveResult, solve_request
 from offload_builder.buildkit.status import progress_batch
+from offload_builder.buildkit.stepgroups import trace_headers
 from offload_core.errors import InternalError, NodeLostError, OffloadError
 from offload_proto.buildkit import control_pb2 as control
 
@@ -32,6 +33,25 @@ if TYPE_CHECKING:
 _SERVICE = "/moby.buildkit.v1.Control/"
 
 
+ALIAS_ANNOTATION = "org.mobyproject.buildkit.device.class"
+"""A further name of a device (BuildKit's solver/llbsolver/cdidevices)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A device that steps can have.
+
+    Attributes:
+        name: fully qualified, VENDOR/CLASS=NAME.
+        alias: further name; empty for none.
+        auto_allowed: steps get it without an entitlement.
+    """
+
+    name: str
+    alias: str = ""
+    auto_allowed: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class DaemonInfo:
     """What a daemon says of itself.
@@ -42,6 +62,7 @@ class DaemonInfo:
         worker_id: identifier of its worker, kept in its root directory.
         platforms: "linux/amd64", ..., the native one first.
         labels: facts about the worker, such as its snapshotter.
+        devices: of its worker.
     """
 
     version: str
@@ -49,6 +70,7 @@ class DaemonInfo:
     worker_id: str
     platforms: tuple[str, ...]
     labels: dict[str, str]
+    devices: tuple[Device, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +152,12 @@ class BuildkitClient:
             worker_id=worker.ID,
             platforms=tuple(platforms),
             labels=dict(worker.Labels),
+            devices=tuple(
+                Device(item.Name, item.Annotations.get(ALIAS_ANNOTATION, ""), item.AutoAllow)
+                for item in worker.CDIDevices
+                # The others have to be set up first, which reaches for the network.
+                if not item.OnDemand
+            ),
         )
 
     async def solve(
@@ -146,9 +174,10 @@ class BuildkitClient:
             OffloadError: what a provider of the session raised, if that made the build fail.
             NodeLostError: the daemon or the session went away.
         """
-        request = solve_request(spec, session.id if session else "")
+        asked = session.id if session is not None and session.has_rules else ""
+        request = solve_request(spec, session.id if session else "", asked)
         try:
-            answer = await self._solve_with(request, session)
+            answer = await self._solve_with(request, session, trace_headers(spec.trace))
         except GrpcError as error:
             if session is not None and session.failure is not None:
                 raise session.failure from error
@@ -158,11 +187,13 @@ class BuildkitClient:
         response = control.SolveResponse.FromString(answer)
         return SolveResult(exporter_response=dict(response.ExporterResponse))
 
-    async def _solve_with(self, request: bytes, session: BkSession | None) -> bytes:
+    async def _solve_with(
+        self, request: bytes, session: BkSession | None, metadata: Sequence[tuple[str, str]]
+    ) -> bytes:
         """Run the call; BuildKit would wait for a lost session in vain, so it ends the call."""
         if session is None:
-            return await self._grpc.unary(f"{_SERVICE}Solve", request)
-        call = asyncio.ensure_future(self._grpc.unary(f"{_SERVICE}Solve", request))
+            return await self._grpc.unary(f"{_SERVICE}Solve", request, metadata)
+        call = asyncio.ensure_future(self._grpc.unary(f"{_SERVICE}Solve", request, metadata))
         lost = asyncio.ensure_future(session.lost.wait())
         try:
             await asyncio.wait((call, lost), return_when=asyncio.FIRST_COMPLETED)
@@ -191,7 +222,7 @@ class BuildkitClient:
         waiting = replace(spec, frontend="", frontend_attributes={}, exporters=())
         solving = asyncio.ensure_future(self.solve(waiting, session))
         asking = asyncio.ensure_future(
-            ask_frontend(self._grpc, spec.ref, spec.frontend, spec.frontend_attributes)
+            ask_frontend(self._grpc, spec.ref, spec.frontend, spec.frontend_attributes, spec.trace)
         )
         try:
             await asyncio.wait((solving, asking), return_when=asyncio.FIRST_COMPLETED)

@@ -38,6 +38,7 @@ class SolveOrder:
         session: identifier of the session that serves it.
         frontend: that runs; empty when the client is the frontend, over LLBBridge.
         attributes: parameters of the frontend. buildx gives them even when it is the frontend.
+        policy_session: identifier of the session that is asked about sources; may be empty.
         internal: the client wants no record of it.
         has_definition: it says itself what to build.
         entitlements: rights that are asked for.
@@ -50,6 +51,7 @@ class SolveOrder:
     session: str = ""
     frontend: str = ""
     attributes: dict[str, str] = field(default_factory=dict)
+    policy_session: str = ""
     internal: bool = False
     has_definition: bool = False
     entitlements: tuple[str, ...] = ()
@@ -73,6 +75,7 @@ def read_order(request: bytes) -> SolveOrder:
     return SolveOrder(
         ref=message.Ref,
         session=message.Session,
+        policy_session=message.SourcePolicySession,
         frontend=message.Frontend,
         attributes=dict(message.FrontendAttrs),
         internal=message.Internal,
@@ -92,14 +95,29 @@ def rewrite_order(
     imports: Sequence[Attributed],
     exports: Sequence[Attributed],
     entitlements: Iterable[str],
+    policy_session: str = "",
+    proxy_network: bool = False,
 ) -> bytes:
-    """Return a control SolveRequest with another name, other parameters, caches and rights."""
+    """Return a control SolveRequest with another name, other parameters, caches and rights.
+
+    Args:
+        request: what the client has sent.
+        ref: name of the build at the daemon.
+        attributes: parameters of the frontend.
+        imports: caches to read.
+        exports: caches to write.
+        entitlements: rights.
+        policy_session: is asked about sources; empty to leave that to the client.
+        proxy_network: send the traffic of steps through the daemon's proxy.
+    """
     message = _parse(control.SolveRequest, request)
     message.Ref = ref
     message.Cache.Clear()
     message.Cache.Imports.extend(_entry(control.CacheOptionsEntry(), item) for item in imports)
     message.Cache.Exports.extend(_entry(control.CacheOptionsEntry(), item) for item in exports)
     message.Entitlements[:] = list(entitlements)
+    message.SourcePolicySession = policy_session or message.SourcePolicySession
+    message.ProxyNetwork = message.ProxyNetwork or proxy_network
     _replace(message.FrontendAttrs, attributes)
     if message.Frontend:
         _set_imports(message.FrontendAttrs, imports)

@@ -47,16 +47,19 @@ class DaemonSettings:
         command_prefix: a command that starts the daemon in another place, such as `nsenter ... --`.
         registries: by host and port, for example "localhost:5000".
         entitlements: rights that builds may ask for, such as "network.host".
+        cdi_spec_dirs: directories with specifications of devices; empty for no devices at all.
         gc_reserved_bytes: cache that is always kept; None for BuildKit's own rule.
         gc_max_used_bytes: cache above this is deleted; None for BuildKit's own rule.
         gc_min_free_bytes: cache is deleted until so much of the disk is free.
         history_max_entries: builds that the daemon remembers.
         history_max_age_seconds: and for how long.
         max_parallelism: steps that run at the same time; 0 for no limit.
+        apparmor_profile: of steps; empty for none.
         snapshotter: "auto", "overlayfs", "native", ...
         network_mode: of steps: "auto", "host", "cni", "bridge" or "none".
         cni_config_path: configuration for "cni".
         cni_binary_dir: programs for "cni".
+        cni_pool_size: networks of steps that are made ahead for "cni".
         nameservers: name servers of steps; empty for the machine's.
         step_log_max_bytes: output of one step that is passed on; 0 for all of it.
         environment: variables on top of ours, such as HTTP_PROXY.
@@ -72,16 +75,19 @@ class DaemonSettings:
     command_prefix: Sequence[str] = ()
     registries: Mapping[str, RegistrySettings] = field(default_factory=dict)
     entitlements: Sequence[str] = ()
+    cdi_spec_dirs: Sequence[Path] = ()
     gc_reserved_bytes: int | None = None
     gc_max_used_bytes: int | None = None
     gc_min_free_bytes: int | None = None
     history_max_entries: int = 50
     history_max_age_seconds: int = 48 * 3600
     max_parallelism: int = 0
+    apparmor_profile: str = ""
     snapshotter: str = "auto"
     network_mode: str = "auto"
     cni_config_path: Path | None = None
     cni_binary_dir: Path | None = None
+    cni_pool_size: int = 0
     nameservers: Sequence[str] = ()
     step_log_max_bytes: int = 0
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -157,6 +163,12 @@ def daemon_toml(settings: DaemonSettings, socket: Path, runc: Path) -> str:
     lines += ["[otel]", f"socketPath = {_toml(str(socket.with_name('otel.sock')))}"]
     lines += _worker_lines(settings, runc)
     lines += ["[worker.containerd]", "enabled = false"]
+    if settings.cdi_spec_dirs:
+        folders = [str(folder) for folder in settings.cdi_spec_dirs]
+        lines += ["[cdi]", f"specDirs = {_toml(folders)}"]
+    else:
+        # A specification can say that steps need no entitlement for a device.
+        lines += ["[cdi]", "disabled = true"]
     lines += [
         "[history]",
         f"maxAge = {settings.history_max_age_seconds}",
@@ -187,8 +199,10 @@ def _worker_lines(settings: DaemonSettings, runc: Path) -> list[str]:
         "maxUsedSpace": settings.gc_max_used_bytes,
         "minFreeSpace": settings.gc_min_free_bytes,
         "max-parallelism": settings.max_parallelism or None,
+        "apparmor-profile": settings.apparmor_profile or None,
         "cniConfigPath": str(settings.cni_config_path) if settings.cni_config_path else None,
         "cniBinaryPath": str(settings.cni_binary_dir) if settings.cni_binary_dir else None,
+        "cniPoolSize": settings.cni_pool_size or None,
     }
     values |= {key: value for key, value in optional.items() if value is not None}
     return ["[worker.oci]", *(f"{key} = {_toml(value)}" for key, value in values.items())]

@@ -34,6 +34,13 @@ _CONTENT_MISSING = re.compile(
 )
 
 
+_REFUSED_SOURCE = re.compile(r'(?<=source ")((?:[^"\\]|\\.)*)(?=" not allowed by policy)')
+_SECRETS_OF_URL = re.compile(r"(?<=://)[^/?#]*@|[?#].*", re.DOTALL)
+
+NOT_ALLOWED = "not allowed by policy: action DENY"
+"""BuildKit's words for a source that the rules of a session refuse."""
+
+
 @dataclass(frozen=True, slots=True)
 class SolveFailure:
     """A build that failed.
@@ -46,6 +53,7 @@ class SolveFailure:
         source_data: its content.
         ranges: the places in it, as (start line, start character, end line, end character).
         frontend: name of the frontend that reported the failure; may be empty.
+        refusals: why the rules of the session do not let a source be used.
     """
 
     message: str
@@ -55,6 +63,7 @@ class SolveFailure:
     source_data: bytes = b""
     ranges: tuple[tuple[int, int, int, int], ...] = ()
     frontend: str = ""
+    refusals: tuple[str, ...] = ()
 
     @property
     def is_registry_auth(self) -> bool:
@@ -79,10 +88,10 @@ class SolveFailure:
 
     def to_message(self) -> Failure:
         """Return the failure as clients are told of it."""
-        auth = self.is_registry_auth
+        auth = self.is_registry_auth and not self.refusals
         return Failure(
             kind=Failure.KIND_REGISTRY_AUTH if auth else Failure.KIND_BUILD,
-            message=self.message,
+            message="\n".join((self.message, *self.refusals)),
             vertex=self.vertex,
             process_exit_code=self.process_exit_code or 0,
             source_filename=self.source_filename,
@@ -114,14 +123,23 @@ def failure_from_status(error: GrpcError) -> SolveFailure:
             for detail in status.details:
                 found.take(detail.type_url, detail.value)
     return SolveFailure(
-        message=message,
+        message=_without_secrets(message),
         vertex=found.vertex,
         process_exit_code=found.exit_code,
         source_filename=found.filename,
         source_data=found.data,
         ranges=found.ranges,
         frontend=found.frontend,
+        refusals=tuple(dict.fromkeys(found.refusals)),
     )
+
+
+def _without_secrets(message: str) -> str:
+    """Return BuildKit's words about a refused source without login, query and fragment.
+
+    The record of the build has them, which others read than who has written the address.
+    """
+    return _REFUSED_SOURCE.sub(lambda found: _SECRETS_OF_URL.sub("", found[1]), message)
 
 
 class _Details:
@@ -134,6 +152,7 @@ class _Details:
         self.data = b""
         self.ranges: tuple[tuple[int, int, int, int], ...] = ()
         self.frontend = ""
+        self.refusals: list[str] = []
 
     def take(self, type_url: str, value: bytes) -> None:
         kind = type_url.rpartition("/")[2]
@@ -151,6 +170,13 @@ class _Details:
             self.frontend = str(content.get("name", ""))
         elif kind == "errdefs.Source+json":
             self._take_source(content)
+        elif kind == "policysession.DecisionResponse+json":
+            self._take_refusal(content)
+
+    def _take_refusal(self, content: dict[str, Any]) -> None:
+        for item in content.get("denyMessages") or ():
+            if isinstance(item, dict) and item.get("message"):
+                self.refusals.append(str(item["message"]))
 
     def _take_source(self, content: dict[str, Any]) -> None:
         info = content.get("info")

@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 from google.rpc.status_pb2 import Status
 
 from offload_builder.buildkit.h2.messages import GrpcError
+from offload_builder.buildkit.stepgroups import trace_headers
 from offload_core.errors import InternalError
 from offload_proto.buildkit import gateway_pb2 as gateway
 
@@ -29,7 +30,7 @@ LLB_SOLVE = f"{_SERVICE}Solve"
 
 
 async def ask_frontend(
-    grpc: GrpcClient, ref: str, frontend: str, attributes: Mapping[str, str]
+    grpc: GrpcClient, ref: str, frontend: str, attributes: Mapping[str, str], trace: str = ""
 ) -> dict[str, bytes]:
     """Run a frontend for the waiting solve `ref`, end that solve, and return the notes.
 
@@ -46,7 +47,9 @@ async def ask_frontend(
         allowResultArrayRef=True,
     )
     try:
-        answer = await grpc.unary(LLB_SOLVE, request.SerializeToString(), metadata)
+        answer = await grpc.unary(
+            LLB_SOLVE, request.SerializeToString(), (*metadata, *trace_headers(trace))
+        )
     except GrpcError as error:
         await _return(grpc, metadata, gateway.ReturnRequest(error=_status(error)))
         raise

@@ -11,6 +11,8 @@ from offload_proto.buildkit import control_pb2 as control
 if TYPE_CHECKING:
     from google.protobuf.timestamp_pb2 import Timestamp
 
+    from offload_proto.v1.events_pb2 import ProgressBatch
+
 _STDERR = 2
 
 
@@ -55,6 +57,20 @@ class ProgressNote:
                 vertex=self._digest, stream=_STDERR, msg=text.encode("utf-8", "replace") + b"\n"
             )
             _set(line.timestamp, time.time_ns())
+
+
+def status_message(news: ProgressBatch) -> bytes:
+    """Return steps and output of ours as a serialised StatusResponse; empty for nothing."""
+    response = control.StatusResponse()
+    for item in news.vertices:
+        vertex = response.vertexes.add(digest=item.digest, name=item.name, error=item.error)
+        for field, moment in (("started", item.started_at), ("completed", item.completed_at)):
+            if item.HasField(f"{field}_at"):  # type: ignore[arg-type]
+                getattr(vertex, field).CopyFrom(moment)
+    for log in news.logs:
+        line = response.logs.add(vertex=log.vertex, stream=log.stream, msg=log.data)
+        line.timestamp.CopyFrom(log.timestamp)
+    return response.SerializeToString()
 
 
 def _set(moment: Timestamp, nanoseconds: int) -> None:

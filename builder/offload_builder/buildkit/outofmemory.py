@@ -20,12 +20,15 @@ from typing import TYPE_CHECKING
 from offload_core.units import format_memory
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 FOLDER = "out-of-memory"
 KEPT_SECONDS = 900.0
 """Longer than BuildKit needs to report a failed step."""
 _UNLIMITED_BYTES = 1 << 60
+_FULL = 0.9
+"""A step whose peak is below this share of its own limit was not ended for that."""
 _PROCESS = re.compile(r'process "(.*?)" did not complete successfully', re.DOTALL)
 _PLAIN = re.compile(r"[^A-Za-z0-9]+")
 
@@ -75,6 +78,25 @@ class OutOfMemory:
     limit_bytes: int
     peak_bytes: int
 
+    def within(self, build_bytes: int) -> bool:
+        """Return whether the bound of its build, rather than its own, was what it met.
+
+        Args:
+            build_bytes: of the build, if its steps together wanted more; else 0.
+        """
+        if not build_bytes or not self.limit_bytes or self.limit_bytes >= build_bytes:
+            return bool(build_bytes)
+        return 0 < self.peak_bytes < self.limit_bytes * _FULL
+
+    def describe_build(self, build_bytes: int) -> str:
+        """Return a sentence for people where the bound of the build was met."""
+        return (
+            "The build ran out of memory: the kernel ended a process of this step, as the steps of "
+            f"the build together wanted more than its limit of {format_memory(build_bytes)}. Let "
+            "them use less or run one after the other, or ask who runs the node for more "
+            "(build_memory)."
+        )
+
     def describe(self) -> str:
         """Return a sentence for people."""
         peak = f" (its peak was {format_memory(self.peak_bytes)})" if self.peak_bytes else ""
@@ -99,27 +121,32 @@ def find_out_of_memory(root: Path, message: str, since: float) -> OutOfMemory | 
         since: when the build began, in seconds since 1970; older steps are not of it.
     """
     found: OutOfMemory | None = None
-    named = _PROCESS.search(message)
-    wanted = _letters(named[1]) if named is not None else ""
     with contextlib.suppress(OSError):
         for path in (root / FOLDER).iterdir():
             with contextlib.suppress(OSError, ValueError):
                 written = path.stat().st_mtime
                 if written >= since:
                     limit, peak, command = path.read_text("utf-8", "replace").split(" ", 2)
-                    if _letters(_joined(command)) == wanted:
+                    if is_step_of(message, _words(command)):
                         found = OutOfMemory(_bytes(limit), _bytes(peak))
                 elif written < time.time() - KEPT_SECONDS:
                     path.unlink()
     return found
 
 
-def _joined(command: str) -> str:
+def is_step_of(message: str, arguments: Sequence[str]) -> bool:
+    """Return whether a failure tells of a process, going by its arguments."""
+    named = _PROCESS.search(message)
+    wanted = _letters(named[1]) if named is not None else ""
+    return _letters(" ".join(arguments)) == wanted
+
+
+def _words(command: str) -> list[str]:
     try:
         words = json.loads(command)
     except ValueError:
-        return ""
-    return " ".join(map(str, words)) if isinstance(words, list) else ""
+        return []
+    return [str(word) for word in words] if isinstance(words, list) else []
 
 
 def _letters(text: str) -> str:

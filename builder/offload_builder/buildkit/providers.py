@@ -224,6 +224,28 @@ class OutputSink(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class SourceUse:
+    """Something that BuildKit is about to fetch.
+
+    Attributes:
+        identifier: "docker-image://", "git://", "https://", "local://" or another scheme, and its
+            place. What a step asks of BuildKit's proxy comes as "https://HOST:PORT/PATH".
+        attributes: further parameters, such as "git.fullurl".
+    """
+
+    identifier: str
+    attributes: Mapping[str, str]
+
+
+class SourceRules(Protocol):
+    """Says what a build may begin with, and what its steps may ask of the proxy."""
+
+    def check(self, use: SourceUse) -> str:
+        """Return why something may not be fetched, in one sentence; empty when it may."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
 class SessionProviders:
     """What a session offers; BuildKit is told only of what is set."""
 
@@ -233,3 +255,4 @@ class SessionProviders:
     agents: AgentSource | None = None
     outputs: OutputSink | None = None
     layouts: LayoutBlobs | None = None
+    rules: SourceRules | None = None

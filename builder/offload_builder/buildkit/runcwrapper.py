@@ -1,5 +1,8 @@
 """The runc that BuildKit starts: it takes CAP_NET_RAW away, and tells of memory that ran out.
 
+Where the whole machine has no memory left, the kernel ends steps before BuildKit and the node:
+they say so of themselves (`oomScoreAdj`).
+
 Steps may share a network namespace with BuildKit. Its plain HTTP to the node's registry, with the
 secret names of all builds' repositories in it, could then be read by any step that opens a packet
 socket. BuildKit has no setting for the capabilities of steps, so the specification is changed on
@@ -47,12 +50,15 @@ if [ -n "$file" ] && [ "$answer" != "@DROPPED@ $$" ]; then
     LC_ALL=C sed -i -e ':a' \
         -e 's/\("capabilities":{[^}]*\)"CAP_NET_RAW",/\1/;ta' \
         -e 's/\("capabilities":{[^}]*\),"CAP_NET_RAW"/\1/;ta' \
-        -e 's/\("capabilities":{[^}]*\)"CAP_NET_RAW"/\1/;ta' "$file" || exit 1
+        -e 's/\("capabilities":{[^}]*\)"CAP_NET_RAW"/\1/;ta' \
+        -e 's/"process":{"/"process":{"oomScoreAdj":@SCORE@,"/' "$file" || exit 1
 fi
 exec @RUNC@ "$@"
 """
 
 _CAPABILITIES = re.compile(rb'"capabilities":\{[^}]*\}')
+STEP_OOM_SCORE = 500
+_PROCESS = re.compile(rb'"process":\{(?=")')
 _ENTRY = re.compile(rb'"CAP_NET_RAW",|,?"CAP_NET_RAW"')
 
 
@@ -71,6 +77,7 @@ def write_runc_wrapper(folder: Path, runc: Path, gate: str = "") -> Path:
     text = _SCRIPT.replace("@GATE@\n", gate)
     memory = SHELL.format(folder=shlex.quote(str(folder / FOLDER)), root=shlex.quote(str(folder)))
     text = text.replace("@MEMORY@\n", memory)
+    text = text.replace("@SCORE@", str(STEP_OOM_SCORE))
     text = text.replace("@DROPPED@", DROPPED).replace("@RUNC@", shlex.quote(str(runc)))
     shutil.rmtree(folder / FOLDER, ignore_errors=True)
     (folder / FOLDER).mkdir(mode=0o700)
@@ -82,7 +89,7 @@ def write_runc_wrapper(folder: Path, runc: Path, gate: str = "") -> Path:
     return fresh.replace(path)
 
 
-def drop_packet_sockets(specification: Path) -> bool:
+def restrict_step(specification: Path) -> bool:
     """Do to a specification what the program does; return whether it is done.
 
     Raises:
@@ -93,9 +100,11 @@ def drop_packet_sockets(specification: Path) -> bool:
         found = _CAPABILITIES.search(data)
         if found is None:
             return False
-        changed = _ENTRY.sub(b"", found[0])
-        if changed != found[0]:
+        less = _ENTRY.sub(b"", found[0])
+        changed = data[: found.start()] + less + data[found.end() :]
+        changed = _PROCESS.sub(b'"process":{"oomScoreAdj":%d,' % STEP_OOM_SCORE, changed, count=1)
+        if changed != data:
             file.seek(0)
-            file.write(data[: found.start()] + changed + data[found.end() :])
+            file.write(changed)
             file.truncate()
     return True

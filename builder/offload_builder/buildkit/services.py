@@ -12,6 +12,7 @@ from offload_builder.buildkit.authservice import auth_services
 from offload_builder.buildkit.contentstore import content_services
 from offload_builder.buildkit.filesync import serve_diff_copy
 from offload_builder.buildkit.h2.messages import CANCELLED, NOT_FOUND, GrpcError
+from offload_builder.buildkit.policyservice import policy_services
 from offload_core.aio import finish
 from offload_proto.buildkit.filesync_pb2 import BytesMessage
 from offload_proto.buildkit.secrets_pb2 import GetSecretRequest, GetSecretResponse
@@ -51,6 +52,8 @@ def session_services(providers: SessionProviders) -> dict[str, Handler]:
         handlers |= agent_services(providers.agents)
     if outputs is not None:
         handlers["/moby.filesync.v1.FileSend/DiffCopy"] = lambda call: _serve_output(call, outputs)
+    if providers.rules is not None:
+        handlers |= policy_services(providers.rules)
     if providers.layouts is not None:
         handlers |= content_services(providers.layouts)
     return handlers

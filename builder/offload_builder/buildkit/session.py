@@ -30,6 +30,7 @@ class BkSession:
 
     Attributes:
         id: identifier, sent with each solve that the session serves.
+        has_rules: it is asked about the sources of the builds that it serves.
         failure: the first error that a provider raised. BuildKit reports it in its own words and
             at the step that it hit; this is the original.
     """
@@ -38,6 +39,7 @@ class BkSession:
         self, client: BuildkitClient, shared_key: str, providers: SessionProviders
     ) -> None:
         self.id = secrets.token_hex(16)
+        self.has_rules = providers.rules is not None
         self.failure: OffloadError | None = None
         self._client = client
         handlers = session_services(providers)

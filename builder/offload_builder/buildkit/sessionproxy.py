@@ -31,6 +31,7 @@ from offload_builder.buildkit.h2.messages import (
 )
 from offload_builder.buildkit.h2.server import ServerCall
 from offload_builder.buildkit.h2.stream import ConnectionLostError, StreamResetError
+from offload_builder.buildkit.policyservice import CHECK_POLICY, refusal_of
 from offload_builder.buildkit.sessiongreeting import wrapped
 from offload_core.aio import TaskSet, stop
 from offload_core.errors import OffloadError
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from offload_builder.buildkit.h2.stream import Http2Stream
-    from offload_builder.buildkit.providers import CredentialSource
+    from offload_builder.buildkit.providers import CredentialSource, SourceRules
 
     Relay = Callable[[Http2Stream, Http2Connection, bytes | None], Awaitable[None]]
 
@@ -72,6 +73,7 @@ class SessionProxy:
         asked: hears of the name of each secret that the daemon asks the client for.
         relay: passes a stream of the daemon on to the client's connection; with the request, when
             that was read already.
+        rules: about sources; what they allow is asked of the client too. None to ask it only.
     """
 
     def __init__(
@@ -82,12 +84,14 @@ class SessionProxy:
         source: CredentialSource,
         asked: Callable[[str], None],
         relay: Relay,
+        rules: SourceRules | None = None,
     ) -> None:
         self._client = client
         self._daemon = daemon
         self._holds = holds
         self._asked = asked
         self._relay = relay
+        self._rules = rules
         self._handlers = auth_services(source)
         self._tasks = TaskSet(_failed)
         self._to_client = Http2Connection(
@@ -165,6 +169,14 @@ class SessionProxy:
                 with contextlib.suppress(DecodeError):
                     self._asked(GetSecretRequest.FromString(request).ID)
                 await self._relay(stream, self._to_client, request)
+                return
+            if call.method == CHECK_POLICY and self._rules is not None:
+                request = await call.receive_one()
+                if refusal := refusal_of(self._rules, request):
+                    await call.send([refusal])
+                    call.finish(OK)
+                else:
+                    await self._relay(stream, self._to_client, request)
                 return
             if not call.method.startswith(AUTH):
                 await self._relay(stream, self._to_client, None)

@@ -45,6 +45,7 @@ class SolveSpec:
         entitlements: rights that the build may use, such as "network.host".
         internal: leave no record in the daemon's history.
         proxy_network: send the traffic of steps through the daemon's proxy.
+        trace: name of the build's control group, see `stepgroups`; empty for none.
         ref: name of the build, needed to follow its progress.
     """
 
@@ -56,6 +57,7 @@ class SolveSpec:
     entitlements: Sequence[str] = ()
     internal: bool = False
     proxy_network: bool = False
+    trace: str = ""
     ref: str = field(default_factory=new_ref)
 
 
@@ -70,7 +72,7 @@ class SolveResult:
     exporter_response: dict[str, str]
 
 
-def solve_request(spec: SolveSpec, session_id: str) -> bytes:
+def solve_request(spec: SolveSpec, session_id: str, policy_session: str = "") -> bytes:
     """Return the serialised request.
 
     Cache imports are sent twice: the Dockerfile frontend reads them from its own parameters, as a
@@ -93,6 +95,7 @@ def solve_request(spec: SolveSpec, session_id: str) -> bytes:
         Entitlements=list(spec.entitlements),
         Internal=spec.internal,
         Exporters=[Exporter(Type=kind, Attrs=dict(values)) for kind, values in spec.exporters],
+        SourcePolicySession=policy_session,
         ProxyNetwork=spec.proxy_network,
     )
     return request.SerializeToString()

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 from dataclasses import asdict, replace
-from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import click
@@ -16,6 +15,7 @@ from offload_builder.cli.configuration import (
     gateway_records,
     load_gateway_config,
 )
+from offload_builder.cli.since import parse_since
 from offload_builder.cli.tables import format_option
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def audit(
 
     config = load_gateway_config(config_file, data_dir=data_dir)
     query = Query(
-        since=_since(since), member=member, project_id=project_id, action=action, limit=limit
+        since=parse_since(since), member=member, project_id=project_id, action=action, limit=limit
     )
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(_show(config, query, follow=follow, as_json=output_format == "json"))
@@ -108,25 +108,3 @@ def _line(record: AuditRecord) -> str:
     }
     parts += [f"{name}={value}" for name, value in named.items() if value]
     return "  ".join([*parts, record.detail]).rstrip()
-
-
-def _since(text: str | None) -> datetime | None:
-    """Return a time: so long ago, or as RFC 3339 writes it; without a zone it is UTC.
-
-    Raises:
-        InvalidValueError: it is neither.
-    """
-    from offload_core.errors import ConfigError, InvalidValueError
-    from offload_core.units import parse_duration
-
-    if text is None:
-        return None
-    with contextlib.suppress(ConfigError):
-        return datetime.now(UTC) - timedelta(seconds=parse_duration(text))
-    try:
-        found = datetime.fromisoformat(text)
-    except ValueError:
-        raise InvalidValueError(
-            f'"{text}" is no time for --since: write 2h, 7d or 2026-01-31T12:00'
-        ) from None
-    return found if found.tzinfo is not None else found.replace(tzinfo=UTC)

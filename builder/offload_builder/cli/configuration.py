@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
     from offload_builder.gateway.audit import AuditLog
     from offload_builder.gateway.config import GatewayConfig
+    from offload_builder.gateway.egresspolicies import EgressPolicies
     from offload_builder.gateway.members import Members
     from offload_builder.gateway.projectbounds import BoundsTable
+    from offload_builder.gateway.store import Store
 
 F = TypeVar("F", bound="Callable[..., Any]")
 
@@ -109,6 +111,38 @@ async def gateway_records(config: GatewayConfig) -> AsyncIterator[tuple[Members,
     async with AsyncExitStack() as stack:
         _, store, members = await open_members(config, stack)
         yield members, AuditLog(store)
+
+
+@asynccontextmanager
+async def gateway_policies(
+    config: GatewayConfig,
+) -> AsyncIterator[tuple[Members, EgressPolicies, AuditLog]]:
+    """Do as `gateway_records`, with the egress policies.
+
+    Raises:
+        ConfigError: it cannot be opened.
+    """
+    from offload_builder.gateway.app import open_members
+    from offload_builder.gateway.audit import AuditLog
+    from offload_builder.gateway.egresspolicies import EgressPolicies
+
+    async with AsyncExitStack() as stack:
+        _, store, members = await open_members(config, stack)
+        yield members, EgressPolicies(store), AuditLog(store)
+
+
+@asynccontextmanager
+async def gateway_store(config: GatewayConfig) -> AsyncIterator[Store]:
+    """Open a gateway's database beside the gateway.
+
+    Raises:
+        ConfigError: it cannot be opened.
+    """
+    from offload_builder.gateway.app import open_members
+
+    async with AsyncExitStack() as stack:
+        _, store, _ = await open_members(config, stack)
+        yield store
 
 
 def operator() -> Operator:

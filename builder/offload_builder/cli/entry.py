@@ -15,6 +15,7 @@ COMMANDS = {
     "node": "Run a node.",
     "token": "Create, list and revoke tokens.",
     "project": "Create and list projects.",
+    "policy": "Say what builds may reach: check, apply, explain, compare.",
     "audit": "Show who did what: logins, tokens, builds, caches.",
     "ca": "Replace the certificate authority without an outage.",
     "identity": "Check and try the rules for identity providers.",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 @click.option("--listen", metavar="HOST:PORT", help="Address of the one public port.")
 @click.option("--public-address", metavar="HOST:PORT", help="Address that clients dial.")
 @click.option("--database-url", help="SQLAlchemy URL; SQLite in the data directory by default.")
+@click.option("--metrics", metavar="HOST:PORT", help="Address of counters for Prometheus.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]))
 def gateway(
     config_file: Path | None,
@@ -30,6 +31,7 @@ def gateway(
     listen: str | None,
     public_address: str | None,
     database_url: str | None,
+    metrics: str | None,
     log_level: str | None,
 ) -> None:
     """Run the gateway until it is told to stop.
@@ -45,6 +47,7 @@ def gateway(
         listen=listen,
         public_address=public_address,
         database_url=database_url,
+        metrics_address=metrics,
         log_level=log_level,
     )
     configure_logs(config.log_level)

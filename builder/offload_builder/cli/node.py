@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 )
 @click.option("--node-id", help="Name of the node.")
 @click.option("--listen", help="Address for clients, HOST:PORT.")
+@click.option("--isolation", help="Network of builds: netns, none or auto.")
+@click.option("--metrics", metavar="HOST:PORT", help="Address of counters for Prometheus.")
 @click.pass_context
 def node(
     context: click.Context,
@@ -45,6 +47,8 @@ def node(
     data: str | None,
     node_id: str | None,
     listen: str | None,
+    isolation: str | None,
+    metrics: str | None,
 ) -> None:
     """Run a node: one BuildKit per project, attached to a gateway.
 
@@ -57,6 +61,7 @@ def node(
     if context.invoked_subcommand is not None:
         return
     from offload_builder.node.config import NodeConfig
+    from offload_builder.node.privileges import give_up_privileges
     from offload_builder.node.server import NodeServer
     from offload_core.config import load
     from offload_core.logs import configure_logs
@@ -66,9 +71,17 @@ def node(
         file=config_file,
         environment=os.environ,
         prefix="OFFLOAD_NODE",
-        options={"gateway": gateway, "data": data, "node_id": node_id, "listen": listen},
+        options={
+            "gateway": gateway,
+            "data": data,
+            "node_id": node_id,
+            "listen": listen,
+            "isolation": isolation,
+            "metrics_address": metrics,
+        },
     )
     configure_logs(config.log_level)
+    give_up_privileges(config.data)
 
     async def serve() -> None:
         async with NodeServer(config) as server:

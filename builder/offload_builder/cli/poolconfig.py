@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 NODE_PREFIX = "OFFLOAD_NODE"
 LISTEN = "127.0.0.1:7443"
+ISOLATION = "none"
 LOG_LEVEL = "warning"
 
 _GATEWAY_OWN = ("data_dir",)
@@ -72,6 +73,7 @@ def node_options(
     slots: int | None,
     log_level: str | None,
     storage: Mapping[str, str],
+    isolation: str | None = None,
 ) -> dict[str, str]:
     """Return what the command line says about nodes, as texts by field of `NodeConfig`.
 
@@ -81,6 +83,8 @@ def node_options(
         slots: what the command line says; None for nothing.
         log_level: what the command line says; None for nothing.
         storage: the shared cache that the command line names; empty for none.
+        isolation: what the command line says. Where nobody says anything, builds share the
+            machine's network: on a developer's machine they use registries on localhost.
 
     Raises:
         ConfigError: what the command line, the file and the variables say does not go together.
@@ -95,6 +99,8 @@ def node_options(
         options["slots"] = str(slots)
     if log_level or "log_level" not in set_there:
         options["log_level"] = log_level or LOG_LEVEL
+    if isolation or "isolation" not in set_there:
+        options["isolation"] = isolation or ISOLATION
     return options
 
 

@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 import click
 
 from offload_builder.cli import poolconfig
-from offload_builder.cli.poolconfig import LISTEN, LOG_LEVEL
+from offload_builder.cli.poolconfig import ISOLATION, LISTEN, LOG_LEVEL
 from offload_builder.cli.running import run_until_signal
 from offload_builder.gateway.config import ENVIRONMENT_PREFIX as GATEWAY_PREFIX
 from offload_core.errors import ConfigError, GatewayUnreachableError
@@ -114,6 +114,11 @@ class ObjectStorage:
     help="TOML file that all nodes get, for everything else.",
 )
 @click.option(
+    "--isolation",
+    type=click.Choice(("none", "netns", "auto")),
+    help=f"Network of builds; see docs/isolation.md.  [default: {ISOLATION}]",
+)
+@click.option(
     "--log-level",
     type=click.Choice(("debug", "info", "warning", "error")),
     help=f"Least severe events that are logged.  [default: {LOG_LEVEL}]",
@@ -130,6 +135,7 @@ def up(
     protected_branches: tuple[str, ...],
     gateway_config: Path | None,
     node_config: Path | None,
+    isolation: str | None,
     log_level: str | None,
 ) -> None:
     """Run a gateway and nodes on this machine, ready to build.
@@ -165,6 +171,7 @@ def up(
         slots=slots,
         log_level=log_level,
         storage=storage.node_settings() if storage else {},
+        isolation=isolation,
     )
     shared = poolconfig.node_config(node_config, os.environ, options)
     configure_logs(config.log_level)

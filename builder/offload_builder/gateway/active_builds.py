@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from offload_builder.gateway.history import FINAL_STATES, BuildRecord, History
+from offload_builder.gateway.history import FINAL_STATES, BuildRecord, History, without_text
 from offload_builder.gateway.pulse import Pulse
 from offload_builder.gateway.scheduler import normalise_platform
 from offload_proto.v1 import builds_service_pb2 as builds_pb
@@ -234,6 +234,8 @@ class ActiveBuilds:
         build.outcome = outcome
         build.position = 0
         self._remove(build)
+        if build.record.network_policy:
+            values["network_policy"] = without_text(build.record.network_policy)
         self.history.change(
             build.build_id, state=state, completed_at=datetime.now(UTC), error=error, **values
         )

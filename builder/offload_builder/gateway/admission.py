@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from offload_builder.gateway.cachetrust import MAX_NAME
+from offload_builder.gateway.devices import PoolDevices, check_devices
 from offload_builder.gateway.history import BuildRecord
 from offload_builder.gateway.offers import Offers
 from offload_builder.gateway.plaintext import plain_line
@@ -26,6 +27,7 @@ from offload_builder.gateway.scheduler import (
     waiting_reason,
 )
 from offload_builder.gateway.tokens import random_id
+from offload_core.devices import MAX_NAME as MAX_DEVICE_NAME
 from offload_core.errors import (
     AccessDeniedError,
     BuildCanceledError,
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from offload_builder.gateway.nodes import AttachedNode, NodeRegistry
     from offload_builder.gateway.scheduler import NodeView
     from offload_builder.gateway.tokens import TokenRecord
+    from offload_core.errors import OffloadError
 
 log = structlog.get_logger(__name__)
 
@@ -90,6 +93,7 @@ class Admission:
         self._stopping = False
         self._offers = Offers(config, builds, self.wake, self._accepted)
         self._platforms = PoolPlatforms(nodes, config.restart_grace)
+        self._devices = PoolDevices(nodes, self._platforms)
 
     def wake(self) -> None:
         """Look at the queue again soon."""
@@ -114,6 +118,7 @@ class Admission:
         Raises:
             UsageError: the request cannot be understood, or its build has ended.
             QuotaExceededError: the queue is full.
+            NotFoundError: no node of the pool can do what it wants.
             GatewayUnreachableError: the gateway is stopping.
         """
         self.check_open()
@@ -149,8 +154,19 @@ class Admission:
             repeat_of=lost.build_id if lost is not None else "",
             identity=token.identity,
             client=plain_line(request.client, 40),
+            network_policy=(
+                request.network_policy.SerializeToString()
+                if request.HasField("network_policy")
+                else b""
+            ),
+            devices=tuple(plain_line(item, MAX_DEVICE_NAME) for item in request.devices),
         )
-        if problem := self._platforms.refusal(record.project_id, record.platforms):
+        if record.network_policy and (refusal := self._platforms.no_firewall(record.project_id)):
+            raise refusal
+        if problem := (
+            self._platforms.refusal(record.project_id, record.platforms)
+            or self._devices.refusal(record.project_id, record.devices, record.platforms, node_id)
+        ):
             raise problem
         # In memory first: the same request may come a second time while this one is written.
         build = self._builds.add(record)
@@ -373,9 +389,21 @@ class Admission:
 
     def _refuse(self, build: ActiveBuild) -> bool:
         """End a build that waits for a node which will not come."""
-        if build.asked_node or not self._platforms.is_far(build.record.project_id, build.platforms):
+        if build.asked_node:
             return False
-        problem = self._platforms.refusal(build.record.project_id, build.record.platforms)
+        record = build.record
+        problem: OffloadError | None = None
+        if record.network_policy:
+            problem = self._platforms.no_firewall(record.project_id)
+        if problem is None and self._platforms.is_far(record.project_id, build.platforms):
+            problem = self._platforms.refusal(record.project_id, record.platforms)
+        far = build.only_node or self._devices.is_far(
+            record.project_id, record.devices, build.platforms
+        )
+        if problem is None and far:
+            problem = self._devices.refusal(
+                record.project_id, record.devices, record.platforms, build.only_node
+            )
         if problem is None:
             return False
         self._builds.end(
@@ -397,7 +425,7 @@ class Admission:
         return [node.view(self._builds.load(node.node_id)) for node in self._nodes.connected()]
 
     def _why_waiting(self, build: ActiveBuild, item: QueuedBuild, views: list[NodeView]) -> str:
-        away = self._platforms.awaited(item, views)
+        away = self._platforms.awaited(item, views) or self._devices.awaited(item, views)
         return away or _reason(build, waiting_reason(item, views))
 
     def node_changed(self, node_id: str) -> None:
@@ -457,6 +485,8 @@ def _snapshot(build: ActiveBuild) -> QueuedBuild:
         declined_by=frozenset(build.declined),
         last_choice=build.last_choice,
         only_node=build.only_node,
+        behind_firewall=bool(build.record.network_policy),
+        devices=build.record.devices,
     )
 
 
@@ -471,6 +501,7 @@ def _check_request(request: builds_pb.CreateRequest) -> None:
     if not 1 <= len(request.request_id) <= 128:
         raise UsageError("a build request needs a request_id of at most 128 characters")
     _check_platforms((*request.platforms, request.preferred_platform))
+    check_devices(request.devices)
     if len(request.group_id) > 64:
         raise UsageError("a build request has a group_id of at most 64 characters")
 

@@ -26,8 +26,16 @@ from offload_builder.gateway.ca import CertificateAuthority
 from offload_builder.gateway.cache_service import CacheService
 from offload_builder.gateway.cachework import CacheWork
 from offload_builder.gateway.cakeeper import CaKeeper
+from offload_builder.gateway.connector_service import ConnectorService
+from offload_builder.gateway.connectors import ConnectorBoard
 from offload_builder.gateway.credentials import RenewingCredentials
+from offload_builder.gateway.egress_service import EgressService
+from offload_builder.gateway.egressfeed import EgressFeed
+from offload_builder.gateway.egresslearning import EgressLearning
+from offload_builder.gateway.egressnodes import EgressNodes
+from offload_builder.gateway.egresspolicies import EgressPolicies
 from offload_builder.gateway.front import Front, Route, TcpRoute, UnixRoute
+from offload_builder.gateway.gatewaymetrics import gateway_metrics
 from offload_builder.gateway.history import History
 from offload_builder.gateway.housekeeping import Housekeeping
 from offload_builder.gateway.identity_service import (
@@ -49,6 +57,7 @@ from offload_builder.gateway.scheduler import QueuedBuild, waiting_reason
 from offload_builder.gateway.steptimes import StepTimes
 from offload_builder.gateway.store import Store, default_url
 from offload_builder.gateway.tracking import BuildTracking
+from offload_builder.metricsport import MetricsPort
 from offload_builder.revocations import RevocationGate
 from offload_core.aio import TaskSet, finish
 from offload_core.errors import ConfigError, InternalError
@@ -64,6 +73,8 @@ from offload_core.trust import split_address
 from offload_proto.v1 import identity_service_pb2 as identity_pb
 from offload_proto.v1.builds_service_pb2_grpc import add_BuildsServiceServicer_to_server
 from offload_proto.v1.cache_service_pb2_grpc import add_CacheServiceServicer_to_server
+from offload_proto.v1.connector_service_pb2_grpc import add_ConnectorServiceServicer_to_server
+from offload_proto.v1.egress_service_pb2_grpc import add_EgressServiceServicer_to_server
 from offload_proto.v1.identity_service_pb2_grpc import (
     add_AdminServiceServicer_to_server,
     add_EnrollmentServiceServicer_to_server,
@@ -112,6 +123,7 @@ class Gateway:
         self._first_token: str | None = None
         self._members: Members | None = None
         self._authority: CertificateAuthority | None = None
+        self.metrics_port: MetricsPort
 
     @property
     def address(self) -> str:
@@ -199,7 +211,11 @@ class Gateway:
         authorities = CaKeeper(authority, credentials, nodes, audit)
         bounds = BoundsFeed(BoundsTable(store), nodes)
         tasks.start(logs.run(), name="log-book")
+        policies = EgressPolicies(store)
+        egress = EgressFeed(policies, nodes)
         tasks.start(bounds.run(), name="project-bounds")
+        tasks.start(egress.run(), name="egress-policies")
+        tasks.start(EgressNodes(store).keep(nodes), name="egress-nodes")
         tasks.start(revocations.run(), name="revocations")
         tasks.start(authorities.run(), name="authorities")
         tasks.start(nodes.watch(), name="node-watch")
@@ -235,9 +251,14 @@ class Gateway:
             history,
             logs,
             nodes,
+            policies,
             self._relay_address,
         )
         add_BuildsServiceServicer_to_server(builds_service, api)
+        board = ConnectorBoard(policies, nodes, builds_service.endpoints)
+        egress.on_change(board.policies_changed)
+        connectors = ConnectorService(access, members, board, audit)
+        add_ConnectorServiceServicer_to_server(connectors, api)
         add_NodesServiceServicer_to_server(
             NodesService(
                 authority.ticket_public_pem(),
@@ -245,14 +266,19 @@ class Gateway:
                 nodes,
                 tracking,
                 logs,
-                (revocations, authorities, bounds),
+                (revocations, egress, authorities, bounds, board),
                 history,
                 NodeAdmission(config, authority, access, members, admission, builds_service.place),
+                board,
             ),
             api,
         )
         add_CacheServiceServicer_to_server(
             CacheService(config, access, members, store, history, CacheWork(nodes)), api
+        )
+        learning = EgressLearning(store, logs, lambda build_id: builds.find(build_id) is None)
+        add_EgressServiceServicer_to_server(
+            EgressService(access, members, policies, egress, history, learning), api
         )
         self._sockets = Path(tempfile.mkdtemp(prefix="offload-"))
         stack.callback(shutil.rmtree, self._sockets, ignore_errors=True)
@@ -269,6 +295,7 @@ class Gateway:
             admission.stop()
             logs.stop()
             nodes.close()
+            connectors.close()
 
         refusal = await stack.enter_async_context(
             BuildkitRefusal(
@@ -279,6 +306,10 @@ class Gateway:
         front = self._front = await stack.enter_async_context(Front(config, self._route))
         stack.push_async_callback(stop_servers)
         stack.callback(stop_admission)
+        metrics = gateway_metrics(nodes, builds, egress.newest)
+        self.metrics_port = await stack.enter_async_context(
+            MetricsPort(config.metrics_address, metrics)
+        )
         await enrollment.start()
         await api.start()
         stack.callback(front.stop_listening)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from offload_proto.v1 import builds_service_pb2 as builds_pb
     from offload_proto.v1 import cache_service_pb2 as cache_pb
+    from offload_proto.v1 import egress_service_pb2 as egress_pb
     from offload_proto.v1 import identity_service_pb2 as identity_pb
     from offload_proto.v1 import nodes_service_pb2 as nodes_pb
 
@@ -98,6 +99,20 @@ def _promote(request: cache_pb.PromoteRequest, _: object) -> Fields:
     return {"project_id": request.project_id, "detail": f"{request.from_scope} to {to}"}
 
 
+def _policy(
+    request: egress_pb.ApplyPolicyRequest, response: egress_pb.ApplyPolicyResponse | None
+) -> Fields:
+    if request.dry_run:
+        return {"action": ""}
+    version = f"version {response.version}" if response is not None else ""
+    detail = " ".join(filter(None, (version, request.file, request.note)))
+    return {"project_id": request.project_id, "detail": detail}
+
+
+def _policy_again(request: egress_pb.RollbackPolicyRequest, _: object) -> Fields:
+    return {"project_id": request.project_id, "detail": f"version {request.version} again"}
+
+
 ACTIONS: dict[str, tuple[str, Callable[[Any, Any], Fields]]] = {
     "EnrollmentService/Login": ("login", _login),
     "EnrollmentService/Exchange": ("login.external", _exchange),
@@ -122,6 +137,8 @@ ACTIONS: dict[str, tuple[str, Callable[[Any, Any], Fields]]] = {
     ),
     "CacheService/Prune": ("cache.pruned", _prune),
     "CacheService/Promote": ("cache.promoted", _promote),
+    "EgressService/ApplyPolicy": ("policy.applied", _policy),
+    "EgressService/RollbackPolicy": ("policy.applied", _policy_again),
 }
 """By service and method: what is written, and what of request and response."""
 

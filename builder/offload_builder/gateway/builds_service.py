@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from offload_builder.egress.policy.ofbuild import read_build_policy
 from offload_builder.gateway.admission import Placed
 from offload_builder.gateway.cachetrust import BranchBound, CacheMember, CacheTrust, proven_branches
+from offload_builder.gateway.egresspolicies import POOL
 from offload_builder.gateway.history import build_message
 from offload_builder.gateway.repeats import lost_build
 from offload_builder.gateway.savedimages import (
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from offload_builder.gateway.active_builds import ActiveBuild, ActiveBuilds
     from offload_builder.gateway.admission import Admission
     from offload_builder.gateway.config import GatewayConfig
+    from offload_builder.gateway.egresspolicies import EgressPolicies
     from offload_builder.gateway.history import BuildRecord, History
     from offload_builder.gateway.log_book import LogBook
     from offload_builder.gateway.members import Members
@@ -65,6 +68,7 @@ class BuildsService(BuildsServiceServicer):
         history: History,
         logs: LogBook,
         nodes: NodeRegistry,
+        policies: EgressPolicies,
         relay_address: Callable[[], str],
     ) -> None:
         self._config = config
@@ -77,6 +81,7 @@ class BuildsService(BuildsServiceServicer):
         self._history = history
         self._logs = logs
         self._nodes = nodes
+        self._policies = policies
         self._relay_address = relay_address
 
     async def Create(  # noqa: N802
@@ -96,6 +101,7 @@ class BuildsService(BuildsServiceServicer):
             CacheWish(request.vcs_branch, request.vcs_target_branch, request.cache),
             self._trust,
         )
+        await self._check_policy(request)
         lost = await lost_build(self._history, request, caller.token)
         build = await self._admission.submit(request, caller.token, lost)
         started = asyncio.get_running_loop().time()
@@ -110,6 +116,19 @@ class BuildsService(BuildsServiceServicer):
                         build_id=build.build_id, position=update.position, reason=update.reason
                     )
                     yield builds_pb.CreateResponse(queued=queued)
+
+    async def _check_policy(self, request: builds_pb.CreateRequest) -> None:
+        """Look at the network policy of a build before anything is sent to a node.
+
+        Raises:
+            ConfigError: it has mistakes, told with file and line.
+        """
+        if request.HasField("network_policy"):
+            policy = request.network_policy
+            await asyncio.to_thread(read_build_policy, policy)
+            versions = await self._policies.versions_now()
+            policy.pool_version = versions.get(POOL, 0)
+            policy.project_version = versions.get(request.project_id, 0)
 
     async def _still_allowed(
         self, build: ActiveBuild, context: aio.ServicerContext[Any, Any]
@@ -165,17 +184,20 @@ class BuildsService(BuildsServiceServicer):
         )
         if record.identity:
             ticket.identity.ParseFromString(record.identity)
+        if record.network_policy:
+            ticket.network_policy.ParseFromString(record.network_policy)
         hold = timedelta(seconds=self._config.slot_hold)
         ticket.expires_at.FromDatetime(datetime.now(UTC) + hold + TICKET_SKEW)
         return builds_pb.Assigned(
             build_id=record.build_id,
             ticket=sign(self._ticket_key, ticket),
-            endpoints=self._endpoints(node),
+            endpoints=self.endpoints(node),
             server_name=node.node_id + NODE_SUFFIX,
             node_id=node.node_id,
         )
 
-    def _endpoints(self, node: AttachedNode) -> list[str]:
+    def endpoints(self, node: AttachedNode) -> list[str]:
+        """Return where members can dial a node, its own addresses before the relay."""
         endpoints = list(node.hello.endpoints)
         relay = self._relay_address()
         if node.hello.relay_endpoint and relay:
@@ -193,7 +215,7 @@ class BuildsService(BuildsServiceServicer):
         if record.node_id:
             response.server_name = record.node_id + NODE_SUFFIX
         if node is not None and node.connection is not None:
-            response.endpoints.extend(self._endpoints(node))
+            response.endpoints.extend(self.endpoints(node))
         if request.saved_image:
             self._place_image(response, record, caller.token)
         return response
@@ -222,7 +244,7 @@ class BuildsService(BuildsServiceServicer):
             return
         ticket = image_ticket(record, node.node_id, now)
         response.saved_image.node_id = node.node_id
-        response.saved_image.endpoints.extend(self._endpoints(node))
+        response.saved_image.endpoints.extend(self.endpoints(node))
         response.saved_image.server_name = node.node_id + NODE_SUFFIX
         response.saved_image.ticket.CopyFrom(sign_image(self._ticket_key, ticket))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from offload_core.config import option
 from offload_core.errors import ConfigError
+from offload_core.trust import split_address
 
 ENVIRONMENT_PREFIX = "OFFLOAD_GATEWAY"
 _MEANING_OF_ZERO = {
@@ -125,6 +126,11 @@ class GatewayConfig:
         "TOML file of identity providers and rules for their tokens; identity.toml in data_dir "
         "unless set.",
     )
+    metrics_address: str = option(
+        "",
+        "Address HOST:PORT of counters for Prometheus, over plain HTTP and without login; none "
+        "when empty.",
+    )
     log_level: str = option("info", "Least severe events that are logged.")
 
     def __post_init__(self) -> None:
@@ -158,6 +164,8 @@ class GatewayConfig:
         for name, zero in _MEANING_OF_ZERO.items():
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative; 0 {zero}")
+        if self.metrics_address:
+            split_address(self.metrics_address)
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise ConfigError(
                 f'log_level "{self.log_level}" is unknown; use debug, info, warning or error'

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Self, cast
 
 import structlog
 
-from offload_builder.gateway.clienthello import (
+from offload_builder.clienthello import (
     ALERT_INTERNAL_ERROR,
     ALERT_UNRECOGNIZED_NAME,
     ClientHello,

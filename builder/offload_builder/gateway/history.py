@@ -79,10 +79,15 @@ class BuildRecord:
     """The shared store keeps the image."""
     client: str = ""
     """Program that has started it; empty for our own."""
+    network_policy: bytes = b""
+    """A serialised NetworkPolicy, without its text when the build is over; empty for none."""
+    devices: tuple[str, ...] = ()
+    """That it is allowed to use."""
 
     def row(self) -> dict[str, Any]:
         """Return the values of the table's columns."""
-        return self.__dict__ | {"platforms": list(self.platforms)}
+        lists = {"platforms": list(self.platforms), "devices": list(self.devices)}
+        return self.__dict__ | lists
 
 
 class History:
@@ -282,7 +287,17 @@ def build_message(record: BuildRecord) -> builds_pb.Build:
         message.stats.ParseFromString(record.stats)
     if record.identity:
         message.identity.ParseFromString(record.identity)
+    if record.network_policy:
+        message.network_policy.ParseFromString(record.network_policy)
+        message.network_policy.ClearField("text")
     return message
+
+
+def without_text(network_policy: bytes) -> bytes:
+    """Return a serialised NetworkPolicy as records keep it of builds that are over."""
+    message = builds_pb.NetworkPolicy.FromString(network_policy)
+    message.ClearField("text")
+    return message.SerializeToString()
 
 
 def _build(row: sa.Row[Any]) -> BuildRecord:
@@ -297,6 +312,8 @@ def _build(row: sa.Row[Any]) -> BuildRecord:
     values["group_id"] = row.group_id or ""
     values["preferred_platform"] = row.preferred_platform or ""
     values["identity"] = row.identity or b""
+    values["network_policy"] = row.network_policy or b""
+    values["devices"] = tuple(row.devices or ())
     return BuildRecord(**values | {"platforms": tuple(row.platforms)})
 
 

@@ -116,6 +116,9 @@ class NodeAdmission:
         wish, node_id = request.build, node.identity.name
         if not wish.client:
             raise UsageError("a node names the program whose build it brings")
+        if wish.HasField("network_policy"):
+            # Its client is connected already, to a BuildKit without that policy.
+            raise UsageError("only builds of offload-build can bring a network policy")
         member = await self._member(request.certificate_der, wish.project_id, node)
         proven_branches(wish, member.token.identity)
         cache_scopes(

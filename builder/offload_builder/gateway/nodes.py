@@ -5,18 +5,23 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
+from offload_builder.gateway.plaintext import plain_line
 from offload_builder.gateway.pulse import Pulse
-from offload_builder.gateway.scheduler import NodeView, normalise_platform
+from offload_builder.gateway.scheduler import NodeDevice, NodeView, normalise_platform
+from offload_core.devices import MAX_NAME
 from offload_core.errors import AccessDeniedError, GatewayUnreachableError, NodeLostError
 from offload_core.units import format_duration
 from offload_proto.v1 import identity_service_pb2 as identity_pb
 from offload_proto.v1 import nodes_service_pb2 as nodes_pb
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from offload_builder.gateway.tokens import TokenRecord
     from offload_core.errors import OffloadError
 
@@ -27,6 +32,11 @@ FORGET_SECONDS = 3600.0
 """How long a lost node is still listed."""
 
 _OUTBOX_MESSAGES = 10_000
+_MAX_SHOWN = 300
+"""Characters of what a node says of itself, as members see it."""
+MAX_PLATFORMS = 100
+MAX_DEVICES = 1000
+"""Of one node; more are not known."""
 
 
 class NodeEvents(Protocol):
@@ -49,7 +59,8 @@ class AttachedNode:
     platforms: frozenset[str]
     emulated: frozenset[str] = frozenset()
     surveyed: bool = False
-    """It has said what its BuildKit can build beside its own platform."""
+    """It has said what its BuildKit can build beside its own platform, and with which devices."""
+    devices: frozenset[NodeDevice] = frozenset()
     heartbeat: nodes_pb.Heartbeat = field(default_factory=nodes_pb.Heartbeat)
     connection: Connection | None = None
     last_seen_at: datetime = field(default_factory=lambda: datetime.now(UTC))
@@ -97,6 +108,15 @@ class AttachedNode:
         self.emulated, self.surveyed = emulated - self.platforms, True
         return before != (self.platforms, self.emulated, self.surveyed)
 
+    def take_devices(self, found: nodes_pb.NodeDevices) -> bool:
+        """Note what it has; return whether that is news."""
+        before = self.devices
+        self.devices = frozenset(
+            NodeDevice(plain_line(item.name, MAX_NAME), plain_line(item.alias, MAX_NAME))
+            for item in found.devices[:MAX_DEVICES]
+        )
+        return before != self.devices
+
     def view(self, load: int = 0) -> NodeView:
         """Return what the scheduler needs to know.
 
@@ -111,6 +131,8 @@ class AttachedNode:
             emulated=self.emulated,
             draining=self.heartbeat.draining,
             project_ids=frozenset(self.token.project_ids),
+            firewall=self.hello.firewall,
+            devices=self.devices,
         )
 
 
@@ -189,6 +211,7 @@ class NodeRegistry:
             node.drop_offers()
             node.connection.close(NodeLostError("the node has attached again"))
         node.token, node.hello, node.platforms = token, hello, platforms
+        # Its devices stay what they were until it says what they are now.
         node.emulated, node.surveyed = frozenset(), False
         node.heartbeat = nodes_pb.Heartbeat(running=len(hello.running_build_ids))
         node.connection = Connection()
@@ -231,6 +254,8 @@ class NodeRegistry:
                 node.heartbeat.draining,
             )
             node.heartbeat = heartbeat
+            if heartbeat.HasField("devices") and node.take_devices(heartbeat.devices):
+                changed = True
             if heartbeat.HasField("platforms") and node.take_platforms(heartbeat.platforms):
                 changed = True
             if changed:
@@ -266,7 +291,7 @@ class NodeRegistry:
 
     def _info(self, node: AttachedNode) -> identity_pb.NodeInfo:
         state = "draining" if node.heartbeat.draining else "ready"
-        health = node.heartbeat.health
+        health = plain_line(node.heartbeat.health, _MAX_SHOWN)
         if node.connection is None:
             state = "lost"
             age = format_duration(asyncio.get_running_loop().time() - node.last_seen)
@@ -276,10 +301,11 @@ class NodeRegistry:
             state=state,
             running=0 if node.lost else node.heartbeat.running,
             slots=node.hello.slots,
-            platforms=node.heartbeat.platforms.native or node.hello.platforms,
-            emulated_platforms=node.heartbeat.platforms.emulated,
-            version=node.hello.version,
-            buildkit_version=node.hello.buildkit_version,
+            platforms=_shown(node.heartbeat.platforms.native or node.hello.platforms),
+            emulated_platforms=_shown(node.heartbeat.platforms.emulated),
+            devices=sorted(device.name for device in node.devices),
+            version=plain_line(node.hello.version, _MAX_SHOWN),
+            buildkit_version=plain_line(node.hello.buildkit_version, _MAX_SHOWN),
             disk_free_bytes=node.heartbeat.disk_free_bytes,
             health=health,
         )
@@ -330,6 +356,10 @@ class NodeRegistry:
         for node in self.connected():
             if node.connection is not None:
                 node.connection.close(_stopping())
+
+
+def _shown(platforms: Iterable[str]) -> list[str]:
+    return [plain_line(item, _MAX_SHOWN) for item in islice(platforms, MAX_PLATFORMS)]
 
 
 def _stopping() -> GatewayUnreachableError:

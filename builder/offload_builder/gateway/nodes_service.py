@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from grpc import aio
 
     from offload_builder.gateway.access import Access
+    from offload_builder.gateway.connectors import ConnectorBoard
     from offload_builder.gateway.history import History
     from offload_builder.gateway.log_book import LogBook
     from offload_builder.gateway.nodeadmission import NodeAdmission
@@ -53,6 +54,7 @@ class NodesService(NodesServiceServicer):
         feeds: Sequence[NodeFeed],
         history: History,
         admission: NodeAdmission,
+        connectors: ConnectorBoard,
     ) -> None:
         self._ticket_public_pem = ticket_public_pem
         self._access = access
@@ -62,6 +64,7 @@ class NodesService(NodesServiceServicer):
         self._feeds = feeds
         self._history = history
         self._admission = admission
+        self._connectors = connectors
 
     async def Authorize(  # noqa: N802
         self, request: nodes_pb.AuthorizeRequest, context: aio.ServicerContext[Any, Any]
@@ -145,6 +148,8 @@ class NodesService(NodesServiceServicer):
             await self._take_log(node, request.build_log)
         elif kind == "cache_task_reply":
             node.take_reply(request.cache_task_reply)
+        elif kind == "connection_wish":
+            self._connectors.wish(node, request.connection_wish)
         elif kind == "hello":
             raise UsageError("a node says hello once per stream")
 

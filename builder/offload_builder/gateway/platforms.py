@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from offload_builder.gateway.scheduler import normalise_platform
-from offload_core.errors import PlatformUnavailableError
+from offload_core.errors import NotFoundError, PlatformUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -48,10 +48,10 @@ class PoolPlatforms:
         """
         if problem := self._problem(project_id, platforms, together=False):
             raise problem
-        known = [node.view() for node in self._serving(project_id)]
+        known = [node.view() for node in self.serving(project_id)]
         here = [
             view
-            for node in self._serving(project_id)
+            for node in self.serving(project_id)
             if node.connection is not None and not (view := node.view()).draining
         ]
         return platform_groups(platforms, here, known)
@@ -59,6 +59,16 @@ class PoolPlatforms:
     def refusal(self, project_id: str, platforms: Sequence[str]) -> PlatformUnavailableError | None:
         """Return why no node will ever build all of this; None when one may."""
         return self._problem(project_id, platforms, together=True)
+
+    def no_firewall(self, project_id: str) -> NotFoundError | None:
+        """Return why no node can enforce the network policy of a build; None when one may."""
+        nodes = self.serving(project_id)
+        if not nodes or any(node.hello.firewall for node in nodes) or not self._had_their_time():
+            return None
+        return NotFoundError(
+            "no node of this pool is behind a firewall, so none can enforce --network-policy",
+            hint="ask an administrator for a node with isolation = netns, or leave the flag out",
+        )
 
     def is_far(self, project_id: str, platforms: Sequence[str]) -> bool:
         """Return whether no node that is attached builds all of these normalised platforms."""
@@ -76,17 +86,17 @@ class PoolPlatforms:
         for node in self._nodes.known():
             if node.connection is None and node.view().suits(build):
                 return f"node {node.node_id}, which builds {wanted}, is away"
-        nodes = self._serving(build.project_id)
+        nodes = self.serving(build.project_id)
         silent = any(node.connection is not None and not node.surveyed for node in nodes)
-        if nodes and not silent and not self._settled(nodes):
+        if nodes and not silent and not self.settled(nodes):
             return f"no node builds {wanted}, but the gateway has just started; one may still come"
         return ""
 
     def _problem(
         self, project_id: str, platforms: Sequence[str], *, together: bool
     ) -> PlatformUnavailableError | None:
-        nodes = self._serving(project_id)
-        if not platforms or not nodes or not self._settled(nodes):
+        nodes = self.serving(project_id)
+        if not platforms or not nodes or not self.settled(nodes):
             # Without any node a build waits: the pool may be about to start one.
             return None
         views = [node.view() for node in nodes]
@@ -107,12 +117,17 @@ class PoolPlatforms:
             f"no node of this pool builds {_list(lacking, 'or')}; {_offer(nodes)}", hint=HINT
         )
 
-    def _serving(self, project_id: str) -> list[AttachedNode]:
+    def serving(self, project_id: str) -> list[AttachedNode]:
+        """Return the nodes that are there or may come back and serve a project."""
         return [node for node in self._nodes.known() if node.view().serves(project_id)]
 
-    def _settled(self, nodes: Sequence[AttachedNode]) -> bool:
+    def settled(self, nodes: Sequence[AttachedNode]) -> bool:
+        """Return whether all nodes have had their time to attach, and have told what they are."""
         if any(node.connection is not None and not node.surveyed for node in nodes):
             return False
+        return self._had_their_time()
+
+    def _had_their_time(self) -> bool:
         now = asyncio.get_running_loop().time()
         return self._settled_at is not None and now >= self._settled_at
 

@@ -1,12 +1,12 @@
 """Who runs where, as pure functions over snapshots.
 
-Order of the queue: round robin over projects, the one that was served longest ago first; within
-a project first come, first served. Place of a build: nodes that have the least to emulate of what
-is wanted; as long as one of them is attached, others get nothing. Among these, rendezvous hashing
-gives each project its own ranking, so that its caches stay warm on the same few, with bounded loads
-so that a busy project spills over before its first node is full (Thaler and Ravishankar, "Using
-name-based mappings to increase hit rates", 1998; Mirrokni, Thorup and Zadimoghaddam, "Consistent
-hashing with bounded loads", 2018).
+Order of the queue: round robin over projects, the one that was served longest ago first; within a
+project first come, first served. Place of a build: nodes that have the least to emulate of what is
+wanted, and have its devices; as long as one of them is attached, others get nothing. Among these,
+rendezvous hashing gives each project its own ranking, so that its caches stay warm on the same few,
+with bounded loads so that a busy project spills over before its first node is full (Thaler and
+Ravishankar, "Using name-based mappings to increase hit rates", 1998; Mirrokni, Thorup and
+Zadimoghaddam, "Consistent hashing with bounded loads", 2018).
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import zip_longest
 from typing import TYPE_CHECKING
+
+from offload_core.devices import ANY_DEVICE, means
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -43,6 +45,18 @@ class QueuedBuild:
     """Node that is asked when no other one has room: an earlier run was lost with it."""
     only_node: str = ""
     """Node that its client is connected to; empty for any."""
+    behind_firewall: bool = False
+    """It brings a network policy, which only some nodes enforce."""
+    devices: tuple[str, ...] = ()
+    """Names; `ANY_DEVICE` for whatever there is."""
+
+
+@dataclass(frozen=True)
+class NodeDevice:
+    """A device of a node: its full name, and a further one or none."""
+
+    name: str
+    alias: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,6 +74,9 @@ class NodeView:
     draining: bool = False
     project_ids: frozenset[str] = field(default_factory=frozenset)
     """Projects that it serves; empty for all."""
+    firewall: bool = False
+    """Its builds are behind a firewall."""
+    devices: frozenset[NodeDevice] = frozenset()
 
     def free(self) -> bool:
         """Return whether it would take one more build."""
@@ -69,17 +86,34 @@ class NodeView:
         """Return whether it could run this build if it were free."""
         if build.only_node not in ("", self.node_id):
             return False
-        return self.serves(build.project_id) and self.builds(build.platforms)
+        if build.behind_firewall and not self.firewall:
+            return False
+        if not self.serves(build.project_id) or self.lacking(build.devices):
+            return False
+        return self.builds(build.platforms)
 
     def builds(self, platforms: Iterable[str]) -> bool:
         """Return whether it builds all these platforms, natively or not."""
         return all(item in self.platforms or item in self.emulated for item in platforms)
 
+    def lacking(self, devices: Iterable[str]) -> list[str]:
+        """Return which of these devices it does not have."""
+        return [
+            wanted
+            for wanted in devices
+            if wanted != ANY_DEVICE
+            and not any(means(wanted, device.name, device.alias) for device in self.devices)
+        ]
+
     def strangeness(self, build: QueuedBuild) -> int:
-        """Return how many platforms of a build it would have to emulate."""
+        """Return how many platforms of a build it would have to emulate, and which wish it lacks.
+
+        A build that may use any device has its wish where there is one.
+        """
+        wish = int(ANY_DEVICE in build.devices and not self.devices)
         if not build.platforms and build.preferred:
-            return int(build.preferred not in self.platforms)
-        return sum(item not in self.platforms for item in build.platforms)
+            return wish + int(build.preferred not in self.platforms)
+        return wish + sum(item not in self.platforms for item in build.platforms)
 
     def serves(self, project_id: str) -> bool:
         """Return whether it runs builds of a project."""
@@ -198,9 +232,10 @@ def waiting_reason(build: QueuedBuild, nodes: Sequence[NodeView]) -> str:
     wanted = " and ".join(build.platforms)
     suiting = [node for node in serving if node.suits(build)]
     if not suiting:
-        together = " together" if len(build.platforms) > 1 else ""
-        return f"no node builds {wanted}{together}"
+        return _nobody(build)
     which = f" that build{'s' if len(suiting) == 1 else ''} {wanted}" if build.platforms else ""
+    if named := [item for item in build.devices if item != ANY_DEVICE]:
+        which = f" with {' and '.join(named)}"
     if len(suiting) == len(nodes):
         which = ""
     if all(node.draining for node in suiting):
@@ -208,7 +243,9 @@ def waiting_reason(build: QueuedBuild, nodes: Sequence[NodeView]) -> str:
     active = [node for node in suiting if not node.draining]
     least = min(node.strangeness(build) for node in active)
     active = [node for node in active if node.strangeness(build) == least]
-    if not least and len(active) < len(suiting):
+    if ANY_DEVICE in build.devices and len(active) < len(suiting):
+        which = " with a device"
+    elif not least and len(active) < len(suiting):
         wanted = wanted or build.preferred
         which = f" that build{'s' if len(active) == 1 else ''} {wanted} natively"
     if not any(node.free() for node in active):
@@ -218,6 +255,18 @@ def waiting_reason(build: QueuedBuild, nodes: Sequence[NodeView]) -> str:
     return "other builds are before it"
 
 
+def _nobody(build: QueuedBuild) -> str:
+    wishes = []
+    if build.platforms:
+        wishes.append(f"builds {' and '.join(build.platforms)}")
+    if named := [item for item in build.devices if item != ANY_DEVICE]:
+        wishes.append(f"has {' and '.join(named)}")
+    if build.behind_firewall:
+        wishes.append("enforces network policies of builds")
+    together = " together" if len(build.platforms) > 1 and not named else ""
+    return f"no node {' and '.join(wishes)}{together}"
+
+
 def _waiting_reason_at(build: QueuedBuild, nodes: Sequence[NodeView]) -> str:
     name = build.only_node
     node = next((node for node in nodes if node.node_id == name), None)
@@ -225,6 +274,8 @@ def _waiting_reason_at(build: QueuedBuild, nodes: Sequence[NodeView]) -> str:
         return f"node {name}, to which you are connected, is away"
     if not node.serves(build.project_id):
         return f'node {name} does not serve the project "{build.project_id}"'
+    if lacking := node.lacking(build.devices):
+        return f"node {name} does not have {' and '.join(lacking)}"
     if not node.suits(build):
         return f"node {name} does not build {' and '.join(build.platforms)}"
     if node.draining:

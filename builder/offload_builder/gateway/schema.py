@@ -7,7 +7,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """Older databases get the columns that they lack; newer ones are refused."""
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -106,6 +106,30 @@ project_bounds = sa.Table(
     sa.Column("node_keep_bytes", sa.BigInteger, nullable=False),
 )
 
+# Every version of the egress policy of the pool, whose scope is empty, and of projects. Rows are
+# only ever added; the newest of a scope holds.
+egress_policies = sa.Table(
+    "egress_policies",
+    metadata,
+    sa.Column("scope", sa.String(40), primary_key=True),
+    sa.Column("version", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("file", sa.String(200), nullable=False),
+    sa.Column("text", sa.Text, nullable=False),
+    sa.Column("author", sa.String(64), nullable=False),
+    sa.Column("applied_at", Instant, nullable=False),
+    sa.Column("note", sa.String(300), nullable=False),
+)
+
+# Which egress policies the attached nodes have in force; the row without a name is the gateway's.
+egress_nodes = sa.Table(
+    "egress_nodes",
+    metadata,
+    sa.Column("node_id", sa.String(64), primary_key=True),
+    sa.Column("versions", sa.Text, nullable=False),
+    sa.Column("problem", sa.Text, nullable=False),
+    sa.Column("told_at", Instant, nullable=False),
+)
+
 # How long steps took when they last ran, for what a cache hit saves.
 step_times = sa.Table(
     "step_times",
@@ -154,6 +178,9 @@ builds = sa.Table(
     # A serialised ExternalIdentity.
     sa.Column("identity", sa.LargeBinary),
     sa.Column("client", sa.String(40)),
+    # A serialised NetworkPolicy; without its text when the build is over.
+    sa.Column("network_policy", sa.LargeBinary),
+    sa.Column("devices", sa.JSON),
     # A request of one token is one build, also when it is repeated after a restart.
     sa.UniqueConstraint("token_id", "request_id", name="one_build_per_request"),
     sa.Index("builds_by_time", "created_at", "build_id"),

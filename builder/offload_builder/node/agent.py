@@ -11,18 +11,25 @@ from typing import TYPE_CHECKING, Self, TypeVar
 
 import structlog
 
+from offload_builder.egress.policy.ofbuild import read_build_policy
+from offload_builder.node.apparmor import check_profile
 from offload_builder.node.buildends import BuildEnds, task_failed
+from offload_builder.node.buildgroups import remove_leftover_groups
 from offload_builder.node.buildlogs import build_update
 from offload_builder.node.cachedesk import CacheDesk
 from offload_builder.node.cachetasks import CacheTasks
 from offload_builder.node.clientlink import ClientLink
 from offload_builder.node.collecting import collection_loop, shared_limits
 from offload_builder.node.departure import AWAY, ClientSeat
+from offload_builder.node.devicesurvey import DeviceSurvey
+from offload_builder.node.diskwatch import DiskWatch, Watched
 from offload_builder.node.endedbuilds import EndedBuild, EndedBuilds
 from offload_builder.node.faults import storage_error
 from offload_builder.node.gatewaylink import GatewayLink
+from offload_builder.node.isolation import Isolation
 from offload_builder.node.job import BuildJob
 from offload_builder.node.nodefacts import NodeFacts
+from offload_builder.node.nodemetrics import NodeGauges
 from offload_builder.node.outcomes import STOPPING
 from offload_builder.node.projectlimits import LimitBook
 from offload_builder.node.projectpool import ProjectPool
@@ -48,6 +55,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import TracebackType
 
+    from offload_builder.egress.held import HeldPolicies
     from offload_builder.node.config import NodeConfig
     from offload_builder.node.enrolment import NodeIdentity
     from offload_builder.node.project import ProjectRuntime
@@ -68,7 +76,8 @@ Job = TypeVar("Job", bound=BuildJob)
 class NodeAgent:
     """Owns the node's state; the gRPC services and the gateway link call it."""
 
-    def __init__(self, config: NodeConfig, identity: NodeIdentity) -> None:
+    def __init__(self, config: NodeConfig, identity: NodeIdentity, policies: HeldPolicies) -> None:
+        self._policies = policies
         self.config = config
         self.identity = identity
         self.tickets = TicketVerifier(identity.node_id)
@@ -81,6 +90,7 @@ class NodeAgent:
         self._working = TaskSet(task_failed)
         self.limits = LimitBook(config.data / "limits.json")
         self.cache_desk = CacheDesk()
+        self._devices = DeviceSurvey(config)
         self._stack = AsyncExitStack()
         self._store: NodeStore
         self._bounds: NodeBounds
@@ -88,14 +98,16 @@ class NodeAgent:
         self._registries: Registries
         self.ended: EndedBuilds
         self.saved: SavedImages
+        self.isolation: Isolation
         self._ends: BuildEnds
         self._projects: ProjectPool
 
     async def __aenter__(self) -> Self:
+        check_profile(self.config.apparmor_profile)
+        remove_leftover_groups(self.config.data / "projects")
         registries = self._registries = Registries(self.config.registry_config)
-        objects = None
-        if self.config.s3_endpoint:
-            objects = S3Store(self.config.shared_store(), statistics=self.statistics)
+        shared = self.config.shared_store() if self.config.s3_endpoint else None
+        objects = S3Store(shared, statistics=self.statistics) if shared is not None else None
         async with AsyncExitStack() as stack:
             self._store = await stack.enter_async_context(
                 NodeStore(
@@ -107,11 +119,8 @@ class NodeAgent:
                 )
             )
             self.saved = SavedImages(self.tickets, self._store)
-            self._bounds = NodeBounds(
-                self._store,
-                keep_bytes=self.config.blobs_keep_all,
-                idle_seconds=self.config.blobs_idle,
-            )
+            keep, idle = self.config.blobs_keep_all, self.config.blobs_idle
+            self._bounds = NodeBounds(self._store, keep_bytes=keep, idle_seconds=idle)
             self.limits.on_change(self._limits_changed)
             self._limits_changed()
             if objects is not None:
@@ -124,12 +133,19 @@ class NodeAgent:
             self._registry_server = await stack.enter_async_context(
                 RegistryServer(self.registry, self.statistics, extra=mirrors.routes())
             )
-            self._projects = await stack.enter_async_context(
-                ProjectPool(
+            self.isolation = await stack.enter_async_context(
+                Isolation(
                     self.config,
-                    self._store,
-                    partial(registries.serve, mirrors, self._registry_server.address),
+                    self._registry_server,
+                    self._policies,
+                    registries.settings,
+                    self.link.post,
                 )
+            )
+            self.facts.firewall = self.isolation.firewall is not None
+            bases, place = partial(registries.serve, mirrors), self.isolation.place
+            self._projects = await stack.enter_async_context(
+                ProjectPool(self.config, self._store, bases, place)
             )
             self.ended = EndedBuilds(
                 self.config.data / "journals",
@@ -153,7 +169,10 @@ class NodeAgent:
             stack.push_async_callback(self._ends.close)
             self._background.start(self._projects.reap(), name="projects.reap")
             self._background.start(self._bounds.run(), name="node.bounds")
+            watch = DiskWatch(self.config.data, self.config.disk_reserve, self._watched)
+            self._background.start(watch.run(), name="disk.watch")
             self._background.start(self._projects.survey.run(self.link.beat), name="platforms")
+            self._background.start(self._devices.run(self.link.beat), name="devices")
             await self._ends.take_up()
             CacheTasks(
                 self.identity.node_id,
@@ -182,8 +201,25 @@ class NodeAgent:
 
     def heartbeat(self) -> Heartbeat:
         """Describe the node now."""
-        return self.facts.heartbeat(
-            health=self._store.shared_problem, platforms=self._projects.survey.found
+        refused, policies = self.isolation.why_refused(), self._policies.problem
+        problems = (self._store.shared_problem, refused or policies)
+        beat = self.facts.heartbeat(
+            health="; ".join(filter(None, problems)),
+            platforms=self._projects.survey.found,
+            devices=self._devices.found,
+        )
+        beat.egress_problem = refused or policies
+        if not refused:
+            beat.egress_versions.update(self._policies.versions_in_force())
+        return beat
+
+    def gauges(self) -> NodeGauges:
+        """Return what the node is, for its metrics."""
+        return NodeGauges(
+            versions=self._policies.versions_in_force,
+            daemons=self._projects.daemons,
+            builds=lambda: self.slots.busy,
+            enforced=lambda: not (self.isolation.why_refused() or self._policies.problem),
         )
 
     def trust_gateway(self, ticket_key_pem: bytes) -> None:
@@ -197,7 +233,8 @@ class NodeAgent:
 
     def offer(self, build_id: str, project_id: str, hold_seconds: float) -> str:
         """Reserve a slot for a build; return why not, or an empty text."""
-        if refusal := self.slots.offer(build_id, hold_seconds):
+        refusal = self.isolation.why_refused() or self.slots.offer(build_id, hold_seconds)
+        if refusal:
             return refusal
         log.debug("build.reserved", build_id=build_id, project_id=project_id)
         # While the client is on its way here.
@@ -222,6 +259,9 @@ class NodeAgent:
     async def cache_task(self, task: CacheTask) -> CacheTaskReply:
         """Do work on the layer cache; what goes wrong is in the answer."""
         return await self.cache_desk.answer(task)
+
+    def _watched(self) -> list[Watched]:
+        return [runtime.watched for runtime in self._projects.running()]
 
     async def _warm_up(self, project_id: str) -> None:
         with contextlib.suppress(OffloadError, OSError, sqlite3.Error):
@@ -280,6 +320,7 @@ class NodeAgent:
             project_id=ticket.project_id,
             member=member,
             trust_domain=ticket.trust_domain,
+            network_policy=ticket.network_policy.file,
             # Their names only, for who asks later which build had what.
             given=[*start.spec.secret_ids, *(f"ssh:{name}" for name in start.spec.ssh_ids)],
             entitlements=list(start.spec.entitlements),
@@ -291,8 +332,12 @@ class NodeAgent:
     async def _open(
         self, ticket: Ticket, start: Start, make: Callable[..., Job], link: ClientLink
     ) -> Job:
+        narrowed = None
+        if ticket.HasField("network_policy"):
+            policy = ticket.network_policy
+            narrowed = await asyncio.to_thread(read_build_policy, policy, admitted=True)
         try:
-            runtime = await self._projects.runtime(ticket.project_id, ticket.trust_domain)
+            runtime = await self._projects.runtime(ticket.project_id, ticket.trust_domain, narrowed)
         except (OSError, sqlite3.Error) as error:
             raise storage_error("open the project", error) from error
         # Refused before anything is opened for it.
@@ -302,7 +347,7 @@ class NodeAgent:
             start,
             runtime,
             self.registry,
-            self._registry_server.address,
+            runtime.registry_address,
             link,
             self.ended.journal(ticket.build_id, ticket.project_id, ticket.member),
             rights,

@@ -63,6 +63,7 @@ class BuildProgress:
         self.secret = ""
         self._batches = 0
         self._told_gaps = False
+        self._pacer: Pacer | None = None
 
     @asynccontextmanager
     async def following(self, client: TellsProgress, ref: str) -> AsyncIterator[None]:
@@ -82,7 +83,7 @@ class BuildProgress:
             status.cancel()
 
     async def _follow(self, client: TellsProgress, ref: str) -> None:
-        pacer = Pacer(self._write)
+        pacer = self._pacer = Pacer(self._write)
         try:
             async with aclosing(client.status(ref)) as batches:
                 async for batch in batches:
@@ -101,6 +102,14 @@ class BuildProgress:
             pacer.flush()
         await self._tell_gaps()
 
+    def say(self, batch: ProgressBatch) -> None:
+        """Add news of our own, in their order; the batch is ours from now on."""
+        if self._pacer is not None:
+            self._pacer.add(batch)
+            self._pacer.flush()
+        else:
+            self._write(batch)
+
     def _write(self, batch: ProgressBatch) -> None:
         self._journal.append(batch, self.secret.encode(), self._hide)
 
@@ -110,6 +119,8 @@ class BuildProgress:
         for warning in batch.warnings:
             warning.short = self._cleaned(warning.short)
             warning.detail[:] = map(self._cleaned, warning.detail)
+        for use in batch.egress:
+            use.url, use.reason = self._clean(use.url), self._clean(use.reason)
 
     def _cleaned(self, data: bytes) -> bytes:
         return self._clean(data.decode("utf-8", "surrogateescape")).encode(

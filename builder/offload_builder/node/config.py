@@ -7,6 +7,7 @@ import re
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
+from offload_builder.node.buildlimits import check_build_limits
 from offload_builder.node.entitlements import check_configured
 from offload_builder.node.steplimits import StepBounds
 from offload_cache.collection.timing import MIN_GRACE_SECONDS
@@ -28,6 +29,7 @@ _MEANING_OF_ZERO = {
     "step_memory_max": "sets no bound",
     "step_cpus": "gives step_cpus_max",
     "step_cpus_max": "sets no bound",
+    "disk_reserve": "leaves nothing",
     "rejoin_wait": "waits for nobody",
     "ended_keep": "keeps nothing",
     "ended_keep_builds": "keeps none",
@@ -37,6 +39,7 @@ _MEANING_OF_ZERO = {
 }
 MAX_STEP_LOG_BYTES = 2047 << 20
 """BuildKit reads its bound as a number of 32 bits with a sign."""
+ISOLATIONS = ("auto", "netns", "none")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -103,13 +106,14 @@ class NodeConfig:
     untrusted_keep: int = option(
         4 * 1024**3,
         "bytes of BuildKit's own cache, and as much again of context files, to keep for each "
-        "untrusted member of a project",
+        "untrusted member of a project; of BuildKit's cache also for builds with a network policy",
         unit="size",
     )
     untrusted_idle: float = option(
         3600.0,
-        "remove everything that builds of an untrusted member left on the node after so long "
-        "without one; its BuildKit is stopped after a quarter of buildkit_idle",
+        "remove everything that builds of an untrusted member, or with a network policy of their "
+        "own, left on the node after so long without one; their BuildKit is stopped after a "
+        "quarter of buildkit_idle",
         unit="duration",
     )
     registry_config: Path | None = option(
@@ -119,12 +123,33 @@ class NodeConfig:
     entitlements: list[str] = option(
         [],
         "rights that builds get when they ask with --allow: network.host, security.insecure, "
-        "device; each lets a step out of a part of its isolation from the node",
+        "device or device=PATTERN; each lets a step out of a part of its isolation from the node",
     )
     project_entitlements: dict[str, list[str]] = option(
         {},
         "the same for single projects: a project that fits one of these names or patterns has the "
         "rights listed there, and none of `entitlements`",
+    )
+    cdi_spec_dirs: list[Path] = option(
+        [Path("/etc/cdi"), Path("/var/run/cdi")],
+        "directories with CDI specifications of devices that builds may ask for; projects without "
+        "a right to devices do not see them",
+    )
+    isolation: str = option(
+        "auto",
+        "network of builds: `netns` puts each project behind the node's firewall, in a network "
+        "namespace of its own; `none` lets builds reach what the node reaches; `auto` is `netns` "
+        "where the node runs as root and the machine can do it",
+    )
+    dns_servers: list[str] = option(
+        [],
+        "name servers that names of builds behind the firewall are asked of, ADDRESS or "
+        "ADDRESS:PORT; those of /etc/resolv.conf when empty",
+    )
+    metrics_address: str = option(
+        "",
+        "address HOST:PORT of counters for Prometheus, over plain HTTP and without login; none "
+        "when empty",
     )
     step_memory: int = option(
         0, "memory of each step of a build that asks for none; 0 for step_memory_max", unit="size"
@@ -137,6 +162,32 @@ class NodeConfig:
     )
     step_cpus_max: float = option(
         0.0, "most processors that a build can give a step; 0 for no bound"
+    )
+    build_memory: int = option(
+        0, "memory of all steps of a build together; 0 for no bound", unit="size"
+    )
+    build_cpus: float = option(0.0, "processors of all steps of a build together; 0 for no bound")
+    build_pids: int = option(
+        0, "processes and threads of all steps of a build together; 0 for no bound"
+    )
+    build_disk: int = option(
+        0,
+        "bytes that all steps of a build together may write to the node's disk; 0 for no bound",
+        unit="size",
+    )
+    project_build_limits: dict[str, list[str]] = option(
+        {},
+        "the same for single projects, by name or pattern: a list of memory=SIZE, cpus=NUMBER, "
+        "pids=NUMBER and disk=SIZE; what it does not name is as above",
+    )
+    disk_reserve: int = option(
+        1024**3,
+        "free bytes that steps must leave on the node's disk, at most a tenth of it: when there is "
+        "less, the step that has written the most is ended; 0 for none",
+        unit="size",
+    )
+    apparmor_profile: str = option(
+        "", "AppArmor profile of steps, loaded in the kernel; without one when empty"
     )
     base_images: bool = option(
         True, "keep base images of Docker Hub and of the hosts in registry_config for the pool"
@@ -301,12 +352,10 @@ class NodeConfig:
             raise ConfigError("step_log_max must be 2047MiB or less; 0 keeps everything")
         check_configured(self.entitlements, self.project_entitlements)
         StepBounds.of(self).check()
+        check_build_limits(self)
         if self.cache_grace < MIN_GRACE_SECONDS:
             raise ConfigError("cache_grace must be an hour or more")
-        if self.log_level not in LOG_LEVELS:
-            raise ConfigError(
-                f'log_level "{self.log_level}" is unknown; use {", ".join(LOG_LEVELS)}'
-            )
+        self._check_choices()
         for address in (
             self.gateway,
             self.listen,
@@ -314,12 +363,18 @@ class NodeConfig:
             self.relay_address,
             self.buildkit_listen,
             self.buildkit_relay_address,
+            self.metrics_address,
         ):
             if address:
                 split_address(address)
         if self.s3_endpoint:
             check_bucket(self.s3_bucket)
             self.shared_store()
+
+    def _check_choices(self) -> None:
+        for name, allowed in (("log_level", LOG_LEVELS), ("isolation", ISOLATIONS)):
+            if (value := getattr(self, name)) not in allowed:
+                raise ConfigError(f'{name} "{value}" is unknown; use {", ".join(allowed)}')
 
     def name(self) -> str:
         """Return the node's name in a form that fits a DNS label."""

@@ -57,6 +57,7 @@ class EndedRecord:
         publication: number of the image's way there.
         stored: the shared store has the image.
         told: the gateway has its log and its end.
+        network_policy: that it has brought, serialised, in base64; empty for none.
     """
 
     build_id: str
@@ -70,6 +71,7 @@ class EndedRecord:
     told: bool = False
     publication: int = 0
     stored: bool = False
+    network_policy: str = ""
 
 
 class EndedBuild:
@@ -79,6 +81,7 @@ class EndedBuild:
         self.record = record
         self.build_id = record.build_id
         self.member = record.member
+        self.project_id = record.project_id
         self.result: Result | None = result
         self.journal = journal
         self.image = image
@@ -96,6 +99,11 @@ class EndedBuild:
     def image_digest(self) -> str:
         """Digest of the image; empty when there is none."""
         return self.result.success.image.digest if self.result is not None else ""
+
+    @property
+    def network_policy(self) -> bytes:
+        """The policy that it has brought, serialised; empty for none."""
+        return base64.b64decode(self.record.network_policy)
 
     async def know_image(self) -> None:
         """Find out what belongs to the image, unless that is known.
@@ -168,6 +176,7 @@ class EndedBuilds:
             time.time(),
             saved=job.image_saved,
             publication=job.image.publication or 0,
+            network_policy=base64.b64encode(job.network_policy).decode(),
         )
         ended = EndedBuild(record, result, job.journal, job.image)
         ended.stats = job.stats

@@ -7,10 +7,12 @@ untrusted members never get one. Source: BuildKit's util/entitlements.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from offload_cache.mirror.patterns import matches
+from offload_cache.mirror.patterns import EVERYTHING, matches
+from offload_core.devices import ANY_DEVICE, DEVICE, kind_of, read_wish
 from offload_core.errors import AccessDeniedError, ConfigError, UsageError
 
 if TYPE_CHECKING:
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
     from offload_proto.v1.builds_service_pb2 import Ticket
 
 NETWORK_HOST = "network.host"
-DEVICE = "device"
 KNOWN = (NETWORK_HOST, "security.insecure", DEVICE)
 UNTRUSTED_ROLE = "untrusted"
 MAX_ENTITLEMENTS = 50
@@ -29,8 +30,14 @@ _REFUSALS = {
     "network.host is not allowed": NETWORK_HOST,
     "security.insecure is not allowed": "security.insecure",
     "requested by the build but not allowed": DEVICE,
+    "but CDI device support is disabled": DEVICE,
 }
 """What BuildKit says of a step that wants more than its build has."""
+_REFUSED_DEVICE = re.compile(
+    r"devices? ([A-Za-z0-9._:/=*+-]{1,256})(?:, \S+)* (?:is|are) requested by the build"
+    r'|CDI device "([A-Za-z0-9._:/=*+-]{1,256})" is required'
+)
+_MISSING_DEVICE = re.compile(r'required device "([^"]{1,256})" is not registered')
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class Permitted:
     """What a node permits the builds of one project.
 
     Attributes:
-        names: the rights.
+        names: the rights, as the configuration says them.
         of_project: they are those of this project, not those of all.
     """
 
@@ -57,6 +64,35 @@ class Permitted:
             return cls(tuple(config.entitlements))
         return cls(tuple(dict.fromkeys(name for names in lists for name in names)), True)
 
+    @property
+    def rights(self) -> tuple[str, ...]:
+        """The rights without names of devices, as BuildKit's configuration takes them."""
+        return tuple(dict.fromkeys(name.partition("=")[0] for name in self.names))
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Patterns of the devices that builds may use; empty for none."""
+        found = (name.partition("=") for name in self.names)
+        return tuple(pattern or EVERYTHING for name, _, pattern in found if name == DEVICE)
+
+    def permits_device(self, wanted: str) -> bool:
+        """Return whether builds may use all devices that a name means."""
+        if wanted == ANY_DEVICE:
+            return EVERYTHING in self.devices
+        kind, _, name = wanted.partition("=")
+        whole_kind = "/" in kind and name in ("", "*")
+        for pattern in self.devices:
+            own_kind, equals, own_name = pattern.partition("=")
+            if pattern == EVERYTHING:
+                return True
+            if not whole_kind and not ("/" in own_kind and not equals):
+                if matches((pattern,), wanted):
+                    return True
+            elif (not equals or own_name in ("*", EVERYTHING)) and matches((own_kind,), kind):
+                # A pattern for some devices of a kind is not one for all of them.
+                return True
+        return False
+
 
 def check_configured(
     for_all: Iterable[str], for_projects: Mapping[str, Iterable[str]] | None = None
@@ -72,8 +108,11 @@ def check_configured(
     }
     for option, names in options.items():
         for name in names:
-            if name not in KNOWN:
-                raise ConfigError(f'{option}: "{name}" is unknown; use {", ".join(KNOWN)}')
+            right, equals, pattern = name.partition("=")
+            if right not in KNOWN or (equals and not (right == DEVICE and pattern)):
+                raise ConfigError(
+                    f'{option}: "{name}" is unknown; use {", ".join(KNOWN)} or device=PATTERN'
+                )
 
 
 def granted(spec: BuildSpec, ticket: Ticket, permitted: Permitted) -> list[str]:
@@ -93,6 +132,7 @@ def granted(spec: BuildSpec, ticket: Ticket, permitted: Permitted) -> list[str]:
         wanted.append(NETWORK_HOST)
     if len(wanted) > MAX_ENTITLEMENTS:
         raise UsageError(f"a build has at most {MAX_ENTITLEMENTS} entitlements")
+    found = []
     for text in wanted:
         name, equals, _ = text.partition("=")
         if name not in KNOWN or (equals and name != DEVICE):
@@ -101,10 +141,25 @@ def granted(spec: BuildSpec, ticket: Ticket, permitted: Permitted) -> list[str]:
             raise AccessDeniedError(
                 f"--allow {name} is not for untrusted members, whatever the node permits"
             )
-        if name not in permitted.names:
+        if name not in permitted.rights:
             who = who_permits(name, ticket, permitted)
             raise AccessDeniedError(f"--allow {name} is refused: {who}")
-    return wanted
+        # Written anew, so that BuildKit reads nothing else in it than was checked here.
+        found.append(_device(text, ticket, permitted) if name == DEVICE else name)
+    return found
+
+
+def _device(text: str, ticket: Ticket, permitted: Permitted) -> str:
+    wish = read_wish(text)
+    if not permitted.permits_device(wish.name):
+        text = DEVICE if wish.name == ANY_DEVICE else f"{DEVICE}={wish.name}"
+        offer = ", ".join(f"{DEVICE}={pattern}" for pattern in permitted.devices)
+        raise AccessDeniedError(
+            f"--allow {text} is refused: node {ticket.node_id} permits project "
+            f"{ticket.project_id} only {offer}",
+            hint=f"ask for what is permitted, as in --allow {DEVICE}=VENDOR/CLASS=NAME",
+        )
+    return wish.entitlement
 
 
 def who_permits(name: str, ticket: Ticket, permitted: Permitted) -> str:
@@ -128,7 +183,17 @@ def explain_refusal(message: str, ticket: Ticket, permitted: Permitted) -> str:
         if words in message:
             if ticket.role == UNTRUSTED_ROLE:
                 return f"The step needs {name}, which untrusted members never get."
-            if name in permitted.names:
-                return f"Give --allow {name} to let steps of this build have it."
-            return f"The step needs --allow {name}, but {who_permits(name, ticket, permitted)}."
+            flag = name
+            if name == DEVICE and (found := _REFUSED_DEVICE.search(message)) is not None:
+                flag = f"{DEVICE}={found[1] or found[2]}"
+            if name in permitted.rights:
+                return f"Give --allow {flag} to let steps of this build have it."
+            return f"The step needs --allow {flag}, but {who_permits(name, ticket, permitted)}."
+    if (missing := _MISSING_DEVICE.search(message)) is not None:
+        kind = kind_of(missing[1])
+        return (
+            f"Node {ticket.node_id} has no device {missing[1]}: give --allow {DEVICE}={kind} to be "
+            'placed at a node that has one, or leave "required" out in the Dockerfile to build '
+            "without."
+        )
     return ""

@@ -124,6 +124,7 @@ class GatewayLink:
         self.handlers: dict[str, Callable[[AttachResponse], None]] = {}
         """Who takes further kinds of messages, by the name of their field."""
         self.connected = asyncio.Event()
+        self._outbox: _Outbox | None = None
         self._cache_slots = asyncio.Semaphore(CACHE_TASKS)
 
     def report(self, update: BuildUpdate) -> None:
@@ -148,6 +149,13 @@ class GatewayLink:
 
     def _change_soon(self) -> None:
         asyncio.get_running_loop().call_later(_SOON_SECONDS, self._changed.set)
+
+    def post(self, message: AttachRequest) -> bool:
+        """Send a message that is worth nothing later; False when it cannot go now."""
+        if self._outbox is None or self._outbox.full() or not self.connected.is_set():
+            return False
+        self._outbox.put_nowait((message, None))
+        return True
 
     def beat(self) -> None:
         """Send a heartbeat now, because something changed."""
@@ -222,6 +230,7 @@ class GatewayLink:
 
     async def _attach(self, stub: NodesServiceAsyncStub) -> None:
         outbox: _Outbox = asyncio.Queue(OUTBOX_MESSAGES)
+        self._outbox = outbox
         await outbox.put((AttachRequest(hello=self._state.hello()), None))
         for build_id, (_, update) in self._recently_ended().items():
             self._updates.setdefault(build_id, update)

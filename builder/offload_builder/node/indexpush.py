@@ -18,11 +18,12 @@ from offload_core.imageindex import MAX_INDEX_BYTES, JoinedIndex, join_indexes
 from offload_proto.v1.node_service_pb2 import PushIndexResponse
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     import aiohttp
 
     from offload_builder.node.job import BuildJob
+    from offload_builder.node.registryaccess import RegistryAccess
     from offload_cache.mirror.connection import Endpoint
     from offload_cache.mirror.logins import Login
     from offload_proto.v1.node_service_pb2 import PushIndexRequest
@@ -35,17 +36,18 @@ MAX_PARTS = 32
 async def push_index(
     build: BuildJob | EndedBuild,
     request: PushIndexRequest,
-    endpoint_of: Callable[[str], Endpoint],
+    access: RegistryAccess,
 ) -> PushIndexResponse:
     """Join indexes that a registry has, and push the result under each of the names.
 
     Args:
         build: one of those that pushed the parts.
         request: names, logins and parts.
-        endpoint_of: returns where a registry is, by its name.
+        access: the way to registries.
 
     Raises:
         UsageError: a name or digest cannot be understood.
+        AccessDeniedError: a policy refuses a registry, or where it leads.
         RegistryAuthError: a registry refuses the login.
         BuildFailedError: a registry lacks a part, or does not take the index.
     """
@@ -53,7 +55,7 @@ async def push_index(
     if not 0 < len(request.parts) <= MAX_PARTS or not all(map(is_digest, request.parts)):
         raise UsageError(f"an index is joined from 1 to {MAX_PARTS} digests")
     index: JoinedIndex | None = None
-    async with new_session() as session:
+    async with new_session(access.judge) as session:
         for host, repository, tag in targets:
             login = given_login(request.logins, host)
             if login is None and not request.insecure:
@@ -62,7 +64,7 @@ async def push_index(
             name = f"{host}/{repository}:{tag}"
             with push_errors(host, name):
                 push = await _open(
-                    endpoint_of(host), session, repository, login, request.parts[0],
+                    access.endpoint(host, repository), session, repository, login, request.parts[0],
                     insecure=request.insecure,
                 )  # fmt: skip
                 index = index or await _join(push, request.parts, request.platforms)

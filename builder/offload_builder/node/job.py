@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from offload_builder.egress.urls.buildurls import urls_of
 from offload_builder.node.buildcache import BuildCache
 from offload_builder.node.buildprogress import BuildProgress
 from offload_builder.node.content import BuildContent
+from offload_builder.node.egressreport import BuildEgress
 from offload_builder.node.faults import storage_error
 from offload_builder.node.gitcommits import GitCommits
 from offload_builder.node.imagefiles import ImageFiles
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from offload_builder.node.steprights import StepRights
     from offload_cache.registry.grants import Registry
     from offload_proto.v1.builds_service_pb2 import Ticket
+    from offload_proto.v1.events_pb2 import ProgressBatch
     from offload_proto.v1.node_service_pb2 import RunResponse, Start
     from offload_proto.v1.nodes_service_pb2 import StepTime
 
@@ -78,6 +81,9 @@ class BuildJob(ABC):
         self.build_id = ticket.build_id
         self.member = ticket.member
         self.project_id = ticket.project_id
+        self.network_policy = (
+            ticket.network_policy.SerializeToString() if ticket.HasField("network_policy") else b""
+        )
         self.link = link
         self.journal = journal
         self.stats = BuildStats()
@@ -106,9 +112,14 @@ class BuildJob(ABC):
             link, runtime.pool_logins, [host for host, _ in self._pushes]
         )
         self._stack.push_async_callback(self._registries.close)
+        self.urls = urls_of(self.build_id, lambda: runtime.urls, link, self._stack)
+        self.egress = BuildEgress(self.build_id, self._say)
+        self.proxy_network = self.urls is not None and self.urls.proxied
         self._client: BuildkitClient
         self._outputs: Outputs | None = None
         """What the client fetches of the node; None when BuildKit sends it itself."""
+        self.trace = ""
+        """Of its calls to BuildKit; names its control group, where it has one."""
         self.needs = ClientNeeds()
         self.seat: ClientSeat
         """Of its client; set by the agent."""
@@ -124,7 +135,12 @@ class BuildJob(ABC):
             link,
             (self._steps.add, self._registries.see, self._repeats.apply, self._watch.take),
             self.cache.readable,
-            (self._record.add, self._commits.see),
+            (
+                self._record.add,
+                self._commits.see,
+                self.egress.see,
+                *([self.urls.see] if self.urls else []),
+            ),
         )
         self.result: Result | None = None
         self.over = asyncio.Event()
@@ -146,6 +162,8 @@ class BuildJob(ABC):
         outcome: Success | Failure = Failure(kind=Failure.KIND_NODE, message="the node failed")
         try:
             outcome = await self._run()
+            if isinstance(outcome, Failure):
+                await self._name_refusals(outcome)
         except asyncio.CancelledError:
             outcome = Failure(kind=Failure.KIND_CANCELED, message="the build was cancelled")
             raise
@@ -161,6 +179,7 @@ class BuildJob(ABC):
             outcome = failure_of(known)
         finally:
             self.secrets.forget_steps()
+            self.egress.finish(self.urls.record if self.urls is not None else None)
             if isinstance(outcome, Failure):
                 outcome.message = self.cache.readable(outcome.message)
                 explain_failure(outcome, self._credentials, self._runtime.base_images)
@@ -177,6 +196,22 @@ class BuildJob(ABC):
     async def _run(self) -> Success | Failure:
         """Build, and return how it ended, but for what the node itself could not do."""
 
+    def _say(self, news: ProgressBatch) -> None:
+        """Put news of our own into the progress of the build."""
+        self._progress.say(news)
+
+    async def egress_settled(self) -> None:
+        """Wait until it is known what a step that failed was refused; none failed, no wait."""
+        if self.egress.any_failed:
+            await self._runtime.reported()
+
+    async def _name_refusals(self, failure: Failure) -> None:
+        if failure.kind != Failure.KIND_BUILD:
+            return
+        await self.egress_settled()
+        if lines := self.egress.sentences(failure.vertex):
+            failure.message = "\n".join((failure.message, *lines))
+
     async def _open_cache(self) -> None:
         """Open the pool's cache for the build, and its project's BuildKit."""
         if self._start.spec.pull and self._runtime.base_images is not None:
@@ -189,6 +224,8 @@ class BuildJob(ABC):
         offering = asyncio.ensure_future(self.cache.offer(patient=False))
         try:
             self._client = await self._stack.enter_async_context(self._runtime.use())
+            self._stack.enter_context(self._runtime.reporting(self.egress))
+            self.trace = self._stack.enter_context(self._runtime.groups.building(self.build_id))
             offer = await offering
         finally:
             offering.cancel()

@@ -15,8 +15,8 @@ import structlog
 
 from offload_builder.buildkit.providers import TokenAnswer, TokenDeniedError
 from offload_builder.node.poollogins import repository_of
-from offload_builder.node.registrytrouble import RegistryTrouble, Whose
-from offload_cache.mirror.errors import AwayError, DeniedError
+from offload_builder.node.registrytrouble import REFUSED, RegistryTrouble, Whose
+from offload_cache.mirror.errors import AwayError, DeniedError, RefusedError
 from offload_cache.mirror.logins import IDENTITY_USER, Login
 from offload_cache.mirror.tokens import TokenWish, fetch_token
 from offload_core.aio import TaskSet
@@ -125,14 +125,14 @@ class BuildLogins:
         try:
             chosen = await self._choose(self._pool, request, repository)
             token = await self._fetch(self._pool, request, chosen)
-        except (DeniedError, AwayError, ConfigError) as error:
+        except (DeniedError, AwayError, RefusedError, ConfigError) as error:
             user = chosen.login.username if chosen.login is not None else ""
             trouble = self._note(
                 host,
                 repository,
                 chosen.whose,
                 user=user,
-                cause=str(error),
+                cause=f"{REFUSED}{error}" if isinstance(error, RefusedError) else str(error),
                 denied=isinstance(error, DeniedError),
             )
             log.info("registry.token.failed", host=host, repository=repository, cause=str(error))

@@ -12,7 +12,7 @@ from offload_proto.v1.nodes_service_pb2 import Heartbeat, Hello
 if TYPE_CHECKING:
     from offload_builder.node.config import NodeConfig
     from offload_builder.node.slots import Slots
-    from offload_proto.v1.nodes_service_pb2 import NodePlatforms
+    from offload_proto.v1.nodes_service_pb2 import NodeDevices, NodePlatforms
 
 MIN_DISK_FREE_BYTES = 512 << 20
 
@@ -23,6 +23,7 @@ class NodeFacts:
     Attributes:
         listening: the address that the service for clients got.
         buildkit_address: where BuildKit clients are taken; empty when they are not.
+        firewall: builds are behind a firewall.
     """
 
     def __init__(self, config: NodeConfig, slots: Slots) -> None:
@@ -30,6 +31,7 @@ class NodeFacts:
         self._slots = slots
         self.listening = config.listen
         self.buildkit_address = ""
+        self.firewall = False
 
     def hello(self) -> Hello:
         """Introduce the node."""
@@ -43,6 +45,7 @@ class NodeFacts:
             buildkit_version="",
             running_build_ids=self._slots.running(),
             buildkit_endpoint=self.buildkit_address,
+            firewall=self.firewall,
         )
 
     def _with_port(self, address: str) -> str:
@@ -50,12 +53,15 @@ class NodeFacts:
         host, port = split_address(address)
         return address if port else join_address(host, split_address(self.listening)[1])
 
-    def heartbeat(self, *, health: str, platforms: NodePlatforms | None) -> Heartbeat:
+    def heartbeat(
+        self, *, health: str, platforms: NodePlatforms | None, devices: NodeDevices | None = None
+    ) -> Heartbeat:
         """Describe the node now.
 
         Args:
             health: what is wrong with the shared store; empty when nothing is.
             platforms: that the node can build; None while it is not known.
+            devices: that builds can have here; None while it is not known.
         """
         free = shutil.disk_usage(self._config.data).free
         if free < MIN_DISK_FREE_BYTES:
@@ -65,5 +71,7 @@ class NodeFacts:
             draining=self._slots.draining,
             disk_free_bytes=free,
             health=health,
-            platforms=platforms,
+            # Told together: with them the gateway takes what it knows of the node for all.
+            platforms=platforms if devices is not None else None,
+            devices=devices,
         )

@@ -46,7 +46,7 @@ class Pacer:
         else:
             self._held.MergeFrom(batch)
         self._held_bytes += sum(len(log.data) for log in batch.logs)
-        only_logs = not (batch.vertices or batch.statuses or batch.warnings)
+        only_logs = not (batch.vertices or batch.statuses or batch.warnings or batch.egress)
         loop = asyncio.get_running_loop()
         now = loop.time()
         self.dense = only_logs and now - self._added_at < _DENSE_SECONDS

@@ -13,10 +13,17 @@ import structlog
 
 from offload_builder.buildkit.daemon import BuildkitDaemon
 from offload_builder.buildkit.daemon_config import DaemonSettings
+from offload_builder.egress.firewall.daemonnet import leases_folder
+from offload_builder.node.buildgroups import BuildGroups
+from offload_builder.node.buildlimits import BuildLimits
+from offload_builder.node.devicesurvey import device_folders
+from offload_builder.node.diskwatch import DiskNotes, Watched
 from offload_builder.node.exportledger import ExportLedger
+from offload_builder.node.mounts.gate import StepGate
 from offload_builder.node.mounts.service import CacheMounts, open_cache_mounts
 from offload_builder.node.nearimages import HeldImages
 from offload_builder.node.ownresults import OwnResults
+from offload_builder.node.stepdisk import StepDisk
 from offload_builder.node.steplimits import StepBounds
 from offload_builder.node.steprights import StepPolicy
 from offload_builder.node.stickytimes import StickyTimes
@@ -29,8 +36,11 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from offload_builder.buildkit.client import BuildkitClient
+    from offload_builder.egress.urls.urlpolicy import UrlPolicy
     from offload_builder.node.config import NodeConfig
+    from offload_builder.node.egressreport import BuildEgress
     from offload_builder.node.mounts.usage import BuildMounts
+    from offload_builder.node.place import Place
     from offload_builder.node.projectcontent import ProjectContent
     from offload_builder.node.registries import Bases
     from offload_builder.node.trustdomain import TrustDomain
@@ -51,6 +61,23 @@ class _ExportKey:
     released: asyncio.Event = field(default_factory=asyncio.Event)
 
 
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a project gets of its node.
+
+    Attributes:
+        node_store: the node's cache.
+        bases: the way of its BuildKit to registries and base images.
+        place: of its BuildKit in the network.
+        packing: held while cache mounts are packed.
+    """
+
+    node_store: NodeStore
+    bases: Bases
+    place: Place
+    packing: asyncio.Semaphore
+
+
 class ProjectRuntime:
     """A trust domain of a project; its BuildKit runs from the first build until it is idle."""
 
@@ -59,12 +86,13 @@ class ProjectRuntime:
         domain: TrustDomain,
         cache: ProjectCache,
         content: ProjectContent,
-        node_store: NodeStore,
         config: NodeConfig,
-        bases: Bases,
-        packing: asyncio.Semaphore,
+        surroundings: Surroundings,
     ) -> None:
         folder = domain.folder(config)
+        bases = surroundings.bases
+        self.place = surroundings.place
+        self.registry_address = surroundings.place.registry_address
         self.domain = domain
         self.project_id = domain.project_id
         self.cache = cache
@@ -78,7 +106,7 @@ class ProjectRuntime:
         self.shared_context = content.shared
         self.times: StickyTimes
         self._times_path = folder / "times.db"
-        self._node_store = node_store
+        self._node_store = surroundings.node_store
         self._idle_stop_seconds = domain.buildkit_idle(config)
         self._users = 0
         self._idle_since = time.monotonic()
@@ -87,24 +115,45 @@ class ProjectRuntime:
         self._wipe_due = False
         self.exports = ExportLedger(folder / "exports.json")
         self.mounts: CacheMounts | None = open_cache_mounts(
-            cache.store, folder / "mounts", config, packing
+            cache.store, folder / "mounts", config, surroundings.packing
         )
+        self._gate: StepGate | None = None
+        if (desk := surroundings.place.desk) is not None:
+            desk.sources.leases = self._leases
+            if self.mounts is not None:
+                self.mounts.watch(desk.sources.begin)
+            else:
+                self._gate = StepGate((folder / "gate").absolute(), desk.sources.begin)
+        gate = self.mounts or self._gate
         self.images = HeldImages()
         self.own_results = OwnResults(folder / "buildkit")
-        self.policy = StepPolicy.of(config, domain.project_id, folder / "buildkit")
-        self._daemon = BuildkitDaemon(
-            DaemonSettings(
-                root=folder / "buildkit",
-                entitlements=self.policy.permitted.names,
-                binary=config.buildkitd,
-                gate=StepBounds.of(config).shell()
-                + (self.mounts.gate if self.mounts is not None else ""),
-                registries=bases.registries,
-                withheld=bases.withheld,
-                search=(tools_directory(),),
-                gc_max_used_bytes=domain.buildkit_keep(config),
-                step_log_max_bytes=config.step_log_max,
-            )
+        limits = BuildLimits.of(config, domain.project_id)
+        self.groups = BuildGroups(folder / "buildkit", limits)
+        ended_for_disk = DiskNotes()
+        self.policy = StepPolicy.of(
+            config, domain.project_id, folder / "buildkit", self.groups, ended_for_disk
+        )
+        settings = DaemonSettings(
+            root=folder / "buildkit",
+            entitlements=self.policy.permitted.rights,
+            cdi_spec_dirs=device_folders(config, domain, self.policy.permitted),
+            binary=config.buildkitd,
+            gate=StepBounds.of(config).shell()
+            + self.groups.shell
+            + (gate.shell if gate is not None else ""),
+            apparmor_profile=config.apparmor_profile,
+            registries=bases.registries,
+            withheld=bases.withheld,
+            search=(tools_directory(),),
+            gc_max_used_bytes=domain.buildkit_keep(config),
+            step_log_max_bytes=config.step_log_max,
+        )
+        self._daemon = BuildkitDaemon(surroundings.place.settings(settings))
+        self.watched = Watched(
+            StepDisk(folder / "buildkit", lambda: self._daemon.pid, self.groups),
+            limits.disk_bytes,
+            ended_for_disk,
+            lambda: self.busy,
         )
         self._stack = AsyncExitStack()
 
@@ -114,14 +163,19 @@ class ProjectRuntime:
         Raises:
             QuotaExceededError: the disk is full.
             NodeLostError: it cannot be opened.
+            ConfigError: builds are to be bounded, and cannot be.
         """
         async with AsyncExitStack() as stack:
+            self.groups.open()
+            stack.callback(self.groups.close)
             self.times = await self.context_store.run(StickyTimes, self._times_path)
             stack.callback(self.times.close)
             self.exports.load()
             if self.mounts is not None:
                 await stack.enter_async_context(self.mounts)
                 self.mounts.serve(self._daemon)
+            if self._gate is not None:
+                await stack.enter_async_context(self._gate)
             await stack.enter_async_context(self._daemon)
             self._stack = stack.pop_all()
         return self
@@ -156,6 +210,29 @@ class ProjectRuntime:
         """Where BuildKit listens; None while it does not run."""
         return self._daemon.client.socket_path if self._daemon.running else None
 
+    def _leases(self) -> Path | None:
+        pid = self._daemon.pid
+        return None if pid is None else leases_folder(pid)
+
+    @contextmanager
+    def reporting(self, build: BuildEgress) -> Iterator[None]:
+        """Tell a build what it reaches in the network and is refused."""
+        if self.place.desk is None:
+            yield
+        else:
+            with self.place.desk.reporting(build):
+                yield
+
+    async def reported(self) -> None:
+        """Wait until a build that has failed was told what it was refused."""
+        if self.place.desk is not None:
+            await self.place.desk.settled()
+
+    @property
+    def urls(self) -> UrlPolicy | None:
+        """What sources and, behind a proxy, steps may fetch now; None to ask nobody."""
+        return self.place.urls()
+
     def touch(self) -> None:
         """Note that a build is about to use it."""
         self._idle_since = time.monotonic()
@@ -181,6 +258,7 @@ class ProjectRuntime:
         try:
             if self._wipe_due and self._users == 1:
                 await self._wipe()
+            await self.place.ready()
             await self._daemon.ensure_running()
             yield self._daemon.client
         finally:
@@ -293,6 +371,7 @@ class ProjectRuntime:
 
     async def rest(self) -> None:
         """Stop BuildKit when it has been idle for long, and enforce the bound of the context."""
+        self.groups.sweep()
         if self.own_results.look_due and self._daemon.running and not self.busy:
             self.own_results.look(await self._daemon.client.disk_usage())
         if self.idle_seconds > self._idle_stop_seconds and self._daemon.running:

@@ -10,7 +10,7 @@ import structlog
 
 from offload_builder.node.contextshare import SharingThreads
 from offload_builder.node.platformsurvey import PlatformSurvey
-from offload_builder.node.project import ProjectRuntime
+from offload_builder.node.project import ProjectRuntime, Surroundings
 from offload_builder.node.projectcontent import ProjectContent
 from offload_builder.node.trustdomain import (
     TrustDomain,
@@ -21,18 +21,26 @@ from offload_builder.node.trustdomain import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from contextlib import AbstractAsyncContextManager
     from pathlib import Path
     from types import TracebackType
 
+    from offload_builder.egress.policy.ofbuild import BuildPolicy
     from offload_builder.node.config import NodeConfig
+    from offload_builder.node.place import Place
     from offload_builder.node.registries import Bases
+    from offload_cache.mirror.judging import Judge
     from offload_cache.nodestore import NodeStore
     from offload_cache.tiered import ProjectStore
 
 log = structlog.get_logger(__name__)
 
 REAP_SECONDS = 5.0
+MAX_RESTING = 4
+"""Domains of builds with policies of their own that are kept warm while nobody uses them."""
+_LEAST_REST_SECONDS = 10.0
+"""Whoever got a domain uses it by then."""
 SETTLE_SECONDS = 20.0
 """For cache mounts that wait to be stored when the node stops."""
 
@@ -46,12 +54,23 @@ class _Opened(NamedTuple):
 class ServeBases(Protocol):
     """Gives one BuildKit its way to registries and base images while the context is open."""
 
-    def __call__(self, store: ProjectStore, *, trusted: bool) -> AbstractAsyncContextManager[Bases]:
+    def __call__(
+        self,
+        address: str,
+        store: ProjectStore,
+        *,
+        trusted: bool,
+        elsewhere: Callable[[str], bool],
+        judge: Judge | None,
+    ) -> AbstractAsyncContextManager[Bases]:
         """Return the context.
 
         Args:
+            address: HOST:PORT of the node's registry, as that BuildKit reaches it.
             store: of the BuildKit's project.
             trusted: its builds may have what the pool's logins can read.
+            elsewhere: says of a registry whether only the BuildKit can reach it.
+            judge: of what the node itself reaches for them; None for everything.
         """
         ...
 
@@ -63,15 +82,24 @@ class ProjectPool:
         config: of the node.
         node_store: the node's cache.
         serve_bases: gives a BuildKit its way to registries and base images.
+        place: gives a BuildKit its place in the network.
     """
 
-    def __init__(self, config: NodeConfig, node_store: NodeStore, serve_bases: ServeBases) -> None:
+    def __init__(
+        self,
+        config: NodeConfig,
+        node_store: NodeStore,
+        serve_bases: ServeBases,
+        place: Callable[[TrustDomain], AbstractAsyncContextManager[Place]],
+    ) -> None:
         self._config = config
+        self._place = place
         self._serve_bases = serve_bases
         self._node_store = node_store
         self._threads = SharingThreads()
         self._packing = asyncio.Semaphore(1)
         self._stack = AsyncExitStack()
+        self._narrowing = asyncio.Lock()
         self._opening: dict[str, asyncio.Lock] = {}
         self._opened: dict[TrustDomain, _Opened] = {}
         self._contents: dict[str, ProjectContent] = {}
@@ -116,21 +144,55 @@ class ProjectPool:
     def _busy(self) -> bool:
         return any(opened.runtime.busy for opened in self._opened.values())
 
-    async def runtime(self, project_id: str, domain_name: str = "") -> ProjectRuntime:
+    async def runtime(
+        self, project_id: str, domain_name: str = "", narrowed: BuildPolicy | None = None
+    ) -> ProjectRuntime:
         """Return a trust domain of a project, opened now or before.
+
+        Args:
+            project_id: the project.
+            domain_name: as the gateway says it.
+            narrowed: the policy that a build brings. Of the domains that are idle, another one
+                may have to go first.
 
         Raises:
             UsageError: the name is no project name, or the domain is not known.
+            ConfigError: it cannot be kept from reaching what its policies forbid.
             OffloadError: its data cannot be opened.
         """
-        domain = TrustDomain(project_id, domain_name)
-        async with self._lock(project_id):
+        domain = TrustDomain(project_id, domain_name, narrowed)
+        if narrowed is not None:
+            return await self._narrowed_runtime(domain)
+        self._latest[project_id] = domain_name
+        return await self._runtime(domain)
+
+    async def _runtime(self, domain: TrustDomain) -> ProjectRuntime:
+        async with self._lock(domain.project_id):
             opened = self._opened.get(domain)
             if opened is None:
                 opened = self._opened[domain] = await self._open(domain)
-            self._latest[project_id] = domain_name
             opened.runtime.touch()
             return opened.runtime
+
+    async def _narrowed_runtime(self, domain: TrustDomain) -> ProjectRuntime:
+        """Open a domain of builds with a policy; as anybody can make up any number, one by one."""
+        if domain in self._opened:
+            return await self._runtime(domain)
+        async with self._narrowing:
+            while domain not in self._opened and len(resting := self._resting()) >= MAX_RESTING:
+                oldest = max(resting, key=lambda runtime: runtime.idle_seconds)
+                wait = _LEAST_REST_SECONDS - oldest.idle_seconds
+                if wait > 0:
+                    await asyncio.sleep(min(wait, 1.0))
+                    continue
+                try:
+                    await self._remove(oldest.domain, _LEAST_REST_SECONDS)
+                except Exception as error:
+                    log.error("project.rest.failed", project_id=domain.project_id, exc_info=error)
+            return await self._runtime(domain)
+
+    def _resting(self) -> list[ProjectRuntime]:
+        return [item for item in self.running() if item.domain.narrowed and not item.busy]
 
     def _lock(self, project_id: str) -> asyncio.Lock:
         """Return what one holds who opens or removes domains of a project.
@@ -155,13 +217,19 @@ class ProjectPool:
                 content = await stack.enter_async_context(self._content(domain))
             else:
                 content = await self._shared_content(domain.project_id)
+            place = await stack.enter_async_context(self._place(domain))
             bases = await stack.enter_async_context(
-                self._serve_bases(cache.store, trusted=not domain.is_untrusted)
-            )
-            runtime = await stack.enter_async_context(
-                ProjectRuntime(
-                    domain, cache, content, self._node_store, self._config, bases, self._packing
+                self._serve_bases(
+                    place.registry_address,
+                    cache.store,
+                    trusted=not domain.is_untrusted,
+                    elsewhere=place.connected,
+                    judge=place.judge,
                 )
+            )
+            surroundings = Surroundings(self._node_store, bases, place, self._packing)
+            runtime = await stack.enter_async_context(
+                ProjectRuntime(domain, cache, content, self._config, surroundings)
             )
             return _Opened(runtime, stack.pop_all())
 
@@ -181,8 +249,12 @@ class ProjectPool:
         """Return the domains of projects that are open."""
         return [opened.runtime for opened in self._opened.values()]
 
+    def daemons(self) -> int:
+        """Return how many BuildKits run."""
+        return sum(runtime.socket is not None for runtime in self.running())
+
     async def reap(self) -> None:
-        """Stop idle BuildKits and remove what untrusted members have left, until cancelled."""
+        """Stop idle BuildKits and remove what passing domains have left, until cancelled."""
         try:
             await self._remove_leftovers()
         except Exception as error:
@@ -198,8 +270,11 @@ class ProjectPool:
 
     async def _remove_if_idle(self, runtime: ProjectRuntime) -> None:
         domain, limit = runtime.domain, self._config.untrusted_idle
-        if not domain.is_untrusted or runtime.idle_seconds <= limit:
-            return
+        if domain.is_passing and runtime.idle_seconds > limit:
+            await self._remove(domain, limit)
+
+    async def _remove(self, domain: TrustDomain, limit: float) -> None:
+        """Remove a domain, unless a build has used it in the last so many seconds."""
         async with self._lock(domain.project_id):
             opened = self._opened.get(domain)
             # A build may have asked for it while the lock was awaited.
@@ -210,7 +285,12 @@ class ProjectPool:
             aside = await set_aside(domain.folder(self._config))
         if aside is not None:
             await delete(aside)
-            log.info("domain.removed", project_id=domain.project_id, trust_domain=domain.name)
+            log.info(
+                "domain.removed",
+                project_id=domain.project_id,
+                trust_domain=domain.name,
+                narrowed=domain.narrowed is not None,
+            )
 
     async def _remove_leftovers(self) -> None:
         folders, removed = leftovers(self._config)

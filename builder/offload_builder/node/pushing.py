@@ -12,12 +12,13 @@ import structlog
 from offload_builder.node.endedbuilds import EndedBuild
 from offload_cache.manifests import MAX_MANIFEST_BYTES
 from offload_cache.mirror.connection import Connection, new_session
-from offload_cache.mirror.errors import DeniedError, UpstreamError
+from offload_cache.mirror.errors import DeniedError, RefusedError, UpstreamError
 from offload_cache.mirror.logins import IDENTITY_USER, Login
 from offload_cache.mirror.pushing import RepositoryPush
 from offload_cache.mirror.upstream import origin_address
 from offload_core.aio import for_each
 from offload_core.errors import (
+    AccessDeniedError,
     BuildFailedError,
     NotFoundError,
     QuotaExceededError,
@@ -27,12 +28,12 @@ from offload_core.errors import (
 from offload_proto.v1.node_service_pb2 import PushImageResponse
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 
     from offload_builder.node.imagefiles import ImageFiles
     from offload_builder.node.job import BuildJob
+    from offload_builder.node.registryaccess import RegistryAccess
     from offload_builder.node.savedimages import SavedImage
-    from offload_cache.mirror.connection import Endpoint
     from offload_proto.v1.node_service_pb2 import PushImageRequest, RegistryLogin
 
 log = structlog.get_logger(__name__)
@@ -52,18 +53,19 @@ _slots = asyncio.Semaphore(MAX_PUSHES)
 async def push_image(
     build: BuildJob | EndedBuild | SavedImage,
     request: PushImageRequest,
-    endpoint_of: Callable[[str], Endpoint],
+    access: RegistryAccess,
 ) -> PushImageResponse:
     """Push an image under each of the names that are asked for.
 
     Args:
         build: that made it.
         request: names and logins.
-        endpoint_of: returns where a registry is, by its name.
+        access: the way to registries.
 
     Raises:
         NotFoundError: the build has made no image, or a part of it is nowhere any more.
         UsageError: it has not ended, or a name cannot be understood.
+        AccessDeniedError: a policy refuses the registry, or where it leads.
         RegistryAuthError: a registry refuses the login.
         BuildFailedError: a registry does not take it.
     """
@@ -79,14 +81,14 @@ async def push_image(
     if _slots.locked():
         raise QuotaExceededError("the node pushes other images just now; try again in a moment")
     sent = 0
-    async with _slots, new_session() as session, _kept(build):
+    async with _slots, new_session(access.judge) as session, _kept(build):
         if isinstance(build, EndedBuild):
             await build.know_image()
         before: dict[str, str] = {}
         for host, repository, tag in targets:
             address = origin_address(host)
             push = RepositoryPush(
-                Connection(endpoint_of(host), session),
+                Connection(access.endpoint(host, repository), session),
                 repository,
                 given_login(request.logins, host),
             )
@@ -119,6 +121,7 @@ def push_errors(host: str, name: str) -> Iterator[None]:
         name: of the image, with its host.
 
     Raises:
+        AccessDeniedError: a policy refuses the registry, or where it leads.
         RegistryAuthError: the registry does not take it from this login.
         BuildFailedError: anything else of the registry.
     """
@@ -129,6 +132,8 @@ def push_errors(host: str, name: str) -> Iterator[None]:
             f"the registry refused to take {name}: {error}",
             hint=f"log in with: docker login {host}",
         ) from error
+    except RefusedError as error:
+        raise AccessDeniedError(f"egress: {error}; {name} was not pushed") from error
     except UpstreamError as error:
         raise BuildFailedError(f"{name} could not be pushed: {error}") from error
 
@@ -153,7 +158,10 @@ async def _push(
 
     async def blob(item: tuple[str, int]) -> None:
         nonlocal sent
-        sent += await push.blob(item[0], item[1], await image.path(item[0]), mount_from=mount_from)
+        path = await image.path(item[0])
+        # Others add to the sum while this one is on its way.
+        count = await push.blob(item[0], item[1], path, mount_from=mount_from)
+        sent += count
 
     blobs = {name: size for name, size in image.below(digest) if not image.media_type(name)}
     try:

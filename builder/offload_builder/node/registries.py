@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from offload_builder.buildkit.daemon_config import RegistrySettings
 from offload_builder.node.poollogins import PoolLogins
 from offload_builder.node.registryfile import RegistryEntry, read_registries
-from offload_cache.mirror.connection import Endpoint
+from offload_cache.mirror.connection import Endpoint, new_session
 from offload_cache.mirror.handlers import Mirrors
 from offload_cache.mirror.images import BasePolicy
 from offload_cache.mirror.upstream import DOCKER_HUB, RegistrySource, origin_address
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncIterator, Callable, Mapping
     from pathlib import Path
 
     import aiohttp
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from offload_builder.node.registryfile import PoolLogin
     from offload_cache.database import CacheDatabase
     from offload_cache.mirror.images import BaseImages
+    from offload_cache.mirror.judging import Judge
     from offload_cache.mirror.logins import LoginSource
     from offload_cache.tiered import ProjectStore
 
@@ -153,7 +154,14 @@ class Registries:
 
     @asynccontextmanager
     async def serve(
-        self, mirrors: Mirrors, address: str, store: ProjectStore, *, trusted: bool
+        self,
+        mirrors: Mirrors,
+        address: str,
+        store: ProjectStore,
+        *,
+        trusted: bool,
+        elsewhere: Callable[[str], bool] = lambda _: False,
+        judge: Judge | None = None,
     ) -> AsyncIterator[Bases]:
         """Give one BuildKit its way to base images while the context is open.
 
@@ -162,24 +170,47 @@ class Registries:
             address: HOST:PORT of the node's registry, as that BuildKit reaches it.
             store: of its project.
             trusted: its builds may have what the pool's logins can read.
+            elsewhere: says of a host whether only that BuildKit can reach it.
+            judge: of what the node itself reaches for them; None for everything. The mirror is
+                not asked: it goes where registries of the configuration send it.
         """
+        async with AsyncExitStack() as stack:
+            session = mirrors.session
+            if judge is not None:
+                session = await stack.enter_async_context(new_session(judge))
+            logins = self.logins(store.project_id, session, trusted=trusted)
+            yield await stack.enter_async_context(
+                self._bases(mirrors, address, store, logins, elsewhere, trusted=trusted)
+            )
+
+    @asynccontextmanager
+    async def _bases(
+        self,
+        mirrors: Mirrors,
+        address: str,
+        store: ProjectStore,
+        logins: PoolLogins,
+        elsewhere: Callable[[str], bool],
+        *,
+        trusted: bool,
+    ) -> AsyncIterator[Bases]:
         project = store.project_id
-        logins = self.logins(project, mirrors.session, trusted=trusted)
         hosts = [
             host
             for host in mirrors.hosts(project)
             if self._serves(host, project) and (trusted or not self._has_login(host, project))
         ]
+        # Nothing but the way to it is guarded: the paths there are secrets.
+        own = {address: RegistrySettings(http=True)}
         if not hosts:
-            yield Bases(self.settings, None, logins, self.withheld)
+            yield Bases(self.settings | own, None, logins, self.withheld)
             return
-        async with mirrors.serve(store, hosts) as (path, images):
-            found = self.settings
+        async with mirrors.serve(store, hosts, elsewhere) as (path, images):
+            found = self.settings | own
             for host in hosts:
-                own = found.get(host, RegistrySettings())
-                found[host] = replace(own, mirrors=(f"{address}/{path}/{host}", *own.mirrors))
-            # Nothing but the way to it is guarded: the path is a secret of this BuildKit.
-            found[address] = RegistrySettings(http=True)
+                set_up = found.get(host, RegistrySettings())
+                mirrored = (f"{address}/{path}/{host}", *set_up.mirrors)
+                found[host] = replace(set_up, mirrors=mirrored)
             yield Bases(found, images, logins, self.withheld)
 
 

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from offload_builder.buildkit.failure import NOT_ALLOWED
 from offload_cache.mirror.upstream import DOCKER_HUB, origin_address
 from offload_proto.v1.node_service_pb2 import Failure
 
@@ -92,6 +93,8 @@ _FAULTS: tuple[tuple[re.Pattern[str], str], ...] = (
         "{host} fails or has too many requests; build again later",
     ),
 )
+REFUSED = "egress: "
+"""Begin of the causes that are the policy's word."""
 
 
 class Whose(enum.Enum):
@@ -127,6 +130,8 @@ class RegistryTrouble:
         place = f"{self.host}/{self.repository}" if self.repository else self.host
         shown = _shown(self.host)
         target = "" if shown == DOCKER_HUB else f" {shown}"
+        if self.cause.startswith(REFUSED):
+            return f"{self.cause}; the login at {shown} was not possible"
         if self.cause and not self.denied:
             return (
                 f"the login at {shown} was not possible: {self.cause}; check that the node can"
@@ -215,11 +220,11 @@ def explain_failure(failure: Failure, logins: BuildLogins, bases: BaseImages | N
     """Add to a failure what to do about a registry, and why a base image could not be had.
 
     Args:
-        failure: of a build; one of a process is left as it is.
+        failure: of a build; one of a process, or by the egress policy, is left as it is.
         logins: of the build.
         bases: base images that come through the node; None for none.
     """
-    if failure.process_exit_code:
+    if failure.process_exit_code or NOT_ALLOWED in failure.message:
         return
     known = explain(failure.message, logins.troubles)
     if known is not None and failure.kind in (Failure.KIND_BUILD, Failure.KIND_REGISTRY_AUTH):

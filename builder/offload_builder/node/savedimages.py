@@ -39,6 +39,7 @@ class SavedImage:
     """An image whose build ran elsewhere."""
 
     build_id: str
+    project_id: str
     image: ImageFiles
     result: Result
     stats: BuildStats = field(default_factory=BuildStats)
@@ -101,7 +102,7 @@ class SavedImages:
             digest=ticket.digest,
         )
         result = Result(success=Success(image=descriptor))
-        return SavedImage(ticket.build_id, image, result)
+        return SavedImage(ticket.build_id, ticket.project_id, image, result)
 
     def _forget_old(self) -> None:
         """Let go of the longest unused."""

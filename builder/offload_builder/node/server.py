@@ -11,17 +11,21 @@ import structlog
 from grpc import aio
 
 from offload_builder.datalock import DataLock
+from offload_builder.egress.held import HeldPolicies
+from offload_builder.metricsport import MetricsPort
 from offload_builder.node.agent import NodeAgent
 from offload_builder.node.enrolment import ensure_identity
 from offload_builder.node.proxy.server import BuildkitPort
 from offload_builder.node.renewal import IdentityKeeper
 from offload_builder.node.services import Blobs, NodeBuilds
+from offload_builder.node.tunnelservice import TunnelService
 from offload_builder.revocations import RevocationGate, Revocations
 from offload_core.errors import ConfigError
 from offload_core.interceptors import ErrorInterceptor
 from offload_core.servercredentials import ReloadingCredentials
 from offload_core.tls import SERVER_OPTIONS
 from offload_core.trust import join_address, split_address
+from offload_proto.v1.connector_service_pb2_grpc import add_TunnelServiceServicer_to_server
 from offload_proto.v1.node_service_pb2_grpc import (
     add_BlobsServiceServicer_to_server,
     add_NodeBuildsServiceServicer_to_server,
@@ -50,9 +54,11 @@ class NodeServer:
         self.config = config
         self.agent: NodeAgent
         self.revocations: Revocations
+        self.policies: HeldPolicies
         self.credentials: ReloadingCredentials
         self._keeper: IdentityKeeper
         self.buildkit_port: BuildkitPort
+        self.metrics_port: MetricsPort
         self.address = ""
         self._stack = AsyncExitStack()
         self._errors = ErrorInterceptor("this node")
@@ -69,11 +75,21 @@ class NodeServer:
                 DataLock(self.config.data, "this node", patience=LOCK_SECONDS)
             )
             identity = await ensure_identity(self.config)
-            self.agent = await stack.enter_async_context(NodeAgent(self.config, identity))
+            self.policies = await stack.enter_async_context(
+                HeldPolicies(self.config.data / "egress.json")
+            )
+            self.agent = await stack.enter_async_context(
+                NodeAgent(self.config, identity, self.policies)
+            )
             self.revocations = Revocations(self.config.data / "revocations.json")
             credentials = self.credentials = ReloadingCredentials(identity.keys)
             self._keeper = IdentityKeeper(self.config, identity, self._use)
             self.agent.link.handlers["revocations"] = self.revocations.take_message
+            self.agent.link.handlers["egress_policies"] = self.policies.take_message
+            # Whoever has applied a policy waits for it.
+            self.policies.on_outcome = self.agent.link.beat
+            self.agent.link.handlers["served_destinations"] = self.agent.isolation.take_served
+            self.agent.link.handlers["call_refused"] = self.agent.isolation.tunnels.take_message
             self.agent.link.handlers["authorities"] = self._keeper.take_authorities
             server = aio.server(
                 interceptors=(RevocationGate(self.revocations), self._errors),
@@ -82,6 +98,7 @@ class NodeServer:
             )
             add_NodeBuildsServiceServicer_to_server(NodeBuilds(self.agent), server)
             add_BlobsServiceServicer_to_server(Blobs(self.agent), server)
+            add_TunnelServiceServicer_to_server(TunnelService(self.agent.isolation.tunnels), server)
             host, port = split_address(self.config.listen, default_port=DEFAULT_PORT)
             try:
                 bound = server.add_secure_port(
@@ -98,6 +115,13 @@ class NodeServer:
             )
             self.agent.facts.buildkit_address = self.config.buildkit_relay_address or _reachable(
                 buildkit.address, self.config.gateway
+            )
+            isolation = self.agent.isolation
+            isolation.metrics.register(self.agent.gauges())
+            self.metrics_port = await stack.enter_async_context(
+                MetricsPort(
+                    self.config.metrics_address, isolation.metrics, isolation.counts.refresh
+                )
             )
             stack.push_async_callback(self._stop, server)
             await server.start()

@@ -7,11 +7,13 @@ import os
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
+from offload_builder.egress.policy.ofbuild import read_build_policy
 from offload_builder.node.attending import attend
 from offload_builder.node.departure import Visit
 from offload_builder.node.endedbuilds import EndedBuild
 from offload_builder.node.indexpush import push_index
 from offload_builder.node.pushing import push_image
+from offload_builder.node.registryaccess import RegistryAccess
 from offload_builder.node.savedimages import TICKET_KEY
 from offload_builder.node.solvejob import SolveJob
 from offload_builder.node.uploads import Upload
@@ -22,6 +24,7 @@ from offload_core.errors import (
     UsageError,
 )
 from offload_core.tls import peer_identity
+from offload_proto.v1.builds_service_pb2 import NetworkPolicy
 from offload_proto.v1.node_service_pb2 import (
     DownloadResponse,
     ReadOutputResponse,
@@ -34,6 +37,7 @@ from offload_proto.v1.node_service_pb2_grpc import (
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from offload_builder.egress.policy.ofbuild import BuildPolicy
     from offload_builder.node.agent import NodeAgent
     from offload_builder.node.job import BuildJob
     from offload_builder.node.savedimages import SavedImage
@@ -129,14 +133,23 @@ class NodeBuilds(NodeBuildsServiceServicer):
     ) -> PushImageResponse:
         """Push the image of a build that has ended well; see the .proto file."""
         build = await _with_image(self._agent, request.build_id, context)
-        return await push_image(build, request, self._agent.registry_endpoint)
+        # A command of its own: what the build has brought to narrow its steps is not asked.
+        return await push_image(build, request, self._access(build.project_id))
 
     async def PushIndex(  # noqa: N802 - name of the RPC
         self, request: PushIndexRequest, context: Context
     ) -> PushIndexResponse:
         """Push one index over what several nodes have pushed; see the .proto file."""
         build = self._agent.find(request.build_id, member=member_name(context))
-        return await push_index(build, request, self._agent.registry_endpoint)
+        narrowed = None
+        if build.network_policy:
+            policy = NetworkPolicy.FromString(build.network_policy)
+            narrowed = await asyncio.to_thread(read_build_policy, policy, admitted=True)
+        return await push_index(build, request, self._access(build.project_id, narrowed))
+
+    def _access(self, project_id: str, narrowed: BuildPolicy | None = None) -> RegistryAccess:
+        judge = self._agent.isolation.judge(project_id, narrowed)
+        return RegistryAccess(self._agent.registry_endpoint, judge)
 
 
 async def _with_image(

@@ -152,6 +152,7 @@ class SolveJob(BuildJob):
             agents=self._agents,
             outputs=outputs,
             layouts=self._layouts,
+            rules=self.urls,
         )
 
     async def _solve_and_repair(self, plan: list[Attributed]) -> SolveResult | SolveFailure:
@@ -192,6 +193,8 @@ class SolveJob(BuildJob):
             # The gateway keeps the history; BuildKit's own record would cost some 10 ms of
             # synchronous writes at the end of each build. Only there is the provenance.
             internal=not self._start.spec.metadata_provenance,
+            proxy_network=self.proxy_network,
+            trace=self.trace,
         )
         wish = self._start.spec.metadata_provenance
         async with self._progress.following(self._client, spec.ref):
@@ -204,7 +207,8 @@ class SolveJob(BuildJob):
 
     async def _ask(self) -> Success | Failure:
         """Ask the frontend instead of building."""
-        spec = SolveSpec(frontend_attributes=frontend_attributes(self._start.spec), internal=True)
+        attributes = frontend_attributes(self._start.spec)
+        spec = SolveSpec(frontend_attributes=attributes, internal=True, trace=self.trace)
         async with self._progress.following(self._client, spec.ref):
             answer = await self._registries.guard(self._client.ask(spec, self._session))
         if isinstance(answer, SolveFailure):
@@ -261,6 +265,8 @@ class SolveJob(BuildJob):
             entitlements=self._rights.entitlements,
             cache_exports=[Attributed("registry", target)],
             internal=True,
+            proxy_network=self.proxy_network,
+            trace=self.trace,
         )
         if self._source is None:
             raise NodeLostError("the build has not begun")

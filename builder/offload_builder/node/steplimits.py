@@ -7,6 +7,7 @@ a step that runs, the looser of their bounds holds, so the node's bounds are par
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -71,8 +72,8 @@ class StepBounds:
             if 0 < value < MIN_MEMORY_BYTES:
                 raise ConfigError(f"{name} must be {format_memory(MIN_MEMORY_BYTES)} or more")
         for name, cpus in (("step_cpus", self.cpus), ("step_cpus_max", self.max_cpus)):
-            if 0 < cpus < MIN_CPUS:
-                raise ConfigError(f"{name} must be {MIN_CPUS} or more")
+            if cpus != 0 and not MIN_CPUS <= cpus < math.inf:
+                raise ConfigError(f"{name} must be {MIN_CPUS} or more, or 0")
         if 0 < self.max_memory_bytes < self.memory_bytes:
             raise ConfigError("step_memory must not be more than step_memory_max")
         if 0 < self.max_cpus < self.cpus:

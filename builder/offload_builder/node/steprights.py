@@ -17,7 +17,9 @@ from offload_proto.v1.node_service_pb2 import Failure
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from offload_builder.node.buildgroups import BuildGroups
     from offload_builder.node.config import NodeConfig
+    from offload_builder.node.diskwatch import DiskNotes
     from offload_proto.v1.build_spec_pb2 import BuildSpec
     from offload_proto.v1.builds_service_pb2 import Ticket
 
@@ -37,16 +39,28 @@ class StepPolicy:
         permitted: rights that they may ask for.
         bounds: of each step.
         daemon_root: directory of the project's BuildKit.
+        groups: control groups of its builds.
+        ended_for_disk: the steps that were ended for the disk's sake.
     """
 
     permitted: Permitted
     bounds: StepBounds
     daemon_root: Path
+    groups: BuildGroups
+    ended_for_disk: DiskNotes
 
     @classmethod
-    def of(cls, config: NodeConfig, project_id: str, daemon_root: Path) -> StepPolicy:
+    def of(
+        cls,
+        config: NodeConfig,
+        project_id: str,
+        daemon_root: Path,
+        groups: BuildGroups,
+        ended_for_disk: DiskNotes,
+    ) -> StepPolicy:
         """Return that of a node's configuration."""
-        return cls(Permitted.of(config, project_id), StepBounds.of(config), daemon_root)
+        permitted, bounds = Permitted.of(config, project_id), StepBounds.of(config)
+        return cls(permitted, bounds, daemon_root, groups, ended_for_disk)
 
 
 def _missing_input(message: str) -> str:
@@ -82,17 +96,29 @@ class StepRights:
         self._ticket = ticket
         self._since = time.time() - _CLOCK_SECONDS
 
+    def explain_refusal(self, message: str) -> str:
+        """Return who permits the right for want of which a step was refused; empty for others."""
+        return explain_refusal(message, self._ticket, self._policy.permitted)
+
     async def explain(self, failure: Failure) -> None:
         """Add to a failure what BuildKit does not tell: who permits a right, what memory was."""
-        why = _missing_input(failure.message) or explain_refusal(
-            failure.message, self._ticket, self._policy.permitted
-        )
+        why = _missing_input(failure.message) or self.explain_refusal(failure.message)
         if failure.process_exit_code:
             memory = await asyncio.to_thread(
                 find_out_of_memory, self._policy.daemon_root, failure.message, self._since
             )
+            groups, build_id = self._policy.groups, self._ticket.build_id
             if memory is not None:
                 failure.kind = Failure.KIND_OUT_OF_MEMORY
-                why = memory.describe()
+                beyond = groups.memory_of(build_id)
+                why = memory.describe_build(beyond) if memory.within(beyond) else memory.describe()
+            elif ended := self._policy.ended_for_disk.find(failure.message, self._since):
+                why = ended
+            elif limit := groups.processes_of(build_id):
+                why = (
+                    f"The build had as many processes as it may have, {limit}, so no further one "
+                    'could be started ("Resource temporarily unavailable"). Let it run fewer at '
+                    "once, or ask who runs the node for more (build_pids)."
+                )
         if why:
             failure.message += f"\n{why}"

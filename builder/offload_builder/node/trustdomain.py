@@ -28,6 +28,7 @@ from offload_core.errors import UsageError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from offload_builder.egress.policy.ofbuild import BuildPolicy
     from offload_builder.node.config import NodeConfig
 
 log = structlog.get_logger(__name__)
@@ -36,9 +37,9 @@ MEMBERS = ""
 PROTECTED = "protected"
 
 _UNTRUSTED = re.compile(r"untrusted-[A-Za-z0-9._@+-]{1,64}")
-_UNTRUSTED_FOLDERS = "*~untrusted-*"
+_PASSING_FOLDERS = ("*~untrusted-*", "*~net-*")
 _REMOVED = "~removed-"
-_UNTRUSTED_IDLE_SHARE = 0.25
+_PASSING_IDLE_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,13 @@ class TrustDomain:
     Attributes:
         project_id: the project.
         name: empty for ordinary members, "protected", or "untrusted-MEMBER".
+        narrowed: the policy that its builds have brought; None for none. One BuildKit has one
+            policy: builds that share a step there would run it under only one of theirs.
     """
 
     project_id: str
     name: str = MEMBERS
+    narrowed: BuildPolicy | None = None
 
     def __post_init__(self) -> None:
         """Refuse what the gateway never says; the name becomes one of a directory.
@@ -67,16 +71,23 @@ class TrustDomain:
         """Whether everything of it is kept apart, and not for long."""
         return self.name not in (MEMBERS, PROTECTED)
 
+    @property
+    def is_passing(self) -> bool:
+        """Whether what lies on the disk for it alone is kept for a short time only."""
+        return self.is_untrusted or self.narrowed is not None
+
     def folder(self, config: NodeConfig) -> Path:
         """Return where its BuildKit and its table of file times lie."""
-        # A project's name has no "~".
+        # Neither a project's name nor that of a domain has a "~".
         name = f"{self.project_id}~{self.name}" if self.name else self.project_id
+        if self.narrowed is not None:
+            name = f"{name}~net-{self.narrowed.key}"
         return config.data / "projects" / name
 
     def buildkit_keep(self, config: NodeConfig) -> int:
         """Return how many bytes of BuildKit's own cache are kept."""
         kept = config.buildkit_keep
-        return min(kept, config.untrusted_keep) if self.is_untrusted else kept
+        return min(kept, config.untrusted_keep) if self.is_passing else kept
 
     def context_keep(self, config: NodeConfig) -> int:
         """Return how many bytes of build context files are kept."""
@@ -86,9 +97,7 @@ class TrustDomain:
     def buildkit_idle(self, config: NodeConfig) -> float:
         """Return after how many seconds without a build its BuildKit is stopped."""
         idle = config.buildkit_idle
-        return (
-            min(idle * _UNTRUSTED_IDLE_SHARE, config.untrusted_idle) if self.is_untrusted else idle
-        )
+        return min(idle * _PASSING_IDLE_SHARE, config.untrusted_idle) if self.is_passing else idle
 
 
 def project_of(folder: Path) -> str:
@@ -117,6 +126,8 @@ async def delete(folder: Path) -> None:
 
 
 def leftovers(config: NodeConfig) -> tuple[list[Path], list[Path]]:
-    """Return what an earlier run has left: data of untrusted members, and what was set aside."""
+    """Return what an earlier run has left: data of passing domains, and what was set aside."""
     projects = config.data / "projects"
-    return sorted(projects.glob(_UNTRUSTED_FOLDERS)), sorted(projects.glob(f"{_REMOVED}*"))
+    # The domain of an untrusted member with a policy has a name of both kinds.
+    passing = {folder for pattern in _PASSING_FOLDERS for folder in projects.glob(pattern)}
+    return sorted(passing), sorted(projects.glob(f"{_REMOVED}*"))

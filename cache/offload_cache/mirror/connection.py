@@ -14,12 +14,15 @@ import orjson
 from yarl import URL
 
 from offload_cache.mirror.errors import AwayError
+from offload_cache.mirror.judging import Guard
 from offload_core import VERSION
 from offload_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
     from pathlib import Path
+
+    from offload_cache.mirror.judging import Judge
 
 CONNECT_SECONDS = 5.0
 HEADER_SECONDS = 15.0
@@ -92,6 +95,7 @@ class Connection:
 
         Raises:
             AwayError: there is no answer in `seconds`.
+            RefusedError: the session's judge refuses it.
         """
         return await self._send(method, url, headers=headers, data=data, seconds=seconds)
 
@@ -104,6 +108,7 @@ class Connection:
 
         Raises:
             AwayError: there is no answer, or the redirects make no sense.
+            RefusedError: the session's judge refuses it, or a redirect.
         """
         sent = dict(headers)
         for _ in range(_MAX_REDIRECTS + 1):
@@ -133,6 +138,7 @@ class Connection:
 
         Raises:
             AwayError: there is no answer.
+            RefusedError: the session's judge refuses it.
         """
         answer = await self._send(method, url, headers=headers or {}, query=query, form=form)
         try:
@@ -199,12 +205,19 @@ async def read_body(answer: aiohttp.ClientResponse, max_bytes: int) -> bytes:
     return bytes(body)
 
 
-def new_session() -> aiohttp.ClientSession:
-    """Return the session for all upstream registries of a node; its caller closes it."""
+def new_session(judge: Judge | None = None) -> aiohttp.ClientSession:
+    """Return a session for upstream registries; its caller closes it.
+
+    Args:
+        judge: decides what its connections may reach, which then raise RefusedError; None for
+            everything.
+    """
+    guard = Guard(judge) if judge is not None else None
     return aiohttp.ClientSession(
         # Who pulls bounds itself. With a bound here a question would wait for layers on their way,
         # and that looks like a registry that does not answer.
-        connector=aiohttp.TCPConnector(limit=0),
+        connector=aiohttp.TCPConnector(limit=0, socket_factory=guard.socket if guard else None),
+        middlewares=(guard.request,) if guard else (),
         timeout=aiohttp.ClientTimeout(
             total=None, sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS
         ),

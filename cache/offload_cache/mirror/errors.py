@@ -19,5 +19,9 @@ class AwayError(UpstreamError):
     """The registry does not answer, fails, or has too many requests; it may answer later."""
 
 
+class RefusedError(UpstreamError):
+    """Whoever judges what may be reached refused a host or address; the text says why."""
+
+
 class UnfitError(UpstreamError):
     """The registry's answer is not what its digest names, or is of a kind that is not served."""

@@ -74,7 +74,7 @@ class Mirrors:
         self._database = database
         self._policy = policy
         self._session: aiohttp.ClientSession
-        self._images: dict[str, BaseImages] = {}
+        self._images: dict[str, tuple[BaseImages, Callable[[str], bool]]] = {}
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -100,9 +100,18 @@ class Mirrors:
 
     @asynccontextmanager
     async def serve(
-        self, store: ProjectStore, hosts: Collection[str]
+        self,
+        store: ProjectStore,
+        hosts: Collection[str],
+        elsewhere: Callable[[str], bool] = lambda _: False,
     ) -> AsyncIterator[tuple[str, BaseImages]]:
         """Serve images of some hosts to a project while the context is open.
+
+        Args:
+            store: of the project.
+            hosts: whose images are served.
+            elsewhere: says of a host, at every request, whether the node cannot reach it as the
+                project's BuildKit does; its images are then left to that one.
 
         Yields:
             The secret path, to which a host is added, and the project's base images.
@@ -114,7 +123,7 @@ class Mirrors:
             if source.host in hosts
         }
         async with BaseImages(store, self._database, upstreams, self._policy) as images:
-            self._images[secret] = images
+            self._images[secret] = images, elsewhere
             try:
                 yield f"{secret}/base", images
             finally:
@@ -130,8 +139,10 @@ class Mirrors:
     def _asked(self, request: web.Request) -> tuple[BaseImages, str, str]:
         info = request.match_info
         # A dict look-up of a 192-bit secret: its timing tells nothing useful.
-        images = self._images.get(info["secret"])
+        images, elsewhere = self._images.get(info["secret"], (None, None))
         name = info["name"]
+        if elsewhere is not None and elsewhere(info["host"]):
+            raise RegistryError(*UNKNOWN_NAME)
         if images is None or len(name) > _MAX_NAME or _NAME.fullmatch(name) is None:
             raise RegistryError(*UNKNOWN_NAME)
         return images, info["host"], name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Self
 
 import structlog
@@ -29,7 +30,7 @@ from offload_core.aio import TaskSet
 from offload_core.errors import InternalError, NotFoundError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 
     from offload_cache.registry.grants import Registry
 
@@ -137,6 +138,7 @@ class RegistryServer:
         self._limits = limits
         self._tasks = TaskSet(self._crashed)
         self._listener: asyncio.Server | None = None
+        self._strangers: dict[Connection, None] = {}
         self._runner = web.AppRunner(
             make_application(registry, statistics or CacheStatistics(), limits=limits, extra=extra),
             handler_cancellation=True,
@@ -150,18 +152,10 @@ class RegistryServer:
     async def __aenter__(self) -> Self:
         await self._runner.setup()
         try:
-            loop = asyncio.get_running_loop()
-            server = self._runner.server
-            if server is None:
-                raise InternalError("the registry's server was not set up")
             family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
             listener = socket.create_server((self._host, self._port), family=family, backlog=256)
             self._host, self._port = listener.getsockname()[:2]
-            strangers: dict[Connection, None] = {}
-            self._listener = await loop.create_server(
-                lambda: Connection(server, loop, strangers, read_buffer_bytes=_READ_BUFFER_BYTES),
-                sock=listener,
-            )
+            self._listener = await self._serve(listener)
         except BaseException:
             await self._runner.cleanup()
             raise
@@ -174,6 +168,34 @@ class RegistryServer:
         await self._tasks.close()
         await self._runner.cleanup()
         await self._registry.close()
+
+    async def _serve(self, listener: socket.socket) -> asyncio.Server:
+        loop = asyncio.get_running_loop()
+        server = self._runner.server
+        if server is None:
+            raise InternalError("the registry's server was not set up")
+        strangers = self._strangers
+        return await loop.create_server(
+            lambda: Connection(server, loop, strangers, read_buffer_bytes=_READ_BUFFER_BYTES),
+            sock=listener,
+        )
+
+    @asynccontextmanager
+    async def at(self, listener: socket.socket) -> AsyncIterator[str]:
+        """Serve at one more place while the context is open.
+
+        Args:
+            listener: listens, maybe in another network namespace; it is closed at the end.
+
+        Yields:
+            The place's `HOST:PORT`.
+        """
+        host, port = listener.getsockname()[:2]
+        more = await self._serve(listener)
+        try:
+            yield f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        finally:
+            more.close()
 
     async def _sweep(self) -> None:
         while True:

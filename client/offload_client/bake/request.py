@@ -32,6 +32,7 @@ class BakeRequest:
         progress: mode of --progress.
         metadata_file: value of --metadata-file.
         summary_file: value of --summary-file.
+        network_policy: value of --network-policy.
         gateway: value of --gateway.
         project: value of --project.
     """
@@ -54,5 +55,6 @@ class BakeRequest:
     progress: str = "auto"
     metadata_file: str = ""
     summary_file: str = ""
+    network_policy: str = ""
     gateway: str | None = None
     project: str | None = None

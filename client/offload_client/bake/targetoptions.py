@@ -82,6 +82,7 @@ def target_options(
         ("--gateway", request.gateway),
         ("--project", request.project),
         ("--metadata-file", request.metadata_file),
+        ("--network-policy", request.network_policy),
     ):
         if given:
             arguments.append(f"{flag}={given}")

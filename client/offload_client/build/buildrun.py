@@ -16,6 +16,7 @@ from offload_client.build.departure import Departure
 from offload_client.build.gitlabels import with_git_labels
 from offload_client.build.located import Place, connect_to, forget_connections
 from offload_client.build.metadata import provenance_mode
+from offload_client.build.networkpolicy import check_taken, to_message
 from offload_client.build.noderun import NodeRun
 from offload_client.build.options import own_platform
 from offload_client.build.queuestep import QueueStep
@@ -26,6 +27,7 @@ from offload_client.build.spec import build_spec
 from offload_client.build.vcs import branch_and_revision
 from offload_client.reference import familiar_reference
 from offload_core.aio import finish
+from offload_core.devices import wanted_devices
 from offload_core.errors import (
     GatewayUnreachableError,
     NodeLostError,
@@ -215,18 +217,26 @@ class BuildRun:
             ),
             vcs_target_branch=_sendable(target_branch),
             repeat_of=self._lost_build,
+            network_policy=to_message(options.policy_file) if options.policy_file else None,
+            devices=wanted_devices(options.entitlements) if options.call is None else (),
         )
         channel = await self._connections.gateway(gateway, identity)
         with QueueStep(self._display) as step:
             try:
-                return await admit(channel, gateway, request, step.queued)
+                assigned = await admit(channel, gateway, request, step.queued)
             except GatewayUnreachableError:
                 if not self._connections.persistent:
                     raise
-            # The same request: should the first one have arrived, it is the same build.
-            self._connections.drop(gateway, GATEWAY_NAME, identity)
-            channel = await self._connections.gateway(gateway, identity)
-            return await admit(channel, gateway, request, step.queued)
+                # The same request: should the first one have arrived, it is the same build.
+                self._connections.drop(gateway, GATEWAY_NAME, identity)
+                channel = await self._connections.gateway(gateway, identity)
+                assigned = await admit(channel, gateway, request, step.queued)
+        try:
+            check_taken(options.policy_file, assigned)
+        except OffloadError:
+            await leave(channel, assigned.build_id)
+            raise
+        return assigned
 
     async def at_node(self, identity: StoredIdentity, assigned: Assigned) -> Result | None:
         """Run the build at the first endpoint of its node that answers.

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from offload_client.build.callrequest import CallRequest
+    from offload_client.build.networkpolicy import PolicyFile
     from offload_client.build.secretoptions import AgentOption, SecretOption
 
 ARCHITECTURES = {
@@ -99,12 +100,19 @@ class BuildOptions:
     summary_file: str = ""
     """--summary-file; empty for what the environment says, "none" for none."""
     result_file: str = ""
+    network_report: bool = False
+    """Tell at the end what was reached in the network."""
+    network_report_file: str = ""
     iidfile: str = ""
     secrets: Sequence[SecretOption] = ()
     agents: Sequence[AgentOption] = ()
     """--ssh."""
     entitlements: Sequence[str] = ()
     """--allow."""
+    network_policy: str = ""
+    """--network-policy: a file, or "none"; empty for what pool and project allow."""
+    policy_file: PolicyFile | None = None
+    """What it says, once it is read."""
     detach: bool = False
     """Leave as soon as the build goes on by itself."""
     save: bool = False

@@ -26,12 +26,14 @@ from offload_core.errors import (
     QuotaExceededError,
     RegistryAuthError,
     StepMemoryError,
+    UsageError,
 )
 from offload_proto.v1.node_service_pb2 import Failure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from offload_client.build.networkreport import NetworkReport
     from offload_client.build.options import BuildOptions, OutputOption
     from offload_client.connections import Connections
     from offload_client.identity import StoredIdentity
@@ -72,6 +74,10 @@ async def run_build(
         OffloadError: with docker's or our documented exit code.
         BrokenPipeError: nobody reads the results any more.
     """
+    if options.network_policy:
+        from offload_client.build.networkpolicy import with_network_policy
+
+        options = await with_network_policy(invocation, options)
     async with open_context(invocation, options) as files:
         settings = resolve_settings(
             invocation, gateway=options.gateway, project=options.project, directory=files.root
@@ -80,8 +86,11 @@ async def run_build(
         title = familiar_reference(tag) if tag else files.root.resolve().name
         report = JobReport(invocation, title, options.summary_file, options.result_file)
         report.prepare()
+        network = None
+        if options.network_report or options.network_report_file:
+            network = _network_report(invocation, options)
         try:
-            await _build(invocation, options, connections, files, settings, report)
+            await _build(invocation, options, connections, files, settings, report, network)
         except OffloadError as error:
             await report.write(settings, connections, error)
             raise
@@ -95,6 +104,7 @@ async def _build(
     files: ContextFiles,
     settings: Settings,
     report: JobReport,
+    network: NetworkReport | None,
 ) -> None:
     outputs = effective_outputs(options)
     check_detach(options, outputs)
@@ -139,6 +149,8 @@ async def _build(
         totals = build.results.totals(result)
         report.ended(failure, totals)
         await finish_display(display, failure, totals)
+    if network is not None:
+        await network.give(assigned.build_id, settings, connections)
     if failure is not None:
         raise error_of(failure)
     metadata = build.results.metadata(result, assigned.build_id, assigned.node_id)
@@ -159,6 +171,27 @@ async def _build(
     )
     if message := result.success.exporter_response.get(INLINE_MESSAGE):
         await in_thread(lambda: invocation.out_foreign(f"\n{message}"), name="inline-message")
+
+
+def _network_report(invocation: Invocation, options: BuildOptions) -> NetworkReport:
+    """Return what gives the report of the network at the end.
+
+    Raises:
+        UsageError: nobody waits for the end.
+        OffloadError: its file cannot be written.
+    """
+    from offload_client.build.networkreport import NetworkReport
+
+    if options.detach:
+        raise UsageError(
+            "--network-report needs the end of the build, for which --detach does not wait",
+            hint="ask afterwards: offload policy learn BUILD",
+        )
+    network = NetworkReport(
+        invocation, shown=options.network_report, file=options.network_report_file
+    )
+    network.prepare()
+    return network
 
 
 async def groups_of(

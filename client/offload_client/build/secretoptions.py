@@ -11,6 +11,7 @@ import io
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from offload_core.devices import read_wish
 from offload_core.errors import InvalidValueError
 
 if TYPE_CHECKING:
@@ -115,18 +116,9 @@ def parse_entitlements(values: Sequence[str]) -> list[str]:
                 f"unknown entitlement {text}; use {', '.join(ENTITLEMENTS)} or device=NAME"
             )
         if rest:
-            _check_device(rest)
+            read_wish(text)
         found[_sendable("--allow", text)] = None
     return list(found)
-
-
-def _check_device(text: str) -> None:
-    for part in _fields("--allow", text)[1:]:
-        key, equals, _ = part.partition("=")
-        if not equals:
-            raise InvalidValueError(f'invalid device config "{part}"')
-        if key != "alias":
-            raise InvalidValueError(f'unknown device config key "{key}"')
 
 
 def _fields(flag: str, text: str) -> list[str]:

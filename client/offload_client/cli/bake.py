@@ -83,6 +83,12 @@ Examples:
 @click.option(
     "--metadata-file", default="", metavar="FILE", help="Write build result metadata to a file."
 )
+@click.option(
+    "--network-policy",
+    default="",
+    metavar="FILE|none",
+    help="Let the builds reach only what FILE allows too, or nothing.",
+)
 @click.option("--no-cache", is_flag=True, help="Do not use cache when building the images.")
 @click.option(
     "--print", "shown", is_flag=True, help="Print what would be built, without building it."
@@ -168,6 +174,7 @@ def parse_bake(invocation: Invocation) -> BakeRequest | None:
         progress=parse_progress(values["progress"]),
         metadata_file=values["metadata_file"],
         summary_file=values["summary_file"],
+        network_policy=values["network_policy"],
         gateway=values["gateway"],
         project=values["project"],
     )
@@ -205,6 +212,12 @@ async def bake(invocation: Invocation, connections: Connections) -> None:
     options = {
         name: target_options(name, fields, request, parser) for name, fields in plan.targets.items()
     }
+    if any(one.network_policy for one in options.values()):
+        from offload_client.build.networkpolicy import with_network_policy
+
+        options = {
+            name: await with_network_policy(invocation, one) for name, one in options.items()
+        }
     for remark in request.remarks:
         invocation.err(f"WARNING: {remark}")
     from offload_client.bake.bakerun import BakeRun

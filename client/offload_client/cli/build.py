@@ -48,8 +48,10 @@ Examples:
   offload-build .
   offload-build -t app --load .
   offload-build -t registry.example/app:1 --push .
+  offload-build --network-policy none .
   offload-build -f build/Dockerfile --target test --build-arg VERSION=3 .
   offload-build -o out .
+  offload-build --network-report .
   offload-build --build-context docs=../docs --build-context alpine=docker-image://alpine:3.20 .
   git archive HEAD | offload-build -
   offload-build https://git.example/app.git#main:docker
@@ -71,7 +73,7 @@ Examples:
     multiple=True,
     metavar="ENTITLEMENT",
     help='Allow extra privileged entitlement (e.g., "network.host", "security.insecure", '
-    '"device"), if the node permits it.',
+    '"device=nvidia.com/gpu=all"), if the node permits it; a node with that device builds.',
 )
 @click.option(
     "--build-arg",
@@ -134,6 +136,18 @@ Examples:
 @click.option("--load", is_flag=True, help='Shorthand for "--output=type=docker".')
 @click.option(
     "--metadata-file", default="", metavar="FILE", help="Write build result metadata to a file."
+)
+@click.option(
+    "--network-report",
+    is_flag=True,
+    help="Tell at the end what the build reached in the network and was refused, with a proposal "
+    "for a policy.",
+)
+@click.option(
+    "--network-report-file",
+    default="",
+    metavar="FILE",
+    help="Write the same to a file, as JSON.",
 )
 @click.option("--no-cache", is_flag=True, help="Do not use cache when building the image.")
 @click.option(
@@ -297,6 +311,8 @@ def _options(values: dict[str, Any], invocation: Invocation) -> BuildOptions:
         metadata_file=values["metadata_file"],
         summary_file=values["summary_file"],
         result_file=values["result_file"],
+        network_report=values["network_report"],
+        network_report_file=values["network_report_file"],
         iidfile=check_iidfile(values["iidfile"], outputs),
         secrets=parse_secrets(values["secrets"]),
         agents=parse_agents(values["agents"]),

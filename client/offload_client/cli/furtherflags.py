@@ -31,6 +31,8 @@ POLICY = (
 
 POLICY_VARIABLE = "EXPERIMENTAL_BUILDKIT_SOURCE_POLICY"
 """Names a file with a policy, for buildx."""
+NETWORK_VARIABLE = "OFFLOAD_NETWORK_POLICY"
+"""Does what --network-policy does, where that is not given."""
 
 LEGACY: dict[str, str] = {
     "--compress": "the context is always compressed where that helps",
@@ -61,6 +63,7 @@ NOTES: dict[str, str] = {
     "--call": "`--print` is its old, hidden name; of these and `--check` the last one counts",
     "--cgroup-parent": "the group is made below `/offload`, never beside the machine's own",
     "--network": "`host` asks for the entitlement `network.host` too",
+    "--network-policy": "see [firewall.md](firewall.md#single-builds)",
     "--platform": "each on a node that is native for it, see [platforms.md](platforms.md); without "
     "it that of this machine, where the pool has such a node",
     "--policy": "refused: the nodes evaluate no source policies; `disabled=true` is accepted",
@@ -70,8 +73,8 @@ NOTES: dict[str, str] = {
 }
 """What differs or is easily missed, by flag, for the documentation."""
 OWN = (
-    "--cache-scope", "--detach", "--gateway", "--project", "--result-file", "--save",
-    "--summary-file", "--version",
+    "--cache-scope", "--detach", "--gateway", "--network-policy", "--network-report",
+    "--network-report-file", "--project", "--result-file", "--save", "--summary-file", "--version",
 )  # fmt: skip
 """Flags that docker does not have."""
 _NUMBERS = ("--cpu-period", "--cpu-quota", "--cpu-shares")
@@ -111,6 +114,11 @@ _VISIBLE = (
         "--network", default="default", metavar="MODE",
         help='Set the networking mode for the "RUN" instructions during build (default, none, '
         "host).",
+    ),
+    click.option(
+        "--network-policy", default="", metavar="FILE|none",
+        help="Let the build reach only what FILE allows too, or nothing (default: "
+        "$OFFLOAD_NETWORK_POLICY); it never reaches more than pool and project allow.",
     ),
     click.option(
         "--no-cache-filter", "no_cache_filter", multiple=True, metavar="STAGE",
@@ -186,6 +194,7 @@ def read_further(values: Mapping[str, Any], environment: Mapping[str, str]) -> d
         "debug": values["debug"],
         "remarks": _remarks(values),
         "call": _call(values),
+        "network_policy": values["network_policy"] or environment.get(NETWORK_VARIABLE, ""),
     }
     _check_policies(values["policy"])
     if environment.get(POLICY_VARIABLE):

@@ -7,15 +7,16 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from offload_client.build.networkreport import target, use_json
 from offload_client.cli.builds import build_json
 from offload_client.cli.tables import between, format_table, rfc3339
-from offload_client.progress.cells import visible_line
+from offload_client.progress.cells import printable, visible_line
 from offload_core.units import format_duration, format_size
 from offload_proto.v1.builds_service_pb2 import BuildState, BuildStats, CacheState
 
 if TYPE_CHECKING:
     from offload_proto.v1.builds_service_pb2 import Build
-    from offload_proto.v1.events_pb2 import ProgressBatch, Vertex
+    from offload_proto.v1.events_pb2 import EgressUse, ProgressBatch, Vertex
 
 _CANCELED = "context canceled"
 _TAIL_PIECES = 64
@@ -48,6 +49,7 @@ class StepList:
 
     def __init__(self) -> None:
         self._steps: dict[str, _Step] = {}
+        self._egress: dict[tuple[object, ...], EgressUse] = {}
         self.log_bytes = 0
 
     def take(self, batch: ProgressBatch) -> None:
@@ -65,6 +67,17 @@ class StepList:
             step = self._steps.setdefault(log.vertex, _Step(log.vertex))
             step.tail.append(log.data)
 
+        for use in batch.egress:
+            self._egress[_key(use)] = use
+
+    def egress(self, *, allowed: bool) -> list[tuple[EgressUse, str]]:
+        """Return what was reached in the network, or refused, with the name of its step."""
+        return [
+            (use, self._steps[use.vertex].name if use.vertex in self._steps else "")
+            for use in self._egress.values()
+            if use.allowed is allowed
+        ]
+
     @property
     def steps(self) -> list[_Step]:
         """In the order of their first mention."""
@@ -79,6 +92,11 @@ class StepList:
             elif source := _GIT.search(step.name) or _HTTP.search(step.name):
                 found.setdefault(source[1], "")
         return list(found.items())
+
+
+def _key(use: EgressUse) -> tuple[object, ...]:
+    place = (use.host, use.address, use.port, use.protocol, use.url)
+    return (use.vertex, use.allowed, use.rule_id, *place)
 
 
 def _seconds(vertex: Vertex) -> float:
@@ -101,6 +119,11 @@ def as_json(build: Build, steps: StepList) -> dict[str, Any]:
             }
             for step in steps.steps
         ],
+        "network": {
+            "policy": _policy_json(build),
+            "refused": [use_json(*item) for item in steps.egress(allowed=False)],
+            "reached": [use_json(*item) for item in steps.egress(allowed=True)],
+        },
         "log_bytes": steps.log_bytes,
     }
 
@@ -110,19 +133,31 @@ def as_text(build: Build, steps: StepList) -> str:
     groups = (_origin(build), _course(build, steps), _result(build))
     parts = [text for text in map(_fields, groups) if text]
     if materials := steps.materials():
-        read = [(uri, digest or "-") for uri, digest in materials]
+        read = [(_visible(uri), digest or "-") for uri, digest in materials]
         parts.append("Materials:\n" + format_table(("URI", "DIGEST"), read))
+    if refused := steps.egress(allowed=False):
+        parts.append(
+            "Refused in the network:\n"
+            + format_table(
+                ("TARGET", "TIMES", "RULE", "STEP"),
+                [
+                    (_visible(target(use)), str(use.count), use.rule_id, _visible(step) or "-")
+                    for use, step in refused
+                ],
+            )
+        )
     if steps.steps:
         rows = _rows(steps, over=build.HasField("completed_at"))
         parts.append("Steps:\n" + format_table(("STATUS", "DURATION", "STEP"), rows))
     parts += [
-        "\n".join((f"Last output of {step.name}:", *(f"  {line}" for line in lines)))
+        "\n".join((f"Last output of {_visible(step.name)}:", *(f"  {line}" for line in lines)))
         for step in steps.steps
         if (lines := step.last_lines())
     ]
     if build.error:
         parts.append(f"Error: {build.error}")
-    return "\n\n".join(parts)
+    # What builds and their clients say must not move the cursor of who looks at them.
+    return "\n".join(printable(line) for line in "\n\n".join(parts).split("\n"))
 
 
 def _origin(build: Build) -> dict[str, str]:
@@ -135,8 +170,34 @@ def _origin(build: Build) -> dict[str, str]:
         "Target": build.target,
         "Platforms": ", ".join(build.platforms),
         "Part of": f"group {build.group_id}" if build.group_id else "",
+        "Network Policy": _policy(build),
         "VCS Branch": build.vcs_branch,
         "VCS Revision": build.vcs_revision,
+    }
+
+
+def _policy(build: Build) -> str:
+    """Return the policy that the build has brought, and which ones it narrowed."""
+    if not build.HasField("network_policy"):
+        return ""
+    found = build.network_policy
+    within = [
+        f"version {version} of the {owner}'s"
+        for owner, version in (("pool", found.pool_version), ("project", found.project_version))
+        if version
+    ]
+    file = _visible(found.file)
+    return f"{file}, within {' and '.join(within)}" if within else file
+
+
+def _policy_json(build: Build) -> dict[str, Any] | None:
+    if not build.HasField("network_policy"):
+        return None
+    found = build.network_policy
+    return {
+        "file": found.file,
+        "pool_version": found.pool_version or None,
+        "project_version": found.project_version or None,
     }
 
 
@@ -195,8 +256,14 @@ def _rows(steps: StepList, *, over: bool) -> list[tuple[str, str, str]]:
         if status == "done" and step.seconds is None:
             # It may run still; of a build that is over nobody saw its end.
             status = ("stopped" if over else "running") if step.started else "-"
-        rows.append((status, "-" if step.seconds is None else f"{step.seconds:.1f}s", step.name))
+        rows.append(
+            (status, "-" if step.seconds is None else f"{step.seconds:.1f}s", _visible(step.name))
+        )
     return rows
+
+
+def _visible(text: str) -> str:
+    return visible_line(text.encode())
 
 
 def _fields(values: dict[str, str]) -> str:

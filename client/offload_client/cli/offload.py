@@ -33,6 +33,8 @@ COMMANDS = {
     "buildx": "Use the pool as a builder of stock docker buildx.",
     "exec": "Run a BuildKit client on the pool.",
     "cache": "Look at the layer cache, prune it, promote a branch.",
+    "connect": "Let builds reach hosts of the network that you are in.",
+    "policy": "Show what builds of a project may reach, and explain why.",
 }
 FUNCTIONS = {"exec": "execute"}
 """Where the function cannot have the name of its command."""

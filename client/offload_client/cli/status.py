@@ -65,14 +65,20 @@ def status(invocation: Invocation, gateway: str | None, output: str) -> int:
             invocation.out("Nodes     none attached; builds wait until one is")
             return
         invocation.out("")
-        headings = ("NODE", "STATE", "BUILDS", "PLATFORMS", "DISK FREE", "SEEN", "HEALTH")
-        invocation.out(format_table(headings, [_node_row(node) for node in nodes]))
+        headings = ["NODE", "STATE", "BUILDS", "PLATFORMS", "DISK FREE", "SEEN", "HEALTH"]
+        rows = [_node_row(node) for node in nodes]
+        if any(node.devices for node in nodes):
+            # Most pools have none.
+            headings.insert(4, "DEVICES")
+            for node, row in zip(nodes, rows, strict=True):
+                row.insert(4, ",".join(node.devices) or "none")
+        invocation.out(format_table(headings, rows))
 
     return run_async(invocation, run)
 
 
-def _node_row(node: NodeInfo) -> tuple[str, ...]:
-    return (
+def _node_row(node: NodeInfo) -> list[str]:
+    return [
         node.node_id,
         node.state,
         f"{node.running}/{node.slots}",
@@ -80,7 +86,7 @@ def _node_row(node: NodeInfo) -> tuple[str, ...]:
         format_size(node.disk_free_bytes),
         ago(node.last_seen_at),
         node.health or "good",
-    )
+    ]
 
 
 def _platforms(node: NodeInfo) -> str:
@@ -96,6 +102,7 @@ def _node_json(node: NodeInfo) -> dict[str, Any]:
         "slots": node.slots,
         "platforms": list(node.platforms),
         "emulated_platforms": list(node.emulated_platforms),
+        "devices": list(node.devices),
         "version": node.version,
         "buildkit_version": node.buildkit_version,
         "last_seen_at": rfc3339(node.last_seen_at),

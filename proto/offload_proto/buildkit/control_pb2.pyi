@@ -475,6 +475,7 @@ class SolveRequest(_message.Message):
     INTERNAL_FIELD_NUMBER: _builtins.int
     EXPORTERS_FIELD_NUMBER: _builtins.int
     ENABLESESSIONEXPORTER_FIELD_NUMBER: _builtins.int
+    SOURCEPOLICYSESSION_FIELD_NUMBER: _builtins.int
     PROXYNETWORK_FIELD_NUMBER: _builtins.int
     Ref: _builtins.str
     """Name of the build, chosen by the client."""
@@ -490,6 +491,8 @@ class SolveRequest(_message.Message):
     """Leave no record in the daemon's history."""
     EnableSessionExporter: _builtins.bool
     """The session says more of that."""
+    SourcePolicySession: _builtins.str
+    """Identifier of the session that is asked whether sources may be used."""
     ProxyNetwork: _builtins.bool
     """Send the network traffic of steps through the daemon's proxy."""
     @_builtins.property
@@ -527,11 +530,12 @@ class SolveRequest(_message.Message):
         Internal: _builtins.bool = ...,
         Exporters: _abc.Iterable[Global___Exporter] | None = ...,
         EnableSessionExporter: _builtins.bool = ...,
+        SourcePolicySession: _builtins.str = ...,
         ProxyNetwork: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["Cache", b"Cache"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["Cache", b"Cache", "Definition", b"Definition", "EnableSessionExporter", b"EnableSessionExporter", "Entitlements", b"Entitlements", "ExporterAttrsDeprecated", b"ExporterAttrsDeprecated", "ExporterDeprecated", b"ExporterDeprecated", "Exporters", b"Exporters", "Frontend", b"Frontend", "FrontendAttrs", b"FrontendAttrs", "Internal", b"Internal", "ProxyNetwork", b"ProxyNetwork", "Ref", b"Ref", "Session", b"Session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["Cache", b"Cache", "Definition", b"Definition", "EnableSessionExporter", b"EnableSessionExporter", "Entitlements", b"Entitlements", "ExporterAttrsDeprecated", b"ExporterAttrsDeprecated", "ExporterDeprecated", b"ExporterDeprecated", "Exporters", b"Exporters", "Frontend", b"Frontend", "FrontendAttrs", b"FrontendAttrs", "Internal", b"Internal", "ProxyNetwork", b"ProxyNetwork", "Ref", b"Ref", "Session", b"Session", "SourcePolicySession", b"SourcePolicySession"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -22,9 +22,10 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from offload_proto.buildkit import ops_pb2 as buildkit_dot_ops__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x62uildkit/gateway.proto\x12\x19moby.buildkit.v1.frontend\"\xdf\x03\n\x06Result\x12\x15\n\rrefDeprecated\x18\x01 \x01(\t\x12\x43\n\x0erefsDeprecated\x18\x02 \x01(\x0b\x32+.moby.buildkit.v1.frontend.RefMapDeprecated\x12+\n\x03ref\x18\x03 \x01(\x0b\x32\x1e.moby.buildkit.v1.frontend.Ref\x12/\n\x04refs\x18\x04 \x01(\x0b\x32!.moby.buildkit.v1.frontend.RefMap\x12\x41\n\x08metadata\x18\n \x03(\x0b\x32/.moby.buildkit.v1.frontend.Result.MetadataEntry\x12I\n\x0c\x61ttestations\x18\x0c \x03(\x0b\x32\x33.moby.buildkit.v1.frontend.Result.AttestationsEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\x1a\\\n\x11\x41ttestationsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x36\n\x05value\x18\x02 \x01(\x0b\x32\'.moby.buildkit.v1.frontend.Attestations:\x02\x38\x01\"\x84\x01\n\x10RefMapDeprecated\x12\x43\n\x04refs\x18\x01 \x03(\x0b\x32\x35.moby.buildkit.v1.frontend.RefMapDeprecated.RefsEntry\x1a+\n\tRefsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"%\n\x03Ref\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\ndefinition\x18\x02 \x01(\x0c\"\x90\x01\n\x06RefMap\x12\x39\n\x04refs\x18\x01 \x03(\x0b\x32+.moby.buildkit.v1.frontend.RefMap.RefsEntry\x1aK\n\tRefsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12-\n\x05value\x18\x02 \x01(\x0b\x32\x1e.moby.buildkit.v1.frontend.Ref:\x02\x38\x01\"K\n\x0c\x41ttestations\x12;\n\x0b\x61ttestation\x18\x01 \x03(\x0b\x32&.moby.buildkit.v1.frontend.Attestation\":\n\x0b\x41ttestation\x12+\n\x03ref\x18\x03 \x01(\x0b\x32\x1e.moby.buildkit.v1.frontend.Ref\"Q\n\rReturnRequest\x12\x31\n\x06result\x18\x01 \x01(\x0b\x32!.moby.buildkit.v1.frontend.Result\x12\r\n\x05\x65rror\x18\x02 \x01(\x0c\"\x10\n\x0eReturnResponse\"\xc5\x02\n\x0cSolveRequest\x12\x12\n\nDefinition\x18\x01 \x01(\x0c\x12\x10\n\x08\x46rontend\x18\x02 \x01(\t\x12M\n\x0b\x46rontendOpt\x18\x03 \x03(\x0b\x32\x38.moby.buildkit.v1.frontend.SolveRequest.FrontendOptEntry\x12\x19\n\x11\x61llowResultReturn\x18\x05 \x01(\x08\x12\x1b\n\x13\x61llowResultArrayRef\x18\x06 \x01(\x08\x12\x42\n\x0c\x43\x61\x63heImports\x18\x0c \x03(\x0b\x32,.moby.buildkit.v1.frontend.CacheOptionsEntry\x12\x10\n\x08\x45valuate\x18\x0e \x01(\x08\x1a\x32\n\x10\x46rontendOptEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x97\x01\n\x11\x43\x61\x63heOptionsEntry\x12\x0c\n\x04Type\x18\x01 \x01(\t\x12\x46\n\x05\x41ttrs\x18\x02 \x03(\x0b\x32\x37.moby.buildkit.v1.frontend.CacheOptionsEntry.AttrsEntry\x1a,\n\nAttrsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"B\n\rSolveResponse\x12\x31\n\x06result\x18\x03 \x01(\x0b\x32!.moby.buildkit.v1.frontend.Result2\xc6\x01\n\tLLBBridge\x12Z\n\x05Solve\x12\'.moby.buildkit.v1.frontend.SolveRequest\x1a(.moby.buildkit.v1.frontend.SolveResponse\x12]\n\x06Return\x12(.moby.buildkit.v1.frontend.ReturnRequest\x1a).moby.buildkit.v1.frontend.ReturnResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x62uildkit/gateway.proto\x12\x19moby.buildkit.v1.frontend\x1a\x12\x62uildkit/ops.proto\"9\n\x19ResolveSourceMetaResponse\x12\x1c\n\x06Source\x18\x01 \x01(\x0b\x32\x0c.pb.SourceOp\"\xdf\x03\n\x06Result\x12\x15\n\rrefDeprecated\x18\x01 \x01(\t\x12\x43\n\x0erefsDeprecated\x18\x02 \x01(\x0b\x32+.moby.buildkit.v1.frontend.RefMapDeprecated\x12+\n\x03ref\x18\x03 \x01(\x0b\x32\x1e.moby.buildkit.v1.frontend.Ref\x12/\n\x04refs\x18\x04 \x01(\x0b\x32!.moby.buildkit.v1.frontend.RefMap\x12\x41\n\x08metadata\x18\n \x03(\x0b\x32/.moby.buildkit.v1.frontend.Result.MetadataEntry\x12I\n\x0c\x61ttestations\x18\x0c \x03(\x0b\x32\x33.moby.buildkit.v1.frontend.Result.AttestationsEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\x1a\\\n\x11\x41ttestationsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x36\n\x05value\x18\x02 \x01(\x0b\x32\'.moby.buildkit.v1.frontend.Attestations:\x02\x38\x01\"\x84\x01\n\x10RefMapDeprecated\x12\x43\n\x04refs\x18\x01 \x03(\x0b\x32\x35.moby.buildkit.v1.frontend.RefMapDeprecated.RefsEntry\x1a+\n\tRefsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"%\n\x03Ref\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\ndefinition\x18\x02 \x01(\x0c\"\x90\x01\n\x06RefMap\x12\x39\n\x04refs\x18\x01 \x03(\x0b\x32+.moby.buildkit.v1.frontend.RefMap.RefsEntry\x1aK\n\tRefsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12-\n\x05value\x18\x02 \x01(\x0b\x32\x1e.moby.buildkit.v1.frontend.Ref:\x02\x38\x01\"K\n\x0c\x41ttestations\x12;\n\x0b\x61ttestation\x18\x01 \x03(\x0b\x32&.moby.buildkit.v1.frontend.Attestation\":\n\x0b\x41ttestation\x12+\n\x03ref\x18\x03 \x01(\x0b\x32\x1e.moby.buildkit.v1.frontend.Ref\"Q\n\rReturnRequest\x12\x31\n\x06result\x18\x01 \x01(\x0b\x32!.moby.buildkit.v1.frontend.Result\x12\r\n\x05\x65rror\x18\x02 \x01(\x0c\"\x10\n\x0eReturnResponse\"\xc5\x02\n\x0cSolveRequest\x12\x12\n\nDefinition\x18\x01 \x01(\x0c\x12\x10\n\x08\x46rontend\x18\x02 \x01(\t\x12M\n\x0b\x46rontendOpt\x18\x03 \x03(\x0b\x32\x38.moby.buildkit.v1.frontend.SolveRequest.FrontendOptEntry\x12\x19\n\x11\x61llowResultReturn\x18\x05 \x01(\x08\x12\x1b\n\x13\x61llowResultArrayRef\x18\x06 \x01(\x08\x12\x42\n\x0c\x43\x61\x63heImports\x18\x0c \x03(\x0b\x32,.moby.buildkit.v1.frontend.CacheOptionsEntry\x12\x10\n\x08\x45valuate\x18\x0e \x01(\x08\x1a\x32\n\x10\x46rontendOptEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x97\x01\n\x11\x43\x61\x63heOptionsEntry\x12\x0c\n\x04Type\x18\x01 \x01(\t\x12\x46\n\x05\x41ttrs\x18\x02 \x03(\x0b\x32\x37.moby.buildkit.v1.frontend.CacheOptionsEntry.AttrsEntry\x1a,\n\nAttrsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"B\n\rSolveResponse\x12\x31\n\x06result\x18\x03 \x01(\x0b\x32!.moby.buildkit.v1.frontend.Result2\xc6\x01\n\tLLBBridge\x12Z\n\x05Solve\x12\'.moby.buildkit.v1.frontend.SolveRequest\x1a(.moby.buildkit.v1.frontend.SolveResponse\x12]\n\x06Return\x12(.moby.buildkit.v1.frontend.ReturnRequest\x1a).moby.buildkit.v1.frontend.ReturnResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,40 +44,42 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SOLVEREQUEST_FRONTENDOPTENTRY']._serialized_options = b'8\001'
   _globals['_CACHEOPTIONSENTRY_ATTRSENTRY']._loaded_options = None
   _globals['_CACHEOPTIONSENTRY_ATTRSENTRY']._serialized_options = b'8\001'
-  _globals['_RESULT']._serialized_start=54
-  _globals['_RESULT']._serialized_end=533
-  _globals['_RESULT_METADATAENTRY']._serialized_start=392
-  _globals['_RESULT_METADATAENTRY']._serialized_end=439
-  _globals['_RESULT_ATTESTATIONSENTRY']._serialized_start=441
-  _globals['_RESULT_ATTESTATIONSENTRY']._serialized_end=533
-  _globals['_REFMAPDEPRECATED']._serialized_start=536
-  _globals['_REFMAPDEPRECATED']._serialized_end=668
-  _globals['_REFMAPDEPRECATED_REFSENTRY']._serialized_start=625
-  _globals['_REFMAPDEPRECATED_REFSENTRY']._serialized_end=668
-  _globals['_REF']._serialized_start=670
-  _globals['_REF']._serialized_end=707
-  _globals['_REFMAP']._serialized_start=710
-  _globals['_REFMAP']._serialized_end=854
-  _globals['_REFMAP_REFSENTRY']._serialized_start=779
-  _globals['_REFMAP_REFSENTRY']._serialized_end=854
-  _globals['_ATTESTATIONS']._serialized_start=856
-  _globals['_ATTESTATIONS']._serialized_end=931
-  _globals['_ATTESTATION']._serialized_start=933
-  _globals['_ATTESTATION']._serialized_end=991
-  _globals['_RETURNREQUEST']._serialized_start=993
-  _globals['_RETURNREQUEST']._serialized_end=1074
-  _globals['_RETURNRESPONSE']._serialized_start=1076
-  _globals['_RETURNRESPONSE']._serialized_end=1092
-  _globals['_SOLVEREQUEST']._serialized_start=1095
-  _globals['_SOLVEREQUEST']._serialized_end=1420
-  _globals['_SOLVEREQUEST_FRONTENDOPTENTRY']._serialized_start=1370
-  _globals['_SOLVEREQUEST_FRONTENDOPTENTRY']._serialized_end=1420
-  _globals['_CACHEOPTIONSENTRY']._serialized_start=1423
-  _globals['_CACHEOPTIONSENTRY']._serialized_end=1574
-  _globals['_CACHEOPTIONSENTRY_ATTRSENTRY']._serialized_start=1530
-  _globals['_CACHEOPTIONSENTRY_ATTRSENTRY']._serialized_end=1574
-  _globals['_SOLVERESPONSE']._serialized_start=1576
-  _globals['_SOLVERESPONSE']._serialized_end=1642
-  _globals['_LLBBRIDGE']._serialized_start=1645
-  _globals['_LLBBRIDGE']._serialized_end=1843
+  _globals['_RESOLVESOURCEMETARESPONSE']._serialized_start=73
+  _globals['_RESOLVESOURCEMETARESPONSE']._serialized_end=130
+  _globals['_RESULT']._serialized_start=133
+  _globals['_RESULT']._serialized_end=612
+  _globals['_RESULT_METADATAENTRY']._serialized_start=471
+  _globals['_RESULT_METADATAENTRY']._serialized_end=518
+  _globals['_RESULT_ATTESTATIONSENTRY']._serialized_start=520
+  _globals['_RESULT_ATTESTATIONSENTRY']._serialized_end=612
+  _globals['_REFMAPDEPRECATED']._serialized_start=615
+  _globals['_REFMAPDEPRECATED']._serialized_end=747
+  _globals['_REFMAPDEPRECATED_REFSENTRY']._serialized_start=704
+  _globals['_REFMAPDEPRECATED_REFSENTRY']._serialized_end=747
+  _globals['_REF']._serialized_start=749
+  _globals['_REF']._serialized_end=786
+  _globals['_REFMAP']._serialized_start=789
+  _globals['_REFMAP']._serialized_end=933
+  _globals['_REFMAP_REFSENTRY']._serialized_start=858
+  _globals['_REFMAP_REFSENTRY']._serialized_end=933
+  _globals['_ATTESTATIONS']._serialized_start=935
+  _globals['_ATTESTATIONS']._serialized_end=1010
+  _globals['_ATTESTATION']._serialized_start=1012
+  _globals['_ATTESTATION']._serialized_end=1070
+  _globals['_RETURNREQUEST']._serialized_start=1072
+  _globals['_RETURNREQUEST']._serialized_end=1153
+  _globals['_RETURNRESPONSE']._serialized_start=1155
+  _globals['_RETURNRESPONSE']._serialized_end=1171
+  _globals['_SOLVEREQUEST']._serialized_start=1174
+  _globals['_SOLVEREQUEST']._serialized_end=1499
+  _globals['_SOLVEREQUEST_FRONTENDOPTENTRY']._serialized_start=1449
+  _globals['_SOLVEREQUEST_FRONTENDOPTENTRY']._serialized_end=1499
+  _globals['_CACHEOPTIONSENTRY']._serialized_start=1502
+  _globals['_CACHEOPTIONSENTRY']._serialized_end=1653
+  _globals['_CACHEOPTIONSENTRY_ATTRSENTRY']._serialized_start=1609
+  _globals['_CACHEOPTIONSENTRY_ATTRSENTRY']._serialized_end=1653
+  _globals['_SOLVERESPONSE']._serialized_start=1655
+  _globals['_SOLVERESPONSE']._serialized_end=1721
+  _globals['_LLBBRIDGE']._serialized_start=1724
+  _globals['_LLBBRIDGE']._serialized_end=1922
 # @@protoc_insertion_point(module_scope)

@@ -3,6 +3,7 @@
 isort:skip_file
 What we speak of BuildKit's API for frontends: a question to a frontend, and the end of a build."""
 
+from offload_proto.buildkit import ops_pb2 as _ops_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -17,6 +18,30 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+@_typing.final
+class ResolveSourceMetaResponse(_message.Message):
+    """ResolveSourceMetaResponse is what is known of a source."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def Source(self) -> _ops_pb2.SourceOp:
+        """The source."""
+
+    def __init__(
+        self,
+        *,
+        Source: _ops_pb2.SourceOp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["Source", b"Source"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["Source", b"Source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResolveSourceMetaResponse: _TypeAlias = ResolveSourceMetaResponse  # noqa: Y015
 
 @_typing.final
 class Result(_message.Message):

@@ -24,21 +24,27 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12\x62uildkit/ops.proto\x12\x02pb\"=\n\x08Platform\x12\x14\n\x0c\x41rchitecture\x18\x01 \x01(\t\x12\n\n\x02OS\x18\x02 \x01(\t\x12\x0f\n\x07Variant\x18\x03 \x01(\t\">\n\nSourceInfo\x12\x10\n\x08\x66ilename\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x10\n\x08language\x18\x04 \x01(\t\"?\n\x05Range\x12\x1b\n\x05start\x18\x01 \x01(\x0b\x32\x0c.pb.Position\x12\x19\n\x03\x65nd\x18\x02 \x01(\x0b\x32\x0c.pb.Position\"+\n\x08Position\x12\x0c\n\x04line\x18\x01 \x01(\x05\x12\x11\n\tcharacter\x18\x02 \x01(\x05\"7\n\rProgressGroup\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04weak\x18\x03 \x01(\x08\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12\x62uildkit/ops.proto\x12\x02pb\"=\n\x08Platform\x12\x14\n\x0c\x41rchitecture\x18\x01 \x01(\t\x12\n\n\x02OS\x18\x02 \x01(\t\x12\x0f\n\x07Variant\x18\x03 \x01(\t\"t\n\x08SourceOp\x12\x12\n\nidentifier\x18\x01 \x01(\t\x12&\n\x05\x61ttrs\x18\x02 \x03(\x0b\x32\x17.pb.SourceOp.AttrsEntry\x1a,\n\nAttrsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\">\n\nSourceInfo\x12\x10\n\x08\x66ilename\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x10\n\x08language\x18\x04 \x01(\t\"?\n\x05Range\x12\x1b\n\x05start\x18\x01 \x01(\x0b\x32\x0c.pb.Position\x12\x19\n\x03\x65nd\x18\x02 \x01(\x0b\x32\x0c.pb.Position\"+\n\x08Position\x12\x0c\n\x04line\x18\x01 \x01(\x05\x12\x11\n\tcharacter\x18\x02 \x01(\x05\"7\n\rProgressGroup\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04weak\x18\x03 \x01(\x08\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'offload_proto.buildkit.ops_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_SOURCEOP_ATTRSENTRY']._loaded_options = None
+  _globals['_SOURCEOP_ATTRSENTRY']._serialized_options = b'8\001'
   _globals['_PLATFORM']._serialized_start=26
   _globals['_PLATFORM']._serialized_end=87
-  _globals['_SOURCEINFO']._serialized_start=89
-  _globals['_SOURCEINFO']._serialized_end=151
-  _globals['_RANGE']._serialized_start=153
-  _globals['_RANGE']._serialized_end=216
-  _globals['_POSITION']._serialized_start=218
-  _globals['_POSITION']._serialized_end=261
-  _globals['_PROGRESSGROUP']._serialized_start=263
-  _globals['_PROGRESSGROUP']._serialized_end=318
+  _globals['_SOURCEOP']._serialized_start=89
+  _globals['_SOURCEOP']._serialized_end=205
+  _globals['_SOURCEOP_ATTRSENTRY']._serialized_start=161
+  _globals['_SOURCEOP_ATTRSENTRY']._serialized_end=205
+  _globals['_SOURCEINFO']._serialized_start=207
+  _globals['_SOURCEINFO']._serialized_end=269
+  _globals['_RANGE']._serialized_start=271
+  _globals['_RANGE']._serialized_end=334
+  _globals['_POSITION']._serialized_start=336
+  _globals['_POSITION']._serialized_end=379
+  _globals['_PROGRESSGROUP']._serialized_start=381
+  _globals['_PROGRESSGROUP']._serialized_end=436
 # @@protoc_insertion_point(module_scope)

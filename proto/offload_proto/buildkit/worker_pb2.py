@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from offload_proto.buildkit import ops_pb2 as buildkit_dot_ops__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62uildkit/worker.proto\x12\x16moby.buildkit.v1.types\x1a\x12\x62uildkit/ops.proto\"\xac\x01\n\x0cWorkerRecord\x12\n\n\x02ID\x18\x01 \x01(\t\x12@\n\x06Labels\x18\x02 \x03(\x0b\x32\x30.moby.buildkit.v1.types.WorkerRecord.LabelsEntry\x12\x1f\n\tplatforms\x18\x03 \x03(\x0b\x32\x0c.pb.Platform\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"E\n\x0f\x42uildkitVersion\x12\x0f\n\x07package\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62uildkit/worker.proto\x12\x16moby.buildkit.v1.types\x1a\x12\x62uildkit/ops.proto\"\xe3\x01\n\x0cWorkerRecord\x12\n\n\x02ID\x18\x01 \x01(\t\x12@\n\x06Labels\x18\x02 \x03(\x0b\x32\x30.moby.buildkit.v1.types.WorkerRecord.LabelsEntry\x12\x1f\n\tplatforms\x18\x03 \x03(\x0b\x32\x0c.pb.Platform\x12\x35\n\nCDIDevices\x18\x06 \x03(\x0b\x32!.moby.buildkit.v1.types.CDIDevice\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xbb\x01\n\tCDIDevice\x12\x0c\n\x04Name\x18\x01 \x01(\t\x12\x11\n\tAutoAllow\x18\x02 \x01(\x08\x12G\n\x0b\x41nnotations\x18\x03 \x03(\x0b\x32\x32.moby.buildkit.v1.types.CDIDevice.AnnotationsEntry\x12\x10\n\x08OnDemand\x18\x04 \x01(\x08\x1a\x32\n\x10\x41nnotationsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"E\n\x0f\x42uildkitVersion\x12\x0f\n\x07package\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,10 +34,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_WORKERRECORD_LABELSENTRY']._loaded_options = None
   _globals['_WORKERRECORD_LABELSENTRY']._serialized_options = b'8\001'
+  _globals['_CDIDEVICE_ANNOTATIONSENTRY']._loaded_options = None
+  _globals['_CDIDEVICE_ANNOTATIONSENTRY']._serialized_options = b'8\001'
   _globals['_WORKERRECORD']._serialized_start=70
-  _globals['_WORKERRECORD']._serialized_end=242
-  _globals['_WORKERRECORD_LABELSENTRY']._serialized_start=197
-  _globals['_WORKERRECORD_LABELSENTRY']._serialized_end=242
-  _globals['_BUILDKITVERSION']._serialized_start=244
-  _globals['_BUILDKITVERSION']._serialized_end=313
+  _globals['_WORKERRECORD']._serialized_end=297
+  _globals['_WORKERRECORD_LABELSENTRY']._serialized_start=252
+  _globals['_WORKERRECORD_LABELSENTRY']._serialized_end=297
+  _globals['_CDIDEVICE']._serialized_start=300
+  _globals['_CDIDEVICE']._serialized_end=487
+  _globals['_CDIDEVICE_ANNOTATIONSENTRY']._serialized_start=437
+  _globals['_CDIDEVICE_ANNOTATIONSENTRY']._serialized_end=487
+  _globals['_BUILDKITVERSION']._serialized_start=489
+  _globals['_BUILDKITVERSION']._serialized_end=558
 # @@protoc_insertion_point(module_scope)

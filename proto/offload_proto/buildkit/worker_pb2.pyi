@@ -48,6 +48,7 @@ class WorkerRecord(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     PLATFORMS_FIELD_NUMBER: _builtins.int
+    CDIDEVICES_FIELD_NUMBER: _builtins.int
     ID: _builtins.str
     """Identifier, kept in the daemon's root directory."""
     @_builtins.property
@@ -58,20 +59,81 @@ class WorkerRecord(_message.Message):
     def platforms(self) -> _containers.RepeatedCompositeFieldContainer[_ops_pb2.Platform]:
         """Platforms that it can run, the native one first."""
 
+    @_builtins.property
+    def CDIDevices(self) -> _containers.RepeatedCompositeFieldContainer[Global___CDIDevice]:
+        """Devices that steps can have."""
+
     def __init__(
         self,
         *,
         ID: _builtins.str = ...,
         Labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         platforms: _abc.Iterable[_ops_pb2.Platform] | None = ...,
+        CDIDevices: _abc.Iterable[Global___CDIDevice] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ID", b"ID", "Labels", b"Labels", "platforms", b"platforms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["CDIDevices", b"CDIDevices", "ID", b"ID", "Labels", b"Labels", "platforms", b"platforms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerRecord: _TypeAlias = WorkerRecord  # noqa: Y015
+
+@_typing.final
+class CDIDevice(_message.Message):
+    """CDIDevice is a device of the Container Device Interface."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class AnnotationsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NAME_FIELD_NUMBER: _builtins.int
+    AUTOALLOW_FIELD_NUMBER: _builtins.int
+    ANNOTATIONS_FIELD_NUMBER: _builtins.int
+    ONDEMAND_FIELD_NUMBER: _builtins.int
+    Name: _builtins.str
+    """Fully qualified, for example "nvidia.com/gpu=all"."""
+    AutoAllow: _builtins.bool
+    """Steps get it without an entitlement."""
+    OnDemand: _builtins.bool
+    """It is set up when a step asks for it."""
+    @_builtins.property
+    def Annotations(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Annotations of its specification and its own."""
+
+    def __init__(
+        self,
+        *,
+        Name: _builtins.str = ...,
+        AutoAllow: _builtins.bool = ...,
+        Annotations: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        OnDemand: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["Annotations", b"Annotations", "AutoAllow", b"AutoAllow", "Name", b"Name", "OnDemand", b"OnDemand"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CDIDevice: _TypeAlias = CDIDevice  # noqa: Y015
 
 @_typing.final
 class BuildkitVersion(_message.Message):

@@ -119,6 +119,8 @@ class CreateRequest(_message.Message):
     PREFERRED_PLATFORM_FIELD_NUMBER: _builtins.int
     REPEAT_OF_FIELD_NUMBER: _builtins.int
     CLIENT_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
+    NETWORK_POLICY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Chosen by the client; a repeated request with the same id is the same build."""
     project_id: _builtins.str
@@ -155,6 +157,19 @@ class CreateRequest(_message.Message):
     def cache(self) -> Global___CacheChoice:
         """Wishes about the pool's layer cache; what identity does not allow is refused by name."""
 
+    @_builtins.property
+    def devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Devices that the build is allowed to use, "VENDOR/CLASS=NAME", "VENDOR/CLASS" or a further name
+        of some; "*" for whatever there is. Only a node that has each of them gets the build, and with
+        "*" one that has some where there is such a node.
+        """
+
+    @_builtins.property
+    def network_policy(self) -> Global___NetworkPolicy:
+        """What the build may reach at most; unset for what pool and project allow. A file with a mistake
+        is refused with its lines.
+        """
+
     def __init__(
         self,
         *,
@@ -172,14 +187,53 @@ class CreateRequest(_message.Message):
         preferred_platform: _builtins.str = ...,
         repeat_of: _builtins.str = ...,
         client: _builtins.str = ...,
+        devices: _abc.Iterable[_builtins.str] | None = ...,
+        network_policy: Global___NetworkPolicy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "network_policy", b"network_policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "client", b"client", "dockerfile_path", b"dockerfile_path", "group_id", b"group_id", "name", b"name", "platforms", b"platforms", "preferred_platform", b"preferred_platform", "project_id", b"project_id", "repeat_of", b"repeat_of", "request_id", b"request_id", "target", b"target", "vcs_branch", b"vcs_branch", "vcs_revision", b"vcs_revision", "vcs_target_branch", b"vcs_target_branch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "client", b"client", "devices", b"devices", "dockerfile_path", b"dockerfile_path", "group_id", b"group_id", "name", b"name", "network_policy", b"network_policy", "platforms", b"platforms", "preferred_platform", b"preferred_platform", "project_id", b"project_id", "repeat_of", b"repeat_of", "request_id", b"request_id", "target", b"target", "vcs_branch", b"vcs_branch", "vcs_revision", b"vcs_revision", "vcs_target_branch", b"vcs_target_branch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CreateRequest: _TypeAlias = CreateRequest  # noqa: Y015
+
+@_typing.final
+class NetworkPolicy(_message.Message):
+    """NetworkPolicy is a policy that a build brings. It only takes away from what pool and project
+    allow.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILE_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    POOL_VERSION_FIELD_NUMBER: _builtins.int
+    PROJECT_VERSION_FIELD_NUMBER: _builtins.int
+    file: _builtins.str
+    """Name of the file, for sentences."""
+    text: _builtins.str
+    """TOML; empty for a build that reaches nothing."""
+    pool_version: _builtins.int
+    """In records: versions of the policies of pool and project that held when it was asked for;
+    0 for none.
+    """
+    project_version: _builtins.int
+    def __init__(
+        self,
+        *,
+        file: _builtins.str = ...,
+        text: _builtins.str = ...,
+        pool_version: _builtins.int = ...,
+        project_version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "pool_version", b"pool_version", "project_version", b"project_version", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NetworkPolicy: _TypeAlias = NetworkPolicy  # noqa: Y015
 
 @_typing.final
 class PlanPlatformsRequest(_message.Message):
@@ -441,6 +495,7 @@ class Ticket(_message.Message):
     VCS_BRANCH_FIELD_NUMBER: _builtins.int
     VCS_REVISION_FIELD_NUMBER: _builtins.int
     IDENTITY_FIELD_NUMBER: _builtins.int
+    NETWORK_POLICY_FIELD_NUMBER: _builtins.int
     build_id: _builtins.str
     """The build; a node accepts each one once."""
     project_id: _builtins.str
@@ -472,6 +527,12 @@ class Ticket(_message.Message):
     def identity(self) -> _identity_service_pb2.ExternalIdentity:
         """Who the member is at an identity provider, for the record; unset behind a token of ours."""
 
+    @_builtins.property
+    def network_policy(self) -> Global___NetworkPolicy:
+        """What the build may reach at most; unset for what pool and project allow. Builds with different
+        ones never share a BuildKit.
+        """
+
     def __init__(
         self,
         *,
@@ -487,10 +548,11 @@ class Ticket(_message.Message):
         vcs_branch: _builtins.str = ...,
         vcs_revision: _builtins.str = ...,
         identity: _identity_service_pb2.ExternalIdentity | None = ...,
+        network_policy: Global___NetworkPolicy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "identity", b"identity"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "identity", b"identity", "network_policy", b"network_policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_id", b"build_id", "expires_at", b"expires_at", "identity", b"identity", "member", b"member", "node_id", b"node_id", "project_id", b"project_id", "read_scopes", b"read_scopes", "role", b"role", "trust_domain", b"trust_domain", "vcs_branch", b"vcs_branch", "vcs_revision", b"vcs_revision", "write_scope", b"write_scope"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_id", b"build_id", "expires_at", b"expires_at", "identity", b"identity", "member", b"member", "network_policy", b"network_policy", "node_id", b"node_id", "project_id", b"project_id", "read_scopes", b"read_scopes", "role", b"role", "trust_domain", b"trust_domain", "vcs_branch", b"vcs_branch", "vcs_revision", b"vcs_revision", "write_scope", b"write_scope"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -590,6 +652,7 @@ class Build(_message.Message):
     IMAGE_SAVED_FIELD_NUMBER: _builtins.int
     IDENTITY_FIELD_NUMBER: _builtins.int
     CLIENT_FIELD_NUMBER: _builtins.int
+    NETWORK_POLICY_FIELD_NUMBER: _builtins.int
     build_id: _builtins.str
     """Identifier."""
     project_id: _builtins.str
@@ -650,6 +713,10 @@ class Build(_message.Message):
     def identity(self) -> _identity_service_pb2.ExternalIdentity:
         """Who the member is at an identity provider; unset behind a token of ours."""
 
+    @_builtins.property
+    def network_policy(self) -> Global___NetworkPolicy:
+        """The network policy that it has brought, without its text; unset for none."""
+
     def __init__(
         self,
         *,
@@ -677,10 +744,11 @@ class Build(_message.Message):
         image_saved: _builtins.bool = ...,
         identity: _identity_service_pb2.ExternalIdentity | None = ...,
         client: _builtins.str = ...,
+        network_policy: Global___NetworkPolicy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["completed_at", b"completed_at", "created_at", b"created_at", "identity", b"identity", "started_at", b"started_at", "stats", b"stats"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["completed_at", b"completed_at", "created_at", b"created_at", "identity", b"identity", "network_policy", b"network_policy", "started_at", b"started_at", "stats", b"stats"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_id", b"build_id", "cache_state", b"cache_state", "client", b"client", "completed_at", b"completed_at", "created_at", b"created_at", "dockerfile_path", b"dockerfile_path", "error", b"error", "group_id", b"group_id", "identity", b"identity", "image_digest", b"image_digest", "image_saved", b"image_saved", "member", b"member", "name", b"name", "node_id", b"node_id", "platforms", b"platforms", "project_id", b"project_id", "repeat_of", b"repeat_of", "repeated_by", b"repeated_by", "started_at", b"started_at", "state", b"state", "stats", b"stats", "target", b"target", "vcs_branch", b"vcs_branch", "vcs_revision", b"vcs_revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_id", b"build_id", "cache_state", b"cache_state", "client", b"client", "completed_at", b"completed_at", "created_at", b"created_at", "dockerfile_path", b"dockerfile_path", "error", b"error", "group_id", b"group_id", "identity", b"identity", "image_digest", b"image_digest", "image_saved", b"image_saved", "member", b"member", "name", b"name", "network_policy", b"network_policy", "node_id", b"node_id", "platforms", b"platforms", "project_id", b"project_id", "repeat_of", b"repeat_of", "repeated_by", b"repeated_by", "started_at", b"started_at", "state", b"state", "stats", b"stats", "target", b"target", "vcs_branch", b"vcs_branch", "vcs_revision", b"vcs_revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -280,6 +280,7 @@ class ProgressBatch(_message.Message):
     STATUSES_FIELD_NUMBER: _builtins.int
     LOGS_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    EGRESS_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Number of this batch in its build, from 1, without gaps."""
     @_builtins.property
@@ -298,6 +299,10 @@ class ProgressBatch(_message.Message):
     def warnings(self) -> _containers.RepeatedCompositeFieldContainer[Global___VertexWarning]:
         """New findings."""
 
+    @_builtins.property
+    def egress(self) -> _containers.RepeatedCompositeFieldContainer[Global___EgressUse]:
+        """What was reached in the network, or refused. One with the key of a former one takes its place."""
+
     def __init__(
         self,
         *,
@@ -306,11 +311,86 @@ class ProgressBatch(_message.Message):
         statuses: _abc.Iterable[Global___VertexStatus] | None = ...,
         logs: _abc.Iterable[Global___VertexLog] | None = ...,
         warnings: _abc.Iterable[Global___VertexWarning] | None = ...,
+        egress: _abc.Iterable[Global___EgressUse] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["logs", b"logs", "sequence", b"sequence", "statuses", b"statuses", "vertices", b"vertices", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["egress", b"egress", "logs", b"logs", "sequence", b"sequence", "statuses", b"statuses", "vertices", b"vertices", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ProgressBatch: _TypeAlias = ProgressBatch  # noqa: Y015
+
+@_typing.final
+class EgressUse(_message.Message):
+    """EgressUse is something that a build reached in the network, or was refused. Its key is all of
+    vertex, allowed, host, address, port, protocol, url and rule_id.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERTEX_FIELD_NUMBER: _builtins.int
+    ALLOWED_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    PORT_FIELD_NUMBER: _builtins.int
+    PROTOCOL_FIELD_NUMBER: _builtins.int
+    URL_FIELD_NUMBER: _builtins.int
+    RULE_ID_FIELD_NUMBER: _builtins.int
+    RULE_TEXT_FIELD_NUMBER: _builtins.int
+    PLACE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    FIRST_AT_FIELD_NUMBER: _builtins.int
+    vertex: _builtins.str
+    """Digest of the step that asked; empty when that is not known."""
+    allowed: _builtins.bool
+    """It was reached."""
+    host: _builtins.str
+    """Name that was asked for, or that led to the address; empty for none."""
+    address: _builtins.str
+    """IP address; empty where a name was refused, and of sources that are known by URL only."""
+    port: _builtins.int
+    """0 for names and for protocols without ports."""
+    protocol: _builtins.str
+    """"tcp", "udp", "icmp" or "any"."""
+    url: _builtins.str
+    """Without login and query; empty where only packets are seen."""
+    rule_id: _builtins.str
+    """Rule that decided, "protected-KIND", "default-deny" or "default-allow"."""
+    rule_text: _builtins.str
+    """The rule in one line."""
+    place: _builtins.str
+    """File and line of the rule."""
+    reason: _builtins.str
+    """One sentence for people; empty where it was reached."""
+    count: _builtins.int
+    """How often; the kernel counts at most 100 attempts a second."""
+    @_builtins.property
+    def first_at(self) -> _timestamp_pb2.Timestamp:
+        """When it was seen first."""
+
+    def __init__(
+        self,
+        *,
+        vertex: _builtins.str = ...,
+        allowed: _builtins.bool = ...,
+        host: _builtins.str = ...,
+        address: _builtins.str = ...,
+        port: _builtins.int = ...,
+        protocol: _builtins.str = ...,
+        url: _builtins.str = ...,
+        rule_id: _builtins.str = ...,
+        rule_text: _builtins.str = ...,
+        place: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        count: _builtins.int = ...,
+        first_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["first_at", b"first_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "allowed", b"allowed", "count", b"count", "first_at", b"first_at", "host", b"host", "place", b"place", "port", b"port", "protocol", b"protocol", "reason", b"reason", "rule_id", b"rule_id", "rule_text", b"rule_text", "url", b"url", "vertex", b"vertex"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EgressUse: _TypeAlias = EgressUse  # noqa: Y015

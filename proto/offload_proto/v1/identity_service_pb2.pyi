@@ -939,6 +939,7 @@ class NodeInfo(_message.Message):
     DISK_FREE_BYTES_FIELD_NUMBER: _builtins.int
     HEALTH_FIELD_NUMBER: _builtins.int
     EMULATED_PLATFORMS_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     """Name."""
     state: _builtins.str
@@ -967,6 +968,10 @@ class NodeInfo(_message.Message):
     def emulated_platforms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Platforms that it builds with emulation."""
 
+    @_builtins.property
+    def devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Devices that builds can have there, "VENDOR/CLASS=NAME"."""
+
     def __init__(
         self,
         *,
@@ -981,10 +986,11 @@ class NodeInfo(_message.Message):
         disk_free_bytes: _builtins.int = ...,
         health: _builtins.str = ...,
         emulated_platforms: _abc.Iterable[_builtins.str] | None = ...,
+        devices: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["last_seen_at", b"last_seen_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["buildkit_version", b"buildkit_version", "disk_free_bytes", b"disk_free_bytes", "emulated_platforms", b"emulated_platforms", "health", b"health", "last_seen_at", b"last_seen_at", "node_id", b"node_id", "platforms", b"platforms", "running", b"running", "slots", b"slots", "state", b"state", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buildkit_version", b"buildkit_version", "devices", b"devices", "disk_free_bytes", b"disk_free_bytes", "emulated_platforms", b"emulated_platforms", "health", b"health", "last_seen_at", b"last_seen_at", "node_id", b"node_id", "platforms", b"platforms", "running", b"running", "slots", b"slots", "state", b"state", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

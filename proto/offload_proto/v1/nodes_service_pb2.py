@@ -26,70 +26,89 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from offload_proto.v1 import builds_service_pb2 as offload_dot_v1_dot_builds__service__pb2
 from offload_proto.v1 import cache_service_pb2 as offload_dot_v1_dot_cache__service__pb2
+from offload_proto.v1 import connector_service_pb2 as offload_dot_v1_dot_connector__service__pb2
 from offload_proto.v1 import events_pb2 as offload_dot_v1_dot_events__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eoffload/v1/nodes_service.proto\x12\noffload.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1foffload/v1/builds_service.proto\x1a\x1eoffload/v1/cache_service.proto\x1a\x17offload/v1/events.proto\"?\n\x10\x41uthorizeRequest\x12\x17\n\x0f\x63\x65rtificate_der\x18\x01 \x01(\x0c\x12\x12\n\nproject_id\x18\x02 \x01(\t\"G\n\x11\x41uthorizeResponse\x12\x0e\n\x06member\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x14\n\x0ctrust_domain\x18\x03 \x01(\t\"j\n\x0c\x41\x64mitRequest\x12\x17\n\x0f\x63\x65rtificate_der\x18\x01 \x01(\x0c\x12(\n\x05\x62uild\x18\x02 \x01(\x0b\x32\x19.offload.v1.CreateRequest\x12\x17\n\x0f\x62\x65side_build_id\x18\x03 \x01(\t\"h\n\rAdmitResponse\x12$\n\x06queued\x18\x01 \x01(\x0b\x32\x12.offload.v1.QueuedH\x00\x12(\n\x08\x61ssigned\x18\x02 \x01(\x0b\x32\x14.offload.v1.AssignedH\x00\x42\x07\n\x05state\"\xad\x02\n\rAttachRequest\x12\"\n\x05hello\x18\x01 \x01(\x0b\x32\x11.offload.v1.HelloH\x00\x12*\n\theartbeat\x18\x02 \x01(\x0b\x32\x15.offload.v1.HeartbeatH\x00\x12-\n\x0boffer_reply\x18\x03 \x01(\x0b\x32\x16.offload.v1.OfferReplyH\x00\x12/\n\x0c\x62uild_update\x18\x04 \x01(\x0b\x32\x17.offload.v1.BuildUpdateH\x00\x12)\n\tbuild_log\x18\x05 \x01(\x0b\x32\x14.offload.v1.BuildLogH\x00\x12\x36\n\x10\x63\x61\x63he_task_reply\x18\x06 \x01(\x0b\x32\x1a.offload.v1.CacheTaskReplyH\x00\x42\t\n\x07message\"\xb5\x01\n\x05Hello\x12\x11\n\tendpoints\x18\x01 \x03(\t\x12\x16\n\x0erelay_endpoint\x18\x02 \x01(\t\x12\x11\n\tplatforms\x18\x03 \x03(\t\x12\r\n\x05slots\x18\x04 \x01(\x05\x12\x0f\n\x07version\x18\x05 \x01(\t\x12\x18\n\x10\x62uildkit_version\x18\x06 \x01(\t\x12\x19\n\x11running_build_ids\x18\x07 \x03(\t\x12\x19\n\x11\x62uildkit_endpoint\x18\x08 \x01(\t\"\x9a\x01\n\tHeartbeat\x12\x0f\n\x07running\x18\x01 \x01(\x05\x12\x10\n\x08\x64raining\x18\x02 \x01(\x08\x12\x17\n\x0f\x64isk_free_bytes\x18\x03 \x01(\x03\x12\x0e\n\x06health\x18\x04 \x01(\t\x12,\n\tplatforms\x18\x05 \x01(\x0b\x32\x19.offload.v1.NodePlatforms\x12\x13\n\x0b\x61uthorities\x18\x06 \x03(\t\"1\n\rNodePlatforms\x12\x0e\n\x06native\x18\x01 \x03(\t\x12\x10\n\x08\x65mulated\x18\x02 \x03(\t\"@\n\nOfferReply\x12\x10\n\x08\x62uild_id\x18\x01 \x01(\t\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x8d\x02\n\x0b\x42uildUpdate\x12\x10\n\x08\x62uild_id\x18\x01 \x01(\t\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.offload.v1.BuildState\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12%\n\x05stats\x18\x04 \x01(\x0b\x32\x16.offload.v1.BuildStats\x12\x14\n\x0cimage_digest\x18\x05 \x01(\t\x12+\n\x0b\x63\x61\x63he_state\x18\x06 \x01(\x0e\x32\x16.offload.v1.CacheState\x12#\n\x05steps\x18\x07 \x03(\x0b\x32\x14.offload.v1.StepTime\x12\x13\n\x0bimage_saved\x18\x08 \x01(\x08\x12\x12\n\nsecret_ids\x18\t \x03(\t\"=\n\x08StepTime\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x14\n\x0cmilliseconds\x18\x02 \x01(\x03\x12\x0e\n\x06\x63\x61\x63hed\x18\x03 \x01(\x08\"H\n\x08\x42uildLog\x12\x10\n\x08\x62uild_id\x18\x01 \x01(\t\x12*\n\x07\x62\x61tches\x18\x02 \x03(\x0b\x32\x19.offload.v1.ProgressBatch\"\xe4\x02\n\x0e\x41ttachResponse\x12&\n\x07welcome\x18\x01 \x01(\x0b\x32\x13.offload.v1.WelcomeH\x00\x12\"\n\x05offer\x18\x02 \x01(\x0b\x32\x11.offload.v1.OfferH\x00\x12/\n\x0c\x63\x61ncel_build\x18\x03 \x01(\x0b\x32\x17.offload.v1.CancelBuildH\x00\x12+\n\ncache_task\x18\x04 \x01(\x0b\x32\x15.offload.v1.CacheTaskH\x00\x12\x33\n\x0eproject_limits\x18\x05 \x01(\x0b\x32\x19.offload.v1.ProjectLimitsH\x00\x12\x31\n\x0brevocations\x18\x06 \x01(\x0b\x32\x1a.offload.v1.RevocationListH\x00\x12\x35\n\x0b\x61uthorities\x18\x07 \x01(\x0b\x32\x1e.offload.v1.TrustedAuthoritiesH\x00\x42\t\n\x07message\"=\n\x0eRevocationList\x12+\n\x0brevocations\x18\x01 \x03(\x0b\x32\x16.offload.v1.Revocation\"I\n\nRevocation\x12\x10\n\x08token_id\x18\x01 \x01(\t\x12)\n\x05until\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"*\n\x12TrustedAuthorities\x12\x14\n\x0c\x66ingerprints\x18\x01 \x03(\t\"{\n\x07Welcome\x12\x1d\n\x15ticket_public_key_pem\x18\x01 \x01(\x0c\x12\x35\n\x12heartbeat_interval\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1a\n\x12recent_project_ids\x18\x03 \x03(\t\"V\n\x05Offer\x12\x10\n\x08\x62uild_id\x18\x01 \x01(\t\x12\x12\n\nproject_id\x18\x02 \x01(\t\x12\'\n\x04hold\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"/\n\x0b\x43\x61ncelBuild\x12\x10\n\x08\x62uild_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\";\n\rProjectLimits\x12*\n\x08projects\x18\x01 \x03(\x0b\x32\x18.offload.v1.ProjectLimit\"\x86\x01\n\x0cProjectLimit\x12\x12\n\nproject_id\x18\x01 \x01(\t\x12\x19\n\x11shared_keep_bytes\x18\x02 \x01(\x03\x12.\n\x0bshared_idle\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0fnode_keep_bytes\x18\x04 \x01(\x03\"\xd8\x01\n\tCacheTask\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x12\n\nproject_id\x18\x02 \x01(\t\x12&\n\x05usage\x18\x03 \x01(\x0b\x32\x15.offload.v1.UsageTaskH\x00\x12&\n\x05prune\x18\x04 \x01(\x0b\x32\x15.offload.v1.PruneTaskH\x00\x12*\n\x07promote\x18\x05 \x01(\x0b\x32\x17.offload.v1.PromoteTaskH\x00\x12\"\n\x03why\x18\x06 \x01(\x0b\x32\x13.offload.v1.WhyTaskH\x00\x42\x06\n\x04task\"\x1e\n\tUsageTask\x12\x11\n\tnode_only\x18\x01 \x01(\x08\"X\n\tPruneTask\x12\'\n\x06\x66ilter\x18\x01 \x01(\x0b\x32\x17.offload.v1.PruneFilter\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\x12\x11\n\tnode_only\x18\x03 \x01(\x08\"d\n\x0bPromoteTask\x12\x12\n\nfrom_scope\x18\x01 \x01(\t\x12\x10\n\x08to_scope\x18\x02 \x01(\t\x12\x0e\n\x06member\x18\x03 \x01(\t\x12\x0c\n\x04role\x18\x04 \x01(\t\x12\x11\n\tnode_only\x18\x05 \x01(\x08\"D\n\x07WhyTask\x12\x10\n\x08\x62uild_id\x18\x01 \x01(\t\x12\x19\n\x11\x65\x61rlier_build_ids\x18\x02 \x03(\t\x12\x0c\n\x04step\x18\x03 \x01(\t\"\xf7\x01\n\x0e\x43\x61\x63heTaskReply\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\r\n\x05\x65rror\x18\x02 \x01(\t\x12\x14\n\x0c\x65rror_reason\x18\x03 \x01(\t\x12\'\n\x05usage\x18\x04 \x01(\x0b\x32\x16.offload.v1.CacheUsageH\x00\x12(\n\x05prune\x18\x05 \x01(\x0b\x32\x17.offload.v1.PruneResultH\x00\x12,\n\x07promote\x18\x06 \x01(\x0b\x32\x19.offload.v1.PromoteResultH\x00\x12$\n\x03why\x18\x07 \x01(\x0b\x32\x15.offload.v1.WhyResultH\x00\x42\x08\n\x06result2\xdd\x01\n\x0cNodesService\x12\x43\n\x06\x41ttach\x12\x19.offload.v1.AttachRequest\x1a\x1a.offload.v1.AttachResponse(\x01\x30\x01\x12H\n\tAuthorize\x12\x1c.offload.v1.AuthorizeRequest\x1a\x1d.offload.v1.AuthorizeResponse\x12>\n\x05\x41\x64mit\x12\x18.offload.v1.AdmitRequest\x1a\x19.offload.v1.AdmitResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eoffload/v1/nodes_service.proto\x12\noffload.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1foffload/v1/builds_service.proto\x1a\x1eoffload/v1/cache_service.proto\x1a\"offload/v1/connector_service.proto\x1a\x17offload/v1/events.proto\"?\n\x10\x41uthorizeRequest\x12\x17\n\x0f\x63\x65rtificate_der\x18\x01 \x01(\x0c\x12\x12\n\nproject_id\x18\x02 \x01(\t\"G\n\x11\x41uthorizeResponse\x12\x0e\n\x06member\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x14\n\x0ctrust_domain\x18\x03 \x01(\t\"j\n\x0c\x41\x64mitRequest\x12\x17\n\x0f\x63\x65rtificate_der\x18\x01 \x01(\x0c\x12(\n\x05\x62uild\x18\x02 \x01(\x0b\x32\x19.offload.v1.CreateRequest\x12\x17\n\x0f\x62\x65side_build_id\x18\x03 \x01(\t\"h\n\rAdmitResponse\x12$\n\x06queued\x18\x01 \x01(\x0b\x32\x12.offload.v1.QueuedH\x00\x12(\n\x08\x61ssigned\x18\x02 \x01(\x0b\x32\x14.offload.v1.AssignedH\x00\x42\x07\n\x05state\"\xe4\x02\n\rAttachRequest\x12\"\n\x05hello\x18\x01 \x01(\x0b\x32\x11.offload.v1.HelloH\x00\x12*\n\theartbeat\x18\x02 \x01(\x0b\x32\x15.offload.v1.HeartbeatH\x00\x12-\n\x0boffer_reply\x18\x03 \x01(\x0b\x32\x16.offload.v1.OfferReplyH\x00\x12/\n\x0c\x62uild_update\x18\x04 \x01(\x0b\x32\x17.offload.v1.BuildUpdateH\x00\x12)\n\tbuild_log\x18\x05 \x01(\x0b\x32\x14.offload.v1.BuildLogH\x00\x12\x36\n\x10\x63\x61\x63he_task_reply\x18\x06 \x01(\x0b\x32\x1a.offload.v1.CacheTaskReplyH\x00\x12\x35\n\x0f\x63onnection_wish\x18\x07 \x01(\x0b\x32\x1a.offload.v1.ConnectionWishH\x00\x42\t\n\x07message\"c\n\x0e\x43onnectionWish\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\t\x12\x12\n\nproject_id\x18\x02 \x01(\t\x12,\n\x0b\x64\x65stination\x18\x03 \x01(\x0b\x32\x17.offload.v1.Destination\"\xc7\x01\n\x05Hello\x12\x11\n\tendpoints\x18\x01 \x03(\t\x12\x16\n\x0erelay_endpoint\x18\x02 \x01(\t\x12\x11\n\tplatforms\x18\x03 \x03(\t\x12\r\n\x05slots\x18\x04 \x01(\x05\x12\x0f\n\x07version\x18\x05 \x01(\t\x12\x18\n\x10\x62uildkit_version\x18\x06 \x01(\t\x12\x19\n\x11running_build_ids\x18\x07 \x03(\t\x12\x19\n\x11\x62uildkit_endpoint\x18\x08 \x01(\t\x12\x10\n\x08\x66irewall\x18\t \x01(\x08\"\xd7\x02\n\tHeartbeat\x12\x0f\n\x07running\x18\x01 \x01(\x05\x12\x10\n\x08\x64raining\x18\x02 \x01(\x08\x12\x17\n\x0f\x64isk_free_bytes\x18\x03 \x01(\x03\x12\x0e\n\x06health\x18\x04 \x01(\t\x12,\n\tplatforms\x18\x05 \x01(\x0b\x32\x19.offload.v1.NodePlatforms\x12\x13\n\x0b\x61uthorities\x18\x06 \x03(\t\x12\x42\n\x0f\x65gress_versions\x18\x07 \x03(\x0b\x32).offload.v1.Heartbeat.EgressVersionsEntry\x12\x16\n\x0e\x65gress_problem\x18\x08 \x01(\t\x12(\n\x07\x64\x65vices\x18\t \x01(\x0b\x32\x17.offload.v1.NodeDevices\x1a\x35\n\x13\x45gressVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"6\n\x0bNodeDevices\x12\'\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x16.offload.v1.NodeDevice\")\n\nNodeDevice\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x61lias\x18\x02 \x01(\t\"1\n\rNodePlatforms\x12\x0e\n\x06native\x18\x01 \x03(\t\x12\x10\n\x08\x65mulated\x18\x02 \x03(\t\"@\n\nOfferReply\x12\x10\n\x08\x62uild_id\x18\x01 \x01(\t\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x8d\x02\n\x0b\x42uildUpdate\x12\x10\n\x08\x62uild_id\x18\x01 \x01(\t\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.offload.v1.BuildState\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12%\n\x05stats\x18\x04 \x01(\x0b\x32\x16.offload.v1.BuildStats\x12\x14\n\x0cimage_digest\x18\x05 \x01(\t\x12+\n\x0b\x63\x61\x63he_state\x18\x06 \x01(\x0e\x32\x16.offload.v1.CacheState\x12#\n\x05steps\x18\x07 \x03(\x0b\x32\x14.offload.v1.StepTime\x12\x13\n\x0bimage_saved\x18\x08 \x01(\x08\x12\x12\n\nsecret_ids\x18\t \x03(\t\"=\n\x08StepTime\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x14\n\x0cmilliseconds\x18\x02 \x01(\x03\x12\x0e\n\x06\x63\x61\x63hed\x18\x03 \x01(\x08\"H\n\x08\x42uildLog\x12\x10\n\x08\x62uild_id\x18\x01 \x01(\t\x12*\n\x07\x62\x61tches\x18\x02 \x03(\x0b\x32\x19.offload.v1.ProgressBatch\"\x8b\x04\n\x0e\x41ttachResponse\x12&\n\x07welcome\x18\x01 \x01(\x0b\x32\x13.offload.v1.WelcomeH\x00\x12\"\n\x05offer\x18\x02 \x01(\x0b\x32\x11.offload.v1.OfferH\x00\x12/\n\x0c\x63\x61ncel_build\x18\x03 \x01(\x0b\x32\x17.offload.v1.CancelBuildH\x00\x12+\n\ncache_task\x18\x04 \x01(\x0b\x32\x15.offload.v1.CacheTaskH\x00\x12\x33\n\x0eproject_limits\x18\x05 \x01(\x0b\x32\x19.offload.v1.ProjectLimitsH\x00\x12\x31\n\x0brevocations\x18\x06 \x01(\x0b\x32\x1a.offload.v1.RevocationListH\x00\x12\x35\n\x0b\x61uthorities\x18\x07 \x01(\x0b\x32\x1e.offload.v1.TrustedAuthoritiesH\x00\x12\x35\n\x0f\x65gress_policies\x18\x08 \x01(\x0b\x32\x1a.offload.v1.EgressPoliciesH\x00\x12=\n\x13served_destinations\x18\t \x01(\x0b\x32\x1e.offload.v1.ServedDestinationsH\x00\x12/\n\x0c\x63\x61ll_refused\x18\n \x01(\x0b\x32\x17.offload.v1.CallRefusedH\x00\x42\t\n\x07message\"A\n\x12ServedDestinations\x12+\n\x08projects\x18\x01 \x03(\x0b\x32\x19.offload.v1.ServedProject\"R\n\rServedProject\x12\x12\n\nproject_id\x18\x01 \x01(\t\x12-\n\x0c\x64\x65stinations\x18\x02 \x03(\x0b\x32\x17.offload.v1.Destination\"<\n\x0e\x45gressPolicies\x12*\n\x08policies\x18\x01 \x03(\x0b\x32\x18.offload.v1.EgressPolicy\"O\n\x0c\x45gressPolicy\x12\x12\n\nproject_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x0c\n\x04\x66ile\x18\x03 \x01(\t\x12\x0c\n\x04text\x18\x04 \x01(\t\"=\n\x0eRevocationList\x12+\n\x0brevocations\x18\x01 \x03(\x0b\x32\x16.offload.v1.Revocation\"I\n\nRevocation\x12\x10\n\x08token_id\x18\x01 \x01(\t\x12)\n\x05until\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"*\n\x12TrustedAuthorities\x12\x14\n\x0c\x66ingerprints\x18\x01 \x03(\t\"{\n\x07Welcome\x12\x1d\n\x15ticket_public_key_pem\x18\x01 \x01(\x0c\x12\x35\n\x12heartbeat_interval\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1a\n\x12recent_project_ids\x18\x03 \x03(\t\"V\n\x05Offer\x12\x10\n\x08\x62uild_id\x18\x01 \x01(\t\x12\x12\n\nproject_id\x18\x02 \x01(\t\x12\'\n\x04hold\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"/\n\x0b\x43\x61ncelBuild\x12\x10\n\x08\x62uild_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\";\n\rProjectLimits\x12*\n\x08projects\x18\x01 \x03(\x0b\x32\x18.offload.v1.ProjectLimit\"\x86\x01\n\x0cProjectLimit\x12\x12\n\nproject_id\x18\x01 \x01(\t\x12\x19\n\x11shared_keep_bytes\x18\x02 \x01(\x03\x12.\n\x0bshared_idle\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0fnode_keep_bytes\x18\x04 \x01(\x03\"\xd8\x01\n\tCacheTask\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x12\n\nproject_id\x18\x02 \x01(\t\x12&\n\x05usage\x18\x03 \x01(\x0b\x32\x15.offload.v1.UsageTaskH\x00\x12&\n\x05prune\x18\x04 \x01(\x0b\x32\x15.offload.v1.PruneTaskH\x00\x12*\n\x07promote\x18\x05 \x01(\x0b\x32\x17.offload.v1.PromoteTaskH\x00\x12\"\n\x03why\x18\x06 \x01(\x0b\x32\x13.offload.v1.WhyTaskH\x00\x42\x06\n\x04task\"\x1e\n\tUsageTask\x12\x11\n\tnode_only\x18\x01 \x01(\x08\"X\n\tPruneTask\x12\'\n\x06\x66ilter\x18\x01 \x01(\x0b\x32\x17.offload.v1.PruneFilter\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\x12\x11\n\tnode_only\x18\x03 \x01(\x08\"d\n\x0bPromoteTask\x12\x12\n\nfrom_scope\x18\x01 \x01(\t\x12\x10\n\x08to_scope\x18\x02 \x01(\t\x12\x0e\n\x06member\x18\x03 \x01(\t\x12\x0c\n\x04role\x18\x04 \x01(\t\x12\x11\n\tnode_only\x18\x05 \x01(\x08\"D\n\x07WhyTask\x12\x10\n\x08\x62uild_id\x18\x01 \x01(\t\x12\x19\n\x11\x65\x61rlier_build_ids\x18\x02 \x03(\t\x12\x0c\n\x04step\x18\x03 \x01(\t\"\xf7\x01\n\x0e\x43\x61\x63heTaskReply\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\r\n\x05\x65rror\x18\x02 \x01(\t\x12\x14\n\x0c\x65rror_reason\x18\x03 \x01(\t\x12\'\n\x05usage\x18\x04 \x01(\x0b\x32\x16.offload.v1.CacheUsageH\x00\x12(\n\x05prune\x18\x05 \x01(\x0b\x32\x17.offload.v1.PruneResultH\x00\x12,\n\x07promote\x18\x06 \x01(\x0b\x32\x19.offload.v1.PromoteResultH\x00\x12$\n\x03why\x18\x07 \x01(\x0b\x32\x15.offload.v1.WhyResultH\x00\x42\x08\n\x06result2\xdd\x01\n\x0cNodesService\x12\x43\n\x06\x41ttach\x12\x19.offload.v1.AttachRequest\x1a\x1a.offload.v1.AttachResponse(\x01\x30\x01\x12H\n\tAuthorize\x12\x1c.offload.v1.AuthorizeRequest\x1a\x1d.offload.v1.AuthorizeResponse\x12>\n\x05\x41\x64mit\x12\x18.offload.v1.AdmitRequest\x1a\x19.offload.v1.AdmitResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'offload_proto.v1.nodes_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_AUTHORIZEREQUEST']._serialized_start=201
-  _globals['_AUTHORIZEREQUEST']._serialized_end=264
-  _globals['_AUTHORIZERESPONSE']._serialized_start=266
-  _globals['_AUTHORIZERESPONSE']._serialized_end=337
-  _globals['_ADMITREQUEST']._serialized_start=339
-  _globals['_ADMITREQUEST']._serialized_end=445
-  _globals['_ADMITRESPONSE']._serialized_start=447
-  _globals['_ADMITRESPONSE']._serialized_end=551
-  _globals['_ATTACHREQUEST']._serialized_start=554
-  _globals['_ATTACHREQUEST']._serialized_end=855
-  _globals['_HELLO']._serialized_start=858
-  _globals['_HELLO']._serialized_end=1039
-  _globals['_HEARTBEAT']._serialized_start=1042
-  _globals['_HEARTBEAT']._serialized_end=1196
-  _globals['_NODEPLATFORMS']._serialized_start=1198
-  _globals['_NODEPLATFORMS']._serialized_end=1247
-  _globals['_OFFERREPLY']._serialized_start=1249
-  _globals['_OFFERREPLY']._serialized_end=1313
-  _globals['_BUILDUPDATE']._serialized_start=1316
-  _globals['_BUILDUPDATE']._serialized_end=1585
-  _globals['_STEPTIME']._serialized_start=1587
-  _globals['_STEPTIME']._serialized_end=1648
-  _globals['_BUILDLOG']._serialized_start=1650
-  _globals['_BUILDLOG']._serialized_end=1722
-  _globals['_ATTACHRESPONSE']._serialized_start=1725
-  _globals['_ATTACHRESPONSE']._serialized_end=2081
-  _globals['_REVOCATIONLIST']._serialized_start=2083
-  _globals['_REVOCATIONLIST']._serialized_end=2144
-  _globals['_REVOCATION']._serialized_start=2146
-  _globals['_REVOCATION']._serialized_end=2219
-  _globals['_TRUSTEDAUTHORITIES']._serialized_start=2221
-  _globals['_TRUSTEDAUTHORITIES']._serialized_end=2263
-  _globals['_WELCOME']._serialized_start=2265
-  _globals['_WELCOME']._serialized_end=2388
-  _globals['_OFFER']._serialized_start=2390
-  _globals['_OFFER']._serialized_end=2476
-  _globals['_CANCELBUILD']._serialized_start=2478
-  _globals['_CANCELBUILD']._serialized_end=2525
-  _globals['_PROJECTLIMITS']._serialized_start=2527
-  _globals['_PROJECTLIMITS']._serialized_end=2586
-  _globals['_PROJECTLIMIT']._serialized_start=2589
-  _globals['_PROJECTLIMIT']._serialized_end=2723
-  _globals['_CACHETASK']._serialized_start=2726
-  _globals['_CACHETASK']._serialized_end=2942
-  _globals['_USAGETASK']._serialized_start=2944
-  _globals['_USAGETASK']._serialized_end=2974
-  _globals['_PRUNETASK']._serialized_start=2976
-  _globals['_PRUNETASK']._serialized_end=3064
-  _globals['_PROMOTETASK']._serialized_start=3066
-  _globals['_PROMOTETASK']._serialized_end=3166
-  _globals['_WHYTASK']._serialized_start=3168
-  _globals['_WHYTASK']._serialized_end=3236
-  _globals['_CACHETASKREPLY']._serialized_start=3239
-  _globals['_CACHETASKREPLY']._serialized_end=3486
-  _globals['_NODESSERVICE']._serialized_start=3489
-  _globals['_NODESSERVICE']._serialized_end=3710
+  _globals['_HEARTBEAT_EGRESSVERSIONSENTRY']._loaded_options = None
+  _globals['_HEARTBEAT_EGRESSVERSIONSENTRY']._serialized_options = b'8\001'
+  _globals['_AUTHORIZEREQUEST']._serialized_start=237
+  _globals['_AUTHORIZEREQUEST']._serialized_end=300
+  _globals['_AUTHORIZERESPONSE']._serialized_start=302
+  _globals['_AUTHORIZERESPONSE']._serialized_end=373
+  _globals['_ADMITREQUEST']._serialized_start=375
+  _globals['_ADMITREQUEST']._serialized_end=481
+  _globals['_ADMITRESPONSE']._serialized_start=483
+  _globals['_ADMITRESPONSE']._serialized_end=587
+  _globals['_ATTACHREQUEST']._serialized_start=590
+  _globals['_ATTACHREQUEST']._serialized_end=946
+  _globals['_CONNECTIONWISH']._serialized_start=948
+  _globals['_CONNECTIONWISH']._serialized_end=1047
+  _globals['_HELLO']._serialized_start=1050
+  _globals['_HELLO']._serialized_end=1249
+  _globals['_HEARTBEAT']._serialized_start=1252
+  _globals['_HEARTBEAT']._serialized_end=1595
+  _globals['_HEARTBEAT_EGRESSVERSIONSENTRY']._serialized_start=1542
+  _globals['_HEARTBEAT_EGRESSVERSIONSENTRY']._serialized_end=1595
+  _globals['_NODEDEVICES']._serialized_start=1597
+  _globals['_NODEDEVICES']._serialized_end=1651
+  _globals['_NODEDEVICE']._serialized_start=1653
+  _globals['_NODEDEVICE']._serialized_end=1694
+  _globals['_NODEPLATFORMS']._serialized_start=1696
+  _globals['_NODEPLATFORMS']._serialized_end=1745
+  _globals['_OFFERREPLY']._serialized_start=1747
+  _globals['_OFFERREPLY']._serialized_end=1811
+  _globals['_BUILDUPDATE']._serialized_start=1814
+  _globals['_BUILDUPDATE']._serialized_end=2083
+  _globals['_STEPTIME']._serialized_start=2085
+  _globals['_STEPTIME']._serialized_end=2146
+  _globals['_BUILDLOG']._serialized_start=2148
+  _globals['_BUILDLOG']._serialized_end=2220
+  _globals['_ATTACHRESPONSE']._serialized_start=2223
+  _globals['_ATTACHRESPONSE']._serialized_end=2746
+  _globals['_SERVEDDESTINATIONS']._serialized_start=2748
+  _globals['_SERVEDDESTINATIONS']._serialized_end=2813
+  _globals['_SERVEDPROJECT']._serialized_start=2815
+  _globals['_SERVEDPROJECT']._serialized_end=2897
+  _globals['_EGRESSPOLICIES']._serialized_start=2899
+  _globals['_EGRESSPOLICIES']._serialized_end=2959
+  _globals['_EGRESSPOLICY']._serialized_start=2961
+  _globals['_EGRESSPOLICY']._serialized_end=3040
+  _globals['_REVOCATIONLIST']._serialized_start=3042
+  _globals['_REVOCATIONLIST']._serialized_end=3103
+  _globals['_REVOCATION']._serialized_start=3105
+  _globals['_REVOCATION']._serialized_end=3178
+  _globals['_TRUSTEDAUTHORITIES']._serialized_start=3180
+  _globals['_TRUSTEDAUTHORITIES']._serialized_end=3222
+  _globals['_WELCOME']._serialized_start=3224
+  _globals['_WELCOME']._serialized_end=3347
+  _globals['_OFFER']._serialized_start=3349
+  _globals['_OFFER']._serialized_end=3435
+  _globals['_CANCELBUILD']._serialized_start=3437
+  _globals['_CANCELBUILD']._serialized_end=3484
+  _globals['_PROJECTLIMITS']._serialized_start=3486
+  _globals['_PROJECTLIMITS']._serialized_end=3545
+  _globals['_PROJECTLIMIT']._serialized_start=3548
+  _globals['_PROJECTLIMIT']._serialized_end=3682
+  _globals['_CACHETASK']._serialized_start=3685
+  _globals['_CACHETASK']._serialized_end=3901
+  _globals['_USAGETASK']._serialized_start=3903
+  _globals['_USAGETASK']._serialized_end=3933
+  _globals['_PRUNETASK']._serialized_start=3935
+  _globals['_PRUNETASK']._serialized_end=4023
+  _globals['_PROMOTETASK']._serialized_start=4025
+  _globals['_PROMOTETASK']._serialized_end=4125
+  _globals['_WHYTASK']._serialized_start=4127
+  _globals['_WHYTASK']._serialized_end=4195
+  _globals['_CACHETASKREPLY']._serialized_start=4198
+  _globals['_CACHETASKREPLY']._serialized_end=4445
+  _globals['_NODESSERVICE']._serialized_start=4448
+  _globals['_NODESSERVICE']._serialized_end=4669
 # @@protoc_insertion_point(module_scope)

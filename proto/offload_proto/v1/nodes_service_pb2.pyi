@@ -11,6 +11,7 @@ from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from offload_proto.v1 import builds_service_pb2 as _builds_service_pb2
 from offload_proto.v1 import cache_service_pb2 as _cache_service_pb2
+from offload_proto.v1 import connector_service_pb2 as _connector_service_pb2
 from offload_proto.v1 import events_pb2 as _events_pb2
 import builtins as _builtins
 import sys
@@ -157,6 +158,7 @@ class AttachRequest(_message.Message):
     BUILD_UPDATE_FIELD_NUMBER: _builtins.int
     BUILD_LOG_FIELD_NUMBER: _builtins.int
     CACHE_TASK_REPLY_FIELD_NUMBER: _builtins.int
+    CONNECTION_WISH_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello:
         """First message."""
@@ -181,6 +183,10 @@ class AttachRequest(_message.Message):
     def cache_task_reply(self) -> Global___CacheTaskReply:
         """Answer to a CacheTask."""
 
+    @_builtins.property
+    def connection_wish(self) -> Global___ConnectionWish:
+        """A build wants a connection through a connector."""
+
     def __init__(
         self,
         *,
@@ -190,16 +196,51 @@ class AttachRequest(_message.Message):
         build_update: Global___BuildUpdate | None = ...,
         build_log: Global___BuildLog | None = ...,
         cache_task_reply: Global___CacheTaskReply | None = ...,
+        connection_wish: Global___ConnectionWish | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["build_log", b"build_log", "build_update", b"build_update", "cache_task_reply", b"cache_task_reply", "heartbeat", b"heartbeat", "hello", b"hello", "message", b"message", "offer_reply", b"offer_reply"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["build_log", b"build_log", "build_update", b"build_update", "cache_task_reply", b"cache_task_reply", "connection_wish", b"connection_wish", "heartbeat", b"heartbeat", "hello", b"hello", "message", b"message", "offer_reply", b"offer_reply"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_log", b"build_log", "build_update", b"build_update", "cache_task_reply", b"cache_task_reply", "heartbeat", b"heartbeat", "hello", b"hello", "message", b"message", "offer_reply", b"offer_reply"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_log", b"build_log", "build_update", b"build_update", "cache_task_reply", b"cache_task_reply", "connection_wish", b"connection_wish", "heartbeat", b"heartbeat", "hello", b"hello", "message", b"message", "offer_reply", b"offer_reply"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "heartbeat", "offer_reply", "build_update", "build_log", "cache_task_reply"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "heartbeat", "offer_reply", "build_update", "build_log", "cache_task_reply", "connection_wish"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
 Global___AttachRequest: _TypeAlias = AttachRequest  # noqa: Y015
+
+@_typing.final
+class ConnectionWish(_message.Message):
+    """ConnectionWish is answered by a connector, which calls TunnelService.Carry, or by CallRefused."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALL_ID_FIELD_NUMBER: _builtins.int
+    PROJECT_ID_FIELD_NUMBER: _builtins.int
+    DESTINATION_FIELD_NUMBER: _builtins.int
+    call_id: _builtins.str
+    """Chosen by the node: 128 random bits in hexadecimal digits, known to the node, the gateway and
+    the connector that is asked.
+    """
+    project_id: _builtins.str
+    """Project of the build."""
+    @_builtins.property
+    def destination(self) -> _connector_service_pb2.Destination:
+        """Where to."""
+
+    def __init__(
+        self,
+        *,
+        call_id: _builtins.str = ...,
+        project_id: _builtins.str = ...,
+        destination: _connector_service_pb2.Destination | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["destination", b"destination"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "destination", b"destination", "project_id", b"project_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConnectionWish: _TypeAlias = ConnectionWish  # noqa: Y015
 
 @_typing.final
 class Hello(_message.Message):
@@ -215,6 +256,7 @@ class Hello(_message.Message):
     BUILDKIT_VERSION_FIELD_NUMBER: _builtins.int
     RUNNING_BUILD_IDS_FIELD_NUMBER: _builtins.int
     BUILDKIT_ENDPOINT_FIELD_NUMBER: _builtins.int
+    FIREWALL_FIELD_NUMBER: _builtins.int
     relay_endpoint: _builtins.str
     """Address that the relay dials."""
     slots: _builtins.int
@@ -227,6 +269,8 @@ class Hello(_message.Message):
     """HOST:PORT that the gateway's relay dials for clients that speak BuildKit's API; empty when the
     node serves none.
     """
+    firewall: _builtins.bool
+    """Builds here are behind a firewall, so that they can bring network policies."""
     @_builtins.property
     def endpoints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Addresses "HOST:PORT" that clients may dial; empty when only the relay reaches the node."""
@@ -250,10 +294,11 @@ class Hello(_message.Message):
         buildkit_version: _builtins.str = ...,
         running_build_ids: _abc.Iterable[_builtins.str] | None = ...,
         buildkit_endpoint: _builtins.str = ...,
+        firewall: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["buildkit_endpoint", b"buildkit_endpoint", "buildkit_version", b"buildkit_version", "endpoints", b"endpoints", "platforms", b"platforms", "relay_endpoint", b"relay_endpoint", "running_build_ids", b"running_build_ids", "slots", b"slots", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buildkit_endpoint", b"buildkit_endpoint", "buildkit_version", b"buildkit_version", "endpoints", b"endpoints", "firewall", b"firewall", "platforms", b"platforms", "relay_endpoint", b"relay_endpoint", "running_build_ids", b"running_build_ids", "slots", b"slots", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -265,12 +310,35 @@ class Heartbeat(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class EgressVersionsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     RUNNING_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     DISK_FREE_BYTES_FIELD_NUMBER: _builtins.int
     HEALTH_FIELD_NUMBER: _builtins.int
     PLATFORMS_FIELD_NUMBER: _builtins.int
     AUTHORITIES_FIELD_NUMBER: _builtins.int
+    EGRESS_VERSIONS_FIELD_NUMBER: _builtins.int
+    EGRESS_PROBLEM_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     """Builds that run."""
     draining: _builtins.bool
@@ -279,6 +347,8 @@ class Heartbeat(_message.Message):
     """Free bytes below the data directory."""
     health: _builtins.str
     """One sentence about what is degraded; empty when nothing is."""
+    egress_problem: _builtins.str
+    """One sentence on why others are in force than the gateway told; empty for no reason."""
     @_builtins.property
     def platforms(self) -> Global___NodePlatforms:
         """Unset until the node knows what its BuildKit can build."""
@@ -286,6 +356,14 @@ class Heartbeat(_message.Message):
     @_builtins.property
     def authorities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """SHA-256 of the CA certificates that the node trusts, as in TrustedAuthorities."""
+
+    @_builtins.property
+    def egress_versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Versions of the egress policies in force, by project; that of the pool under an empty name."""
+
+    @_builtins.property
+    def devices(self) -> Global___NodeDevices:
+        """Unset while the node does not know its devices."""
 
     def __init__(
         self,
@@ -296,14 +374,67 @@ class Heartbeat(_message.Message):
         health: _builtins.str = ...,
         platforms: Global___NodePlatforms | None = ...,
         authorities: _abc.Iterable[_builtins.str] | None = ...,
+        egress_versions: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        egress_problem: _builtins.str = ...,
+        devices: Global___NodeDevices | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["platforms", b"platforms"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "platforms", b"platforms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["authorities", b"authorities", "disk_free_bytes", b"disk_free_bytes", "draining", b"draining", "health", b"health", "platforms", b"platforms", "running", b"running"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["authorities", b"authorities", "devices", b"devices", "disk_free_bytes", b"disk_free_bytes", "draining", b"draining", "egress_problem", b"egress_problem", "egress_versions", b"egress_versions", "health", b"health", "platforms", b"platforms", "running", b"running"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Heartbeat: _TypeAlias = Heartbeat  # noqa: Y015
+
+@_typing.final
+class NodeDevices(_message.Message):
+    """NodeDevices are the devices that builds can have at a node, by the Container Device Interface."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___NodeDevice]:
+        """By name."""
+
+    def __init__(
+        self,
+        *,
+        devices: _abc.Iterable[Global___NodeDevice] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NodeDevices: _TypeAlias = NodeDevices  # noqa: Y015
+
+@_typing.final
+class NodeDevice(_message.Message):
+    """NodeDevice is one of them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ALIAS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Fully qualified, VENDOR/CLASS=NAME, for example "nvidia.com/gpu=all"."""
+    alias: _builtins.str
+    """Further name that steps may ask for, which its specification gives; mostly empty."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        alias: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NodeDevice: _TypeAlias = NodeDevice  # noqa: Y015
 
 @_typing.final
 class NodePlatforms(_message.Message):
@@ -498,6 +629,9 @@ class AttachResponse(_message.Message):
     PROJECT_LIMITS_FIELD_NUMBER: _builtins.int
     REVOCATIONS_FIELD_NUMBER: _builtins.int
     AUTHORITIES_FIELD_NUMBER: _builtins.int
+    EGRESS_POLICIES_FIELD_NUMBER: _builtins.int
+    SERVED_DESTINATIONS_FIELD_NUMBER: _builtins.int
+    CALL_REFUSED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome:
         """First message."""
@@ -528,6 +662,18 @@ class AttachResponse(_message.Message):
     def authorities(self) -> Global___TrustedAuthorities:
         """CAs of the pool; sent after Welcome and at every change."""
 
+    @_builtins.property
+    def egress_policies(self) -> Global___EgressPolicies:
+        """What builds may reach; sent after Welcome and at every change, complete each time."""
+
+    @_builtins.property
+    def served_destinations(self) -> Global___ServedDestinations:
+        """What connectors serve; sent after Welcome and at every change, complete each time."""
+
+    @_builtins.property
+    def call_refused(self) -> _connector_service_pb2.CallRefused:
+        """A connection through a connector cannot be had."""
+
     def __init__(
         self,
         *,
@@ -538,16 +684,131 @@ class AttachResponse(_message.Message):
         project_limits: Global___ProjectLimits | None = ...,
         revocations: Global___RevocationList | None = ...,
         authorities: Global___TrustedAuthorities | None = ...,
+        egress_policies: Global___EgressPolicies | None = ...,
+        served_destinations: Global___ServedDestinations | None = ...,
+        call_refused: _connector_service_pb2.CallRefused | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["authorities", b"authorities", "cache_task", b"cache_task", "cancel_build", b"cancel_build", "message", b"message", "offer", b"offer", "project_limits", b"project_limits", "revocations", b"revocations", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["authorities", b"authorities", "cache_task", b"cache_task", "call_refused", b"call_refused", "cancel_build", b"cancel_build", "egress_policies", b"egress_policies", "message", b"message", "offer", b"offer", "project_limits", b"project_limits", "revocations", b"revocations", "served_destinations", b"served_destinations", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["authorities", b"authorities", "cache_task", b"cache_task", "cancel_build", b"cancel_build", "message", b"message", "offer", b"offer", "project_limits", b"project_limits", "revocations", b"revocations", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["authorities", b"authorities", "cache_task", b"cache_task", "call_refused", b"call_refused", "cancel_build", b"cancel_build", "egress_policies", b"egress_policies", "message", b"message", "offer", b"offer", "project_limits", b"project_limits", "revocations", b"revocations", "served_destinations", b"served_destinations", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "offer", "cancel_build", "cache_task", "project_limits", "revocations", "authorities"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "offer", "cancel_build", "cache_task", "project_limits", "revocations", "authorities", "egress_policies", "served_destinations", "call_refused"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
 Global___AttachResponse: _TypeAlias = AttachResponse  # noqa: Y015
+
+@_typing.final
+class ServedDestinations(_message.Message):
+    """ServedDestinations are what builds can reach through the connectors that are online."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROJECTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def projects(self) -> _containers.RepeatedCompositeFieldContainer[Global___ServedProject]:
+        """One per project that has any."""
+
+    def __init__(
+        self,
+        *,
+        projects: _abc.Iterable[Global___ServedProject] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["projects", b"projects"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ServedDestinations: _TypeAlias = ServedDestinations  # noqa: Y015
+
+@_typing.final
+class ServedProject(_message.Message):
+    """ServedProject is what the connectors of one project serve."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROJECT_ID_FIELD_NUMBER: _builtins.int
+    DESTINATIONS_FIELD_NUMBER: _builtins.int
+    project_id: _builtins.str
+    """The project."""
+    @_builtins.property
+    def destinations(self) -> _containers.RepeatedCompositeFieldContainer[_connector_service_pb2.Destination]:
+        """What the project's policy permits of what they offer."""
+
+    def __init__(
+        self,
+        *,
+        project_id: _builtins.str = ...,
+        destinations: _abc.Iterable[_connector_service_pb2.Destination] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["destinations", b"destinations", "project_id", b"project_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ServedProject: _TypeAlias = ServedProject  # noqa: Y015
+
+@_typing.final
+class EgressPolicies(_message.Message):
+    """EgressPolicies are all policies that hold now. A node that cannot read one of them keeps all that
+    it had.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICIES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def policies(self) -> _containers.RepeatedCompositeFieldContainer[Global___EgressPolicy]:
+        """That of the pool first, if there is one."""
+
+    def __init__(
+        self,
+        *,
+        policies: _abc.Iterable[Global___EgressPolicy] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["policies", b"policies"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EgressPolicies: _TypeAlias = EgressPolicies  # noqa: Y015
+
+@_typing.final
+class EgressPolicy(_message.Message):
+    """EgressPolicy is the policy of the pool, or what a project adds to it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROJECT_ID_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    FILE_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    project_id: _builtins.str
+    """Empty for the pool."""
+    version: _builtins.int
+    """From 1 on."""
+    file: _builtins.str
+    """Name of the file that it came from, for sentences."""
+    text: _builtins.str
+    """TOML."""
+    def __init__(
+        self,
+        *,
+        project_id: _builtins.str = ...,
+        version: _builtins.int = ...,
+        file: _builtins.str = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "project_id", b"project_id", "text", b"text", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EgressPolicy: _TypeAlias = EgressPolicy  # noqa: Y015
 
 @_typing.final
 class RevocationList(_message.Message):

@@ -98,7 +98,10 @@ def test_everything_of_a_node_can_be_set_for_up(tmp_path):
     file = tmp_path / "node.toml"
     file.write_text('slots = 9\ns3_endpoint = "https://s3.example"\ns3_credentials = "aws"\n')
     options = poolconfig.node_options(file, {}, slots=None, log_level=None, storage={})
-    assert options == {"log_level": "warning"}
+    assert options == {"log_level": "warning", "isolation": "none"}
+    file.write_text(file.read_text() + 'isolation = "netns"\n')
+    told = poolconfig.node_options(file, {}, slots=None, log_level=None, storage={})
+    assert poolconfig.node_config(file, {}, told).isolation == "netns"
     found = poolconfig.node_config(file, {"OFFLOAD_NODE_BLOBS_KEEP": "1GB"}, options)
     assert (found.slots, found.s3_credentials, found.blobs_keep) == (9, "aws", 10**9)
     options = poolconfig.node_options(file, {}, slots=2, log_level="info", storage={})

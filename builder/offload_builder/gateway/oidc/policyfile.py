@@ -26,8 +26,8 @@ from offload_builder.gateway.oidc.policy import (
 from offload_builder.gateway.oidc.policykeys import ISSUER_KEYS, ROLES, RULE_KEYS, TOP_KEYS, Key
 from offload_builder.gateway.oidc.presets import PRESETS
 from offload_builder.gateway.oidc.templates import FACT_NAMES, check_template
-from offload_builder.gateway.oidc.tomllines import TomlLines
 from offload_builder.gateway.tokens import role_from_name
+from offload_builder.tomllines import TomlLines
 from offload_core.errors import ConfigError, OffloadError
 from offload_core.units import parse_duration
 from offload_core.weburls import check_web_url

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Self
 
 import structlog
 
-from offload_builder.buildkit.runcwrapper import DROPPED, drop_packet_sockets
+from offload_builder.buildkit.runcwrapper import DROPPED, restrict_step
 from offload_core.aio import TaskSet
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ class StepGate:
 def _word(step: Step) -> bytes:
     """Return the answer to a step; any other word leaves the specification to the program."""
     with contextlib.suppress(OSError):
-        if drop_packet_sockets(step.bundle / "config.json"):
+        if restrict_step(step.bundle / "config.json"):
             return f"{DROPPED} {step.pid}\n".encode()
     return _GO
 

@@ -30,7 +30,7 @@ from offload_core.errors import CacheUnavailableError, OffloadError
 from offload_core.units import format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Iterator
+    from collections.abc import Awaitable, Callable, Iterator
     from pathlib import Path
 
     from offload_builder.buildkit.daemon import BuildkitDaemon
@@ -71,6 +71,7 @@ class CacheMounts:
         self._indexes = folder / "index"
         self._gate = StepGate(folder, self._before)
         self._daemon: BuildkitDaemon | None = None
+        self._watchers: list[Callable[[Step], Awaitable[None]]] = []
         self._builds: list[BuildMounts] = []
         self._mounts: dict[Path, LiveMount] = {}
         self._keeper = MountKeeper(
@@ -105,13 +106,17 @@ class CacheMounts:
         await self._stack.aclose()
 
     @property
-    def gate(self) -> str:
+    def shell(self) -> str:
         """What the daemon's runc has to do before each step."""
         return self._gate.shell
 
     def serve(self, daemon: BuildkitDaemon) -> None:
         """Say whose steps the gate tells about."""
         self._daemon = daemon
+
+    def watch(self, watcher: Callable[[Step], Awaitable[None]]) -> None:
+        """Have somebody else told of each step before it runs."""
+        self._watchers.append(watcher)
 
     @contextmanager
     def building(self, build: BuildMounts) -> Iterator[None]:
@@ -132,6 +137,8 @@ class CacheMounts:
     # Before and while a step runs.
 
     async def _before(self, step: Step) -> None:
+        for watcher in self._watchers:
+            await watcher(step)
         daemon = self._daemon
         if daemon is None or daemon.pid is None or not self._builds:
             return

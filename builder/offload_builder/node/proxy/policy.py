@@ -13,6 +13,7 @@ from offload_builder.buildkit.controlapi import named_imports
 from offload_builder.node.cacheplan import MAX_CACHES, check_cache
 from offload_builder.node.flagplan import check_flags, flag_attributes
 from offload_builder.node.steplimits import resource_attributes
+from offload_core.devices import wanted_devices
 from offload_core.errors import UsageError
 from offload_proto.v1.build_spec_pb2 import BuildSpec
 from offload_proto.v1.builds_service_pb2 import CacheChoice, CreateRequest
@@ -29,6 +30,8 @@ OFF = "none"
 BRANCH = "build-arg:OFFLOAD_BRANCH"
 TARGET_BRANCH = "build-arg:OFFLOAD_TARGET_BRANCH"
 CACHE_SCOPE = "build-arg:OFFLOAD_CACHE_SCOPE"
+NETWORK_POLICY = "build-arg:OFFLOAD_NETWORK_POLICY"
+"""Refused: whoever asks for it must not believe to have it."""
 OUR_ARGUMENTS = (BRANCH, TARGET_BRANCH, CACHE_SCOPE)
 _BOUNDS = {
     "memory": "memory_bytes",
@@ -51,12 +54,14 @@ class Wish:
         spec: for the node: what its checks and the record of the build need.
         imports: caches beside the pool's to read.
         exports: caches beside the pool's to write.
+        asks_client: the client's own session is to be asked about sources.
     """
 
     create: CreateRequest
     spec: BuildSpec
     imports: tuple[Attributed, ...]
     exports: tuple[Attributed, ...]
+    asks_client: bool = False
 
 
 def wish_of(order: SolveOrder, client: str) -> Wish:
@@ -69,8 +74,15 @@ def wish_of(order: SolveOrder, client: str) -> Wish:
     Raises:
         UsageError: it asks for something that cannot be had.
     """
+    if order.policy_session not in ("", order.session):
+        raise UsageError("the session that is asked about sources has to be the build's own")
     attributes = order.attributes
     _check_size(attributes)
+    if NETWORK_POLICY in attributes:
+        raise UsageError(
+            "OFFLOAD_NETWORK_POLICY is for offload-build: other clients are connected to a "
+            "BuildKit before they say what they build, and one BuildKit has one policy"
+        )
     choice = CacheChoice(scope=attributes.get(CACHE_SCOPE, ""))
     imports = _imports((*order.cache_imports, *named_imports(attributes)), choice)
     exports = _exports(order.cache_exports, choice)
@@ -106,8 +118,9 @@ def wish_of(order: SolveOrder, client: str) -> Wish:
         vcs_revision=attributes.get("vcs:revision", ""),
         cache=choice,
         client=client,
+        devices=wanted_devices(order.entitlements),
     )
-    return Wish(create, spec, tuple(imports), tuple(exports))
+    return Wish(create, spec, tuple(imports), tuple(exports), bool(order.policy_session))
 
 
 def bounded(attributes: Mapping[str, str], bounds: StepBounds) -> dict[str, str]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from offload_builder.buildkit.h2.messages import GrpcError, message_prefix, status_of
 from offload_builder.buildkit.h2.stream import StreamResetError
+from offload_builder.buildkit.stepgroups import TRACE_HEADERS, trace_headers
 from offload_core.aio import stop
 
 if TYPE_CHECKING:
@@ -25,13 +26,20 @@ if TYPE_CHECKING:
 _HOP_HEADERS = frozenset(("connection", "keep-alive", "transfer-encoding", "upgrade", "host"))
 
 
-def forwarded(headers: HeaderList) -> HeaderList:
-    """Return the request headers of a client as the daemon gets them."""
+def forwarded(headers: HeaderList, trace: str = "") -> HeaderList:
+    """Return the request headers of a client as the daemon gets them.
+
+    Args:
+        headers: of the client.
+        trace: takes the place of the client's own, see `stepgroups`; empty to leave that.
+    """
+    dropped = TRACE_HEADERS if trace else frozenset[str]()
     kept = [
         (name, value)
         for name, value in headers
-        if name not in _HOP_HEADERS and name not in (":scheme", ":authority")
+        if name not in _HOP_HEADERS | dropped and name not in (":scheme", ":authority")
     ]
+    kept += trace_headers(trace)
     # RFC 9113, section 8.3: pseudo-header fields come first.
     return [(":scheme", "http"), (":authority", "localhost"), *_sorted(kept)]
 
@@ -41,13 +49,17 @@ def _sorted(headers: Iterable[tuple[str, str]]) -> HeaderList:
 
 
 @contextmanager
-def daemon_stream(connection: Http2Connection, headers: HeaderList) -> Iterator[Http2Stream]:
+def daemon_stream(
+    connection: Http2Connection, headers: HeaderList, trace: str = ""
+) -> Iterator[Http2Stream]:
     """Begin the call with a client's headers at a daemon; what is left of it at the end is reset.
+
+    The arguments are those of `forwarded`.
 
     Raises:
         StreamResetError: the connection is gone, or has too many calls.
     """
-    stream = connection.open_stream(forwarded(headers))
+    stream = connection.open_stream(forwarded(headers, trace))
     try:
         yield stream
     finally:

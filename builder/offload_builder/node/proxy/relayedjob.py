@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 
 from offload_builder.buildkit.controlapi import cleaned_status
 from offload_builder.buildkit.failure import SolveFailure, failure_from_status
-from offload_builder.buildkit.notes import ProgressNote
+from offload_builder.buildkit.notes import ProgressNote, status_message
+from offload_builder.buildkit.providers import SessionProviders
+from offload_builder.buildkit.session import BkSession
 from offload_builder.buildkit.sessionproxy import SessionProxy
 from offload_builder.buildkit.solve import Attributed, SolveResult
 from offload_builder.node.clientlink import ClientLink
@@ -51,6 +53,10 @@ _SENDING = ("sending tarball", "copying files")
 """What BuildKit's exporters report when the client gets the result: that cannot be done twice."""
 # The user waits for this export: the level that costs least.
 _EXPORT = {key: value for key, value in EXPORT_ATTRIBUTES.items() if key != "compression-level"}
+
+
+def _no_login(_host: str) -> bool:
+    return False
 
 
 def new_ref(ref: str) -> str:
@@ -99,6 +105,7 @@ class _Overheard:
                         self._job.sending = True
                     await self._feed.put(self._job.readable(raw, batch))
                     yield batch
+            await self._job.egress_settled()
             complete = True
         finally:
             self._job.heard(complete=complete)
@@ -134,6 +141,10 @@ class RelayedJob(BuildJob):
         self._may_repeat = True
         self._attempts = 0
         self._publications: list[int] | None = None
+        self._rules_session = ""
+        if self.urls is not None:
+            # buildx shows such reasons from 0.31 on.
+            self.urls.tells_sources = True
 
     @property
     def socket(self) -> Path:
@@ -152,18 +163,17 @@ class RelayedJob(BuildJob):
             daemon: stream of the same call at the daemon.
         """
         logins = self._runtime.pool_logins
+        if logins is not None and not logins.any_host:
+            logins = None
+        rules = self.urls if self.wish.asks_client else None
         # Every byte of the context would be read here once more for nothing.
-        if logins is None or not logins.any_host:
+        if logins is None and rules is None:
             return None
+        holds = _no_login if logins is None else logins.has_login
         proxy = SessionProxy(
-            client,
-            daemon,
-            logins.has_login,
-            self._credentials,
-            self.secrets.note,
-            relay_in_session,
+            client, daemon, holds, self._credentials, self.secrets.note, relay_in_session, rules
         )
-        if isinstance(self.link, FeedLink):
+        if logins is not None and isinstance(self.link, FeedLink):
             self.link.ask_login = proxy.login
         return proxy
 
@@ -171,6 +181,14 @@ class RelayedJob(BuildJob):
     def entitlements(self) -> list[str]:
         """Rights that the build has."""
         return self._rights.entitlements
+
+    @property
+    def policy_session(self) -> str:
+        """Session that BuildKit asks about sources; empty to leave that to the client's own.
+
+        That one goes through `session_proxy`, where our rules are asked first.
+        """
+        return self._rules_session
 
     @property
     def imports(self) -> list[Attributed]:
@@ -271,6 +289,11 @@ class RelayedJob(BuildJob):
         self.answered = not verdict.result()
         return verdict.result()
 
+    def say_error(self, message: str) -> str:
+        """Return what the client is told of an error: nothing secret, and who permits a right."""
+        why = self._rights.explain_refusal(message)
+        return "\n".join(filter(None, (self.cache.readable(message), why)))
+
     async def explain_loss(self, reason: str) -> str:
         """Return why BuildKit went away, in one sentence."""
         if not self.ready.done() or self.ready.cancelled():
@@ -295,6 +318,7 @@ class RelayedJob(BuildJob):
 
     async def _accompany(self) -> Success | Failure:
         mounts = self._mounts()
+        await self._open_rules()
         with self._runtime.building(mounts):
             outcome = await self._attempt()
             while isinstance(outcome, SolveFailure) and await self._repaired(outcome):
@@ -313,6 +337,18 @@ class RelayedJob(BuildJob):
     def _show(self, raw: bytes) -> None:
         # Of an export, which needs no repair.
         self._feed.tell(cleaned_status(raw, self.cache.readable))
+
+    def _say(self, news: ProgressBatch) -> None:
+        self._feed.tell(status_message(news))
+        super()._say(news)
+
+    async def _open_rules(self) -> None:
+        """Open a session in which BuildKit asks us about sources, unless it asks the client's."""
+        if self.urls is None or self.wish.asks_client:
+            return
+        providers = SessionProviders(rules=self.urls)
+        session = BkSession(self._client, self.build_id, providers)
+        self._rules_session = (await self._stack.enter_async_context(session)).id
 
     async def _ended(self) -> SolveResult | SolveFailure:
         answer = await self._answer

@@ -207,11 +207,13 @@ class Solving:
                 imports=job.imports,
                 exports=job.exports,
                 entitlements=job.entitlements,
+                policy_session=job.policy_session,
+                proxy_network=job.proxy_network,
             )
             if job.later is not None:
                 job.later.begin(changed)
             upstream = await self._visitor.upstream(job.socket)
-            with daemon_stream(upstream.http2, stream.headers) as daemon:
+            with daemon_stream(upstream.http2, stream.headers, job.trace) as daemon:
                 await daemon.write([message_prefix(len(changed)), changed])
                 daemon.end()
                 build.opened.set()
@@ -278,7 +280,7 @@ class Solving:
 
         async def ask(headers: HeaderList, message: bytes) -> tuple[bytes, GrpcError | None]:
             renamed = [(key, job.ref if key == BUILD_ID else value) for key, value in headers]
-            with daemon_stream(connection, renamed) as daemon:
+            with daemon_stream(connection, renamed, job.trace) as daemon:
                 await daemon.write([message_prefix(len(message)), message])
                 daemon.end()
                 return await answer_of(daemon)
@@ -301,7 +303,7 @@ class Solving:
         changed = self._frontend_request(job, request)
         upstream = await self._visitor.upstream(job.socket)
         try:
-            with daemon_stream(upstream.http2, stream.headers) as daemon:
+            with daemon_stream(upstream.http2, stream.headers, job.trace) as daemon:
                 await daemon.write([message_prefix(len(changed)), changed])
                 daemon.end()
                 data, error = await answer_of(daemon)
@@ -329,7 +331,7 @@ class Solving:
         job = await build.wait_open()
         upstream = await self._visitor.upstream(job.socket)
         try:
-            with daemon_stream(upstream.http2, stream.headers) as daemon:
+            with daemon_stream(upstream.http2, stream.headers, job.trace) as daemon:
                 await daemon.write([message_prefix(len(request)), request])
                 daemon.end()
                 _, error = await answer_of(daemon)
@@ -353,9 +355,9 @@ async def _end_well(stream: Http2Stream, daemon: Http2Stream, data: bytes, job: 
 
 
 def _end_with(stream: Http2Stream, daemon: Http2Stream, error: GrpcError, job: RelayedJob) -> None:
-    """End a call with BuildKit's status, all details included, unless it says too much."""
-    if job.cache.readable(error.message) != error.message:
-        raise GrpcError(error.code, job.cache.readable(error.message))
+    """End a call with BuildKit's status; all details included, unless we say more or less."""
+    if (said := job.say_error(error.message)) != error.message:
+        raise GrpcError(error.code, said)
     if daemon.trailers:
         stream.send_headers(daemon.headers)
         stream.end(daemon.trailers)

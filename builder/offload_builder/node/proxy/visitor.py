@@ -340,7 +340,7 @@ class Visitor:
         job = await build.wait_open()
         upstream = await self.upstream(job.socket)
         try:
-            with daemon_stream(upstream.http2, stream.headers) as daemon:
+            with daemon_stream(upstream.http2, stream.headers, job.trace) as daemon:
                 if request is not None:
                     await daemon.write([message_prefix(len(request)), request])
                     daemon.end()
@@ -371,7 +371,7 @@ class Visitor:
         job = build.job
         upstream = await self.upstream(job.socket)
         try:
-            with daemon_stream(upstream.http2, stream.headers) as daemon:
+            with daemon_stream(upstream.http2, stream.headers, job.trace) as daemon:
                 # One that builds share gives files only, no logins.
                 proxy = job.session_proxy(stream, daemon) if build.owns(session_id) else None
                 if proxy is not None:

@@ -12,7 +12,7 @@ import pytest
 from offload_builder.buildkit.daemon import inherited_environment
 from offload_builder.buildkit.runcwrapper import (
     DROPPED,
-    drop_packet_sockets,
+    restrict_step,
     write_runc_wrapper,
 )
 
@@ -36,7 +36,8 @@ CAPABILITIES = [
 
 
 def less(capabilities: tuple[str, ...]) -> str:
-    return specification(*(name for name in capabilities if name != "CAP_NET_RAW"))
+    text = specification(*(name for name in capabilities if name != "CAP_NET_RAW"))
+    return text.replace('{"process":{', '{"process":{"oomScoreAdj":500,')
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def run(program: Path, *arguments: str, **environment: str) -> list[str]:
 
 
 @pytest.mark.parametrize("capabilities", CAPABILITIES)
-def test_step_loses_one_capability_and_nothing_else(
+def test_step_loses_one_capability_and_goes_before_others_when_memory_is_out(
     tmp_path: Path, runc: Path, capabilities: tuple[str, ...]
 ) -> None:
     program = write_runc_wrapper(tmp_path, runc)
@@ -77,10 +78,10 @@ def test_node_changes_a_specification_as_the_program_does(
 ) -> None:
     file = tmp_path / "config.json"
     file.write_text(specification(*capabilities))
-    assert drop_packet_sockets(file)
+    assert restrict_step(file)
     assert file.read_text() == less(capabilities)
     file.write_text('{"process":{"args":["x"]}}')
-    assert not drop_packet_sockets(file)
+    assert not restrict_step(file)
 
 
 def test_only_the_gate_can_say_that_nothing_is_to_be_done(tmp_path: Path, runc: Path) -> None:

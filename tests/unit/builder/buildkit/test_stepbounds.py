@@ -37,6 +37,7 @@ def resources(folder: Path, asked: dict[str, Any], **bounds: float) -> dict[str,
     config.write_text(json.dumps(content, separators=(",", ":")))
     subprocess.run([program, "run", "--bundle", bundle, "x"], check=True, timeout=10)
     found = json.loads(config.read_text())
+    assert found["process"].pop("oomScoreAdj") > 0
     assert found["process"] == content["process"]
     assert found["linux"]["namespaces"] == [{"type": "pid"}]
     made: dict[str, Any] = found["linux"]["resources"]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from offload_builder.gateway.clienthello import (
+from offload_builder.clienthello import (
     MAX_HELLO_BYTES,
     ClientHello,
     NotClientHelloError,

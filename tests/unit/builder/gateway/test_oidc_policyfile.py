@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from offload_builder.gateway.oidc.policyfile import read_policy
-from offload_builder.gateway.oidc.tomllines import TomlLines
+from offload_builder.tomllines import TomlLines
 from offload_core.errors import ConfigError
 from offload_proto.v1 import identity_service_pb2 as identity_pb
 

@@ -188,3 +188,15 @@ def test_node_with_which_a_build_was_lost_is_asked_last() -> None:
     again = QueuedBuild("b", "shop", 1, last_choice=first)
     assert candidates(again, nodes) == [*others, first]
     assert candidates(again, [node(first)]) == [first]
+
+
+def test_a_build_with_a_network_policy_goes_where_there_is_a_firewall() -> None:
+    build = QueuedBuild("b", "shop", 1, behind_firewall=True)
+    nodes = [node("plain"), node("walled", firewall=True)]
+    assert candidates(build, nodes) == ["walled"]
+    assert candidates(build, nodes[:1]) == []
+    reason = "no node enforces network policies of builds"
+    assert waiting_reason(build, nodes[:1]) == reason
+    assert waiting_reason(build, [node("walled", firewall=True, load=2)]) == (
+        "the only node is busy"
+    )

@@ -53,7 +53,7 @@ async def end(ended: EndedBuilds, store: NodeStore, build_id: str, *, saved: boo
     await image.admit(manifest)
     job: Any = SimpleNamespace(
         build_id=build_id, project_id="web", member="ann", image_saved=saved,
-        journal=journal, image=image, stats=BuildStats(),
+        journal=journal, image=image, stats=BuildStats(), network_policy=b"",
     )  # fmt: skip
     journal.finish()
     ended.keep(job, result, DONE, "")

@@ -97,6 +97,17 @@ def test_refusal_names_whose_login_it_was() -> None:
     assert explain(message, []) is not None
 
 
+def test_what_the_policy_refused_is_no_matter_of_logins() -> None:
+    cause = "egress: auth.example was refused: no rule allows it"
+    for whose in Whose:
+        trouble = RegistryTrouble("r.example", "a/b", whose, "", cause, denied=False)
+        assert str(trouble) == f"{cause}; the login at r.example was not possible"
+        assert explain(f"failed to fetch oauth token: {trouble}", [trouble]) == (
+            str(trouble),
+            False,
+        )
+
+
 def test_docker_hub_has_its_short_name() -> None:
     text = str(RegistryTrouble("registry-1.docker.io", "team/app", Whose.PERSON, "ann"))
     assert text.startswith("docker.io refused your login as ann for team/app")

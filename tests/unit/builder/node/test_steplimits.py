@@ -66,6 +66,8 @@ def test_wishes_above_the_bounds_of_the_node_and_nonsense_are_refused(wishes):
         StepBounds(0, 1 * MIB),
         StepBounds(0, 0, 2.0, 1.5),
         StepBounds(0, 0, 0.001),
+        StepBounds(0, 0, float("inf")),
+        StepBounds(0, 0, 0, float("nan")),
     ],
 )
 def test_bounds_that_do_not_go_together_are_refused(bounds):

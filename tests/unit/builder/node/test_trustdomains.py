@@ -9,18 +9,27 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from offload_builder.egress.policy.ofbuild import BuildPolicy, read_build_policy
 from offload_builder.node.config import NodeConfig
-from offload_builder.node.projectpool import ProjectPool
+from offload_builder.node.place import Place
+from offload_builder.node.projectpool import MAX_RESTING, ProjectPool
 from offload_builder.node.registries import Bases
 from offload_builder.node.trustdomain import TrustDomain, set_aside
 from offload_cache.nodestore import NodeStore
 from offload_core.errors import UsageError
+from offload_proto.v1.builds_service_pb2 import NetworkPolicy
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
+    from offload_cache.mirror.judging import Judge
     from offload_cache.tiered import ProjectStore
+
+
+def brought(number: int) -> BuildPolicy:
+    return read_build_policy(NetworkPolicy(file=f"{number}.toml"))
+
 
 EVE, MALLORY = "untrusted-eve", "untrusted-mallory"
 
@@ -30,16 +39,28 @@ def configuration(folder: Path, **options) -> NodeConfig:
 
 
 @asynccontextmanager
-async def no_bases(_store: ProjectStore, *, trusted: bool) -> AsyncIterator[Bases]:
-    del trusted
+async def no_bases(
+    _address: str,
+    _store: ProjectStore,
+    *,
+    trusted: bool,
+    elsewhere: object,
+    judge: Judge | None,
+) -> AsyncIterator[Bases]:
+    del trusted, elsewhere, judge
     yield Bases({}, None)
+
+
+@asynccontextmanager
+async def on_machine(_: TrustDomain) -> AsyncIterator[Place]:
+    yield Place("127.0.0.1:1")
 
 
 @asynccontextmanager
 async def projects(config: NodeConfig) -> AsyncIterator[ProjectPool]:
     async with (
         NodeStore(config.data / "cache") as store,
-        ProjectPool(config, store, no_bases) as pool,
+        ProjectPool(config, store, no_bases, on_machine) as pool,
     ):
         yield pool
 
@@ -176,3 +197,62 @@ async def test_domain_that_no_gateway_names_is_refused(tmp_path, name):
         with pytest.raises(UsageError):
             await pool.runtime("web", name)
         assert not (tmp_path / "projects").exists()
+
+
+async def test_builds_with_a_policy_share_a_buildkit_with_those_of_the_same_one_only(tmp_path):
+    config = configuration(tmp_path, untrusted_keep=1000, buildkit_idle=400.0)
+    async with projects(config) as pool:
+        plain, eve = await pool.runtime("web"), await pool.runtime("web", EVE)
+        first = await pool.runtime("web", "", brought(1))
+        others = [
+            await pool.runtime("web", "protected", brought(1)),
+            await pool.runtime("web", EVE, brought(1)),
+            await pool.runtime("web", "", brought(2)),
+        ]
+        assert await pool.runtime("web", "", brought(1)) is first
+        everything = [plain, eve, first, *others]
+        assert len({item._daemon.settings.root for item in everything}) == 6
+        # Files of a context are found by digest, among those who trust each other.
+        assert first.context_store is plain.context_store
+        assert others[1].context_store not in (plain.context_store, eve.context_store)
+        assert first.domain.buildkit_keep(config) == 1000
+        assert first.domain.buildkit_idle(config) == 100.0
+        assert (await pool.likely_runtime("web")) is eve
+
+
+async def test_a_name_of_a_domain_never_leads_to_one_with_a_policy(tmp_path):
+    key = brought(1).key
+    for name in (f"net-{key}", f"protected~net-{key}", f"untrusted-eve~net-{key}", "~"):
+        with pytest.raises(UsageError, match="no trust domain"):
+            TrustDomain("web", name)
+    config = configuration(tmp_path)
+    member = TrustDomain("web", f"untrusted-net-{key}").folder(config)
+    assert member != TrustDomain("web", "", brought(1)).folder(config)
+
+
+async def test_idle_domains_with_policies_are_few_and_go_with_their_data(tmp_path, monkeypatch):
+    monkeypatch.setattr("offload_builder.node.projectpool._LEAST_REST_SECONDS", 0.05)
+    async with projects(configuration(tmp_path)) as pool:
+        busy = await pool.runtime("web", "", brought(0))
+        busy._users += 1
+        for number in range(1, 12):
+            await pool.runtime(f"p{number % 3}", "", brought(number))
+        left = [item for item in pool.running() if item.domain.narrowed]
+        assert len(left) == MAX_RESTING + 1
+        assert busy in left
+        assert len([name for name in names(tmp_path) if "~net-" in name]) == MAX_RESTING + 1
+        busy._users -= 1
+
+
+async def test_what_builds_with_policies_left_does_not_outlive_a_restart(tmp_path):
+    config = configuration(tmp_path)
+    async with projects(config) as pool:
+        for name in ("", EVE):
+            await pool.runtime("web", name, brought(1))
+    async with projects(config) as pool:
+        reaping = asyncio.ensure_future(pool.reap())
+        async with asyncio.timeout(10):
+            while names(tmp_path) != {"web"}:
+                await asyncio.sleep(0.02)
+        reaping.cancel()
+        await asyncio.wait((reaping,))

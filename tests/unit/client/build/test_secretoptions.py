@@ -59,7 +59,9 @@ def test_known_entitlements_are_kept_once():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", ["net.host", "network.host=1", "device=a,x=1", "device=a,b"])
+@pytest.mark.parametrize(
+    "text", ["net.host", "network.host=1", "device=a,x=1", "device=a,b", "device=a b"]
+)
 def test_unknown_entitlements_are_refused(text):
     with pytest.raises(InvalidValueError):
         parse_entitlements([text])

@@ -18,7 +18,7 @@ from offload_builder.buildkit.controlapi import (
 )
 from offload_builder.buildkit.solve import Attributed
 from offload_builder.node.proxy.admission import Guest
-from offload_builder.node.proxy.policy import bounded, wish_of
+from offload_builder.node.proxy.policy import NETWORK_POLICY, bounded, wish_of
 from offload_builder.node.proxy.records import CHANGE_HISTORY, PRUNE, permitted
 from offload_builder.node.steplimits import StepBounds
 from offload_core.errors import AccessDeniedError, UsageError
@@ -189,3 +189,9 @@ def test_parameters_have_a_bounded_size():
         wish_of(order(attributes=many), "buildx")
     with pytest.raises(UsageError, match="characters"):
         bounded(many, StepBounds(0, 0))
+
+
+def test_a_network_policy_is_refused_rather_than_ignored():
+    wanted = order(frontend="dockerfile.v0", attributes={NETWORK_POLICY: "none"})
+    with pytest.raises(UsageError, match="OFFLOAD_NETWORK_POLICY is for offload-build"):
+        wish_of(wanted, "buildx")

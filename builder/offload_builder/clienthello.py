@@ -1,7 +1,8 @@
 """Reads the server name out of the beginning of a TLS connection, without taking part in it.
 
 Sources: RFC 8446, sections 4.1.2 (ClientHello) and 5.1 (record layer); RFC 6066, section 3
-(server_name). Everything comes from strangers: each length is checked before it is used.
+(server_name); RFC 9849 (encrypted_client_hello). Everything comes from strangers: each length is
+checked before it is used.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ ALERT_INTERNAL_ERROR = 80
 _RECORD_HANDSHAKE = 22
 _HANDSHAKE_CLIENT_HELLO = 1
 _EXTENSION_SERVER_NAME = 0
+_EXTENSION_ENCRYPTED_HELLO = 0xFE0D
 _NAME_TYPE_HOST = 0
 _MAX_RECORD = 1 << 14
 _RECORD_HEADER = 5
@@ -33,6 +35,8 @@ class ClientHello:
 
     server_name: str
     """Lower case; empty when the client names none."""
+    hides_name: bool = False
+    """It has an encrypted hello within, or bytes that look like one (ECH)."""
 
 
 def parse_client_hello(data: bytes | bytearray | memoryview) -> ClientHello | int:
@@ -53,7 +57,7 @@ def parse_client_hello(data: bytes | bytearray | memoryview) -> ClientHello | in
     while True:
         wanted = _message_length(message)
         if wanted is not None and len(message) >= wanted:
-            return ClientHello(_server_name(memoryview(message)[_HANDSHAKE_HEADER:wanted]))
+            return _read_hello(memoryview(message)[_HANDSHAKE_HEADER:wanted])
         if len(view) - offset < _RECORD_HEADER:
             _check_start(view[offset:])
             return offset + _RECORD_HEADER
@@ -128,25 +132,29 @@ class _Reader:
         return self._offset == len(self._data)
 
 
-def _server_name(body: memoryview) -> str:
+def _read_hello(body: memoryview) -> ClientHello:
     reader = _Reader(body)
     reader.take(2 + 32)  # legacy_version, random
     reader.vector(1)  # legacy_session_id
     reader.vector(2)  # cipher_suites
     reader.vector(1)  # legacy_compression_methods
     if reader.at_end():
-        return ""  # TLS 1.2 allows a hello without extensions (RFC 5246, section 7.4.1.2).
+        return ClientHello(
+            ""
+        )  # TLS 1.2 allows a hello without extensions (RFC 5246, section 7.4.1.2).
     extensions = _Reader(reader.vector(2))
     if not reader.at_end():
         raise NotClientHelloError("bytes follow the extensions")
     found: str | None = None
+    hides_name = False
     while not extensions.at_end():
         kind, content = extensions.number(2), extensions.vector(2)
         if kind == _EXTENSION_SERVER_NAME:
             if found is not None:
                 raise NotClientHelloError("the server name is given twice")
             found = _host_name(content)
-    return found or ""
+        hides_name = hides_name or kind == _EXTENSION_ENCRYPTED_HELLO
+    return ClientHello(found or "", hides_name)
 
 
 def _host_name(content: memoryview) -> str:

@@ -1,0 +1,1 @@
+"""Cases of `egress`: what the firewall of a node costs."""

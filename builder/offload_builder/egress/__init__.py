@@ -1,0 +1,1 @@
+"""What builds may reach: the policy, the firewall that holds it, the resolver that names pass."""

@@ -1,0 +1,1 @@
+"""The egress policy as a language: model, file, presets, evaluation; no sockets, no kernel."""

@@ -1,0 +1,1 @@
+"""The connector: builds of a project reach hosts of the network that this process is in."""
