@@ -182,9 +182,12 @@ async def test_a_place_that_cannot_obey_keeps_no_other_under_the_old_policy(mach
         RegistryServer(Registry()) as registry,
         HeldPolicies(tmp_path / "egress.json") as policies,
         Isolation(config(tmp_path, isolation="netns"), registry, policies) as isolation,
-        isolation.place(TrustDomain("broken")),
-        isolation.place(TrustDomain("whole")),
+        isolation.place(TrustDomain("broken")) as first,
+        isolation.place(TrustDomain("whole")) as second,
     ):
+        # What a place begins with is applied beside what opens it.
+        await first.ready()
+        await second.ready()
         firewall = isolation.firewall
         assert firewall is not None
         broken, whole = list(isolation._places)
