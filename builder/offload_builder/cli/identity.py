@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from offload_builder.cli.configuration import (
     gateway_options,
     load_gateway_config,
 )
+from offload_builder.cli.inputfile import read_input
 from offload_builder.cli.tables import format_option, print_record, print_records
 from offload_core.errors import NotFoundError, UsageError
 
@@ -109,10 +109,10 @@ def test(
     policy = _policy(config)
     if token_file is not None:
         issuer, claims = asyncio.run(
-            _verified(policy, _read(token_file).decode("utf-8", "replace"))
+            _verified(policy, read_input(token_file, MAX_INPUT_BYTES).decode("utf-8", "replace"))
         )
     else:
-        issuer, claims = _claimed(policy, _read(claims_file or Path("-")))
+        issuer, claims = _claimed(policy, read_input(claims_file or Path("-"), MAX_INPUT_BYTES))
     verdict = judge(policy, issuer, claims)
     if output_format == "json":
         print(json.dumps(_verdict_json(verdict, config), indent=2))
@@ -157,20 +157,6 @@ def _policy(config: GatewayConfig) -> Policy:
             hint="docs/identity.md shows how to write them",
         )
     return read_policy(path)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        if str(path) == "-":
-            data = sys.stdin.buffer.read(MAX_INPUT_BYTES + 1)
-        else:
-            with path.open("rb") as file:
-                data = file.read(MAX_INPUT_BYTES + 1)
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    if len(data) > MAX_INPUT_BYTES:
-        raise UsageError(f"{path} has more than {MAX_INPUT_BYTES >> 10} KiB")
-    return data
 
 
 async def _verified(policy: Policy, token: str) -> tuple[Issuer, dict[str, Any]]:

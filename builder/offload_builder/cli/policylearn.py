@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from offload_builder.cli.configuration import gateway_options, gateway_store, load_gateway_config
+from offload_builder.cli.inputfile import read_input
 from offload_builder.cli.since import parse_since
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def learn(
     reached: list[Attempt] = []
     refused: list[Attempt] = []
     for file in files:
-        reached += _attempts(_read(Path(file)))
+        reached += _attempts(read_input(Path(file), MAX_INPUT_BYTES))
     if builds or not files:
         config = load_gateway_config(config_file, data_dir=data_dir)
         learned = asyncio.run(_learned(config, builds, project_id, parse_since(since)))
@@ -106,22 +107,6 @@ async def _learned(
         if not builds:
             found = await learning.recent(projects, since)
         return await learning.of_builds(found)
-
-
-def _read(path: Path) -> bytes:
-    from offload_core.errors import UsageError
-
-    try:
-        if str(path) == "-":
-            data = sys.stdin.buffer.read(MAX_INPUT_BYTES + 1)
-        else:
-            with path.open("rb") as file:
-                data = file.read(MAX_INPUT_BYTES + 1)
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    if len(data) > MAX_INPUT_BYTES:
-        raise UsageError(f"{path} has more than {MAX_INPUT_BYTES >> 20} MiB")
-    return data
 
 
 def _attempts(data: bytes) -> Iterator[Attempt]:

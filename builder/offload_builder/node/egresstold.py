@@ -14,6 +14,7 @@ from offload_builder.egress.connectors.addresses import ConnectedAddresses
 from offload_builder.egress.firewall.ruleset import Stage
 from offload_builder.egress.policy.evaluate import Evaluator
 from offload_builder.egress.policy.model import Attempt, Layer, Place, Protocol, Verdict
+from offload_core.trust import join_address
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,7 +68,7 @@ class Told:
         where = self.host or self.address
         if self.port is None:
             return where
-        return f"[{where}]:{self.port}" if ":" in where else f"{where}:{self.port}"
+        return join_address(where, self.port)
 
 
 class EgressTold:

@@ -28,6 +28,7 @@ from offload_cache.registry.uploads import UploadHandlers
 from offload_cache.statistics import CacheStatistics
 from offload_core.aio import TaskSet
 from offload_core.errors import InternalError, NotFoundError
+from offload_core.trust import join_address
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
@@ -193,7 +194,7 @@ class RegistryServer:
         host, port = listener.getsockname()[:2]
         more = await self._serve(listener)
         try:
-            yield f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            yield join_address(host, port)
         finally:
             more.close()
 
@@ -205,5 +206,4 @@ class RegistryServer:
     @property
     def address(self) -> str:
         """`HOST:PORT`, the first part of an image reference."""
-        host = f"[{self._host}]" if ":" in self._host else self._host
-        return f"{host}:{self._port}"
+        return join_address(self._host, self._port)

@@ -11,6 +11,7 @@ from offload_client.cli.tables import format_table, rfc3339
 from offload_client.gateway import GatewayCalls
 from offload_client.progress.cells import visible_line
 from offload_core.errors import OffloadError
+from offload_core.trust import join_address
 from offload_proto.v1.egress_service_pb2 import LearnPolicyRequest
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def target(use: EgressUse) -> str:
     host = use.host or use.address
     if use.url or not use.port:
         return use.url or (f"{host} ({use.address})" if use.host and use.address else host)
-    return f"[{host}]:{use.port}" if ":" in host else f"{host}:{use.port}"
+    return join_address(host, use.port)
 
 
 def use_json(use: EgressUse, step: str) -> dict[str, Any]:

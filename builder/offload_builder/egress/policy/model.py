@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from offload_builder.egress.policy.weburl import UrlTarget, WebUrl
+from offload_core.trust import join_address
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -379,7 +380,7 @@ class Attempt:
             return str(self.url)
         where = self.host or str(self.address)
         if self.port is not None:
-            where = f"[{where}]:{self.port}" if ":" in where else f"{where}:{self.port}"
+            where = join_address(where, self.port)
         return where if self.protocol is Protocol.TCP else f"{where} ({self.protocol.value})"
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from offload_core.errors import ConfigError
+from offload_core.trust import join_address
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,8 +27,7 @@ class Server:
     port: int = DNS_PORT
 
     def __str__(self) -> str:
-        host = f"[{self.address}]" if ":" in self.address else self.address
-        return f"{host}:{self.port}"
+        return join_address(self.address, self.port)
 
 
 def parse_server(text: str) -> Server:
