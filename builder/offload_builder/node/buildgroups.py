@@ -22,6 +22,7 @@ import structlog
 from offload_builder.buildkit.stepbounds import PERIOD_MICROSECONDS
 from offload_builder.buildkit.stepgroups import OTHERS, groups_shell, trace_of
 from offload_builder.node.buildlimits import BuildLimits
+from offload_builder.node.grouptrees import each_group, processes_of, remove_groups
 from offload_core.errors import ConfigError, NodeLostError
 
 if TYPE_CHECKING:
@@ -143,10 +144,9 @@ class BuildGroups:
         """Return the processes of a control group, by its path, and of those that it has made."""
         found: list[int] = []
         for root in self._roots():
-            for folder, _, _ in os.walk(root / path.lstrip("/")):
+            for group in each_group(root / path.lstrip("/")):
                 with contextlib.suppress(OSError, ValueError):
-                    text = Path(folder, "cgroup.procs").read_text()
-                    found += [int(line) for line in text.split()]
+                    found += processes_of(group)
         return list(dict.fromkeys(found))
 
     def _roots(self) -> list[Path]:
@@ -223,14 +223,10 @@ def remove_leftover_groups(projects: Path) -> None:
 
 def _remove(group: Path) -> bool:
     """Remove a group with all below it; False where something still runs."""
-    try:
-        for folder, _, _ in os.walk(group, topdown=False):
-            with contextlib.suppress(FileNotFoundError):
-                Path(folder).rmdir()
-    except OSError as error:
-        _log.debug("build.group.busy", group=str(group), cause=error.strerror)
-        return False
-    return True
+    removed = remove_groups(group)
+    if not removed:
+        _log.debug("build.group.busy", group=str(group))
+    return removed
 
 
 def _write(file: Path, value: int | str) -> None:
