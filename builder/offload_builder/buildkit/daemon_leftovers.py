@@ -10,17 +10,17 @@ import asyncio
 import contextlib
 import ctypes
 import os
-import re
 import shutil
 import signal
 from pathlib import Path
 
 import structlog
 
+from offload_builder.mountinfo import read_mounts
+
 _log = structlog.get_logger(__name__)
 _MNT_DETACH = 2
 _RUNC_SECONDS = 15.0
-_OCTAL = re.compile(r"\\([0-7]{3})")
 
 
 async def end_leftovers(root: Path, runc: Path) -> None:
@@ -67,11 +67,7 @@ async def _delete_container(runc: Path, container: str) -> None:
 def mounts_below(root: Path) -> list[str]:
     """Return the mount points strictly below `root`, in the order of mounting."""
     prefix = f"{root.resolve()}/"
-    points = (
-        _OCTAL.sub(lambda match: chr(int(match[1], 8)), line.split(" ")[4])
-        for line in Path("/proc/self/mountinfo").read_text().splitlines()
-    )
-    return [point for point in points if point.startswith(prefix)]
+    return [mount.point for mount in read_mounts() if mount.point.startswith(prefix)]
 
 
 def _unmount(point: str) -> None:

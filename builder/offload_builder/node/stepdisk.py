@@ -11,7 +11,6 @@ import contextlib
 import functools
 import json
 import os
-import re
 import stat
 import time
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offload_builder.buildkit.daemon_leftovers import leftover_bundles
+from offload_builder.mountinfo import read_mounts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -31,9 +31,7 @@ _BLOCK_BYTES = 512
 _ENTRY_BYTES = 256
 """What the kernel keeps of a file itself, so that empty files count as well."""
 _MEASURE_SECONDS = 10.0
-_OCTAL = re.compile(r"\\([0-7]{3})")
 _IN_MEMORY = ("tmpfs", "ramfs", "hugetlbfs")
-_UPPER = re.compile(r"(?:^|,)upperdir=((?:\\.|[^,\\])*)")
 
 
 @dataclass(eq=False, slots=True)
@@ -213,13 +211,8 @@ def unlinked_bytes(pids: Iterable[int]) -> int:
 
 def _memory_devices(pid: int) -> set[int]:
     """Return the devices of the file systems in memory that a process sees."""
-    devices = {_memfd_device()}
-    for line in Path(f"/proc/{pid}/mountinfo").read_text("utf-8", "replace").splitlines():
-        before, _, after = line.partition(" - ")
-        if after.partition(" ")[0] in _IN_MEMORY:
-            major, _, minor = before.split(" ")[2].partition(":")
-            devices.add(os.makedev(int(major), int(minor)))
-    return devices
+    seen = {mount.device for mount in read_mounts(pid) if mount.kind in _IN_MEMORY}
+    return seen | {_memfd_device()}
 
 
 @functools.cache
@@ -235,13 +228,6 @@ def _memfd_device() -> int:
 def _uppers(pid: int) -> Iterator[tuple[Path, Path]]:
     """Yield the mount points of overlays in the place of a process, with what they write to."""
     with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/mountinfo").read_text("utf-8", "replace").splitlines():
-            before, _, after = line.partition(" - ")
-            kind, _, options = after.split(" ", 2)
-            if kind == "overlay" and (found := _UPPER.search(options)) is not None:
-                point = before.split(" ")[4]
-                yield Path(_plain(point)), Path(_plain(found[1]))
-
-
-def _plain(text: str) -> str:
-    return _OCTAL.sub(lambda match: chr(int(match[1], 8)), text)
+        for mount in read_mounts(pid):
+            if mount.kind == "overlay" and (upper := mount.options.get("upperdir")):
+                yield Path(mount.point), Path(upper)

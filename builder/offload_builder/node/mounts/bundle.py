@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from offload_builder.mountinfo import Mount, read_mounts
 from offload_builder.node.mounts.packing import RESTORE_PREFIX
 
-_OCTAL = re.compile(r"\\([0-7]{3})")
 _MAX_CONFIG_BYTES = 16 << 20
 
 
@@ -68,13 +67,6 @@ class Bundle:
     directories: tuple[CacheDirectory, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _MountPoint:
-    root: str
-    kind: str
-    options: dict[str, str]
-
-
 def read_bundle(bundle: Path, root: Path, daemon_pid: int) -> Bundle:
     """Read a bundle of the daemon that keeps its data below `root`.
 
@@ -85,7 +77,7 @@ def read_bundle(bundle: Path, root: Path, daemon_pid: int) -> Bundle:
     with (bundle / "config.json").open("rb") as file:
         config = json.loads(file.read(_MAX_CONFIG_BYTES))
     arguments = tuple(map(str, config["process"]["args"]))
-    points: dict[str, _MountPoint] | None = None
+    points: dict[str, Mount] | None = None
     found: list[CacheDirectory] = []
     for mount in config.get("mounts") or ():
         source, options = str(mount.get("source", "")), mount.get("options") or ()
@@ -96,7 +88,7 @@ def read_bundle(bundle: Path, root: Path, daemon_pid: int) -> Bundle:
             found.append(_plain(destination, snapshot, Path(source)))
         elif source.startswith("/") and "buildkit-mount" in source:
             if points is None:
-                points = _mount_points(daemon_pid)
+                points = {mount.point: mount for mount in read_mounts(daemon_pid)}
             if (point := points.get(source)) is not None:
                 # The daemon may have a mount namespace of its own.
                 seen = Path(f"/proc/{daemon_pid}/root{source}")
@@ -124,7 +116,7 @@ def _plain(destination: str, snapshot: Path, source: Path) -> CacheDirectory:
     return CacheDirectory(destination, snapshot, source, source, "", created)
 
 
-def _owned(destination: str, point: _MountPoint, seen: Path, root: Path) -> CacheDirectory | None:
+def _owned(destination: str, point: Mount, seen: Path, root: Path) -> CacheDirectory | None:
     upper, lower = point.options.get("upperdir", ""), point.options.get("lowerdir", "")
     if point.kind != "overlay" or point.root != "/cache" or not upper or ":" in lower:
         return None
@@ -140,21 +132,3 @@ def _owned(destination: str, point: _MountPoint, seen: Path, root: Path) -> Cach
     base = f"{owner.st_uid}:{owner.st_gid}:{stat.S_IMODE(owner.st_mode):o}"
     stored = Path(upper) / "cache"
     return CacheDirectory(destination, snapshot, seen, stored, base, created)
-
-
-def _mount_points(pid: int) -> dict[str, _MountPoint]:
-    found: dict[str, _MountPoint] = {}
-    for line in Path(f"/proc/{pid}/mountinfo").read_text(errors="surrogateescape").splitlines():
-        first, _, second = line.partition(" - ")
-        fields, kinds = first.split(" "), second.split(" ")
-        options = dict(item.partition("=")[::2] for item in kinds[2].split(","))
-        found[_plain_text(fields[4])] = _MountPoint(
-            _plain_text(fields[3]),
-            kinds[0],
-            {key: _plain_text(value) for key, value in options.items()},
-        )
-    return found
-
-
-def _plain_text(text: str) -> str:
-    return _OCTAL.sub(lambda match: chr(int(match[1], 8)), text)
