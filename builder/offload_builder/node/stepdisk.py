@@ -9,24 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import stat
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from offload_builder.buildkit.daemon_leftovers import leftover_bundles
 from offload_builder.mountinfo import read_mounts
+from offload_builder.node.stepspec import read_specification
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from offload_builder.node.buildgroups import BuildGroups
 
-_MAX_CONFIG_BYTES = 64 << 20
-"""Arguments and variables have 6 MiB at most (execve(2)), each byte as up to six in JSON."""
 _BLOCK_BYTES = 512
 _ENTRY_BYTES = 256
 """What the kernel keeps of a file itself, so that empty files count as well."""
@@ -129,8 +127,7 @@ class StepDisk:
         cache mounts is not its own.
         """
         own = uppers.get(bundle / "rootfs")
-        with (bundle / "config.json").open("rb") as file:
-            config: dict[str, Any] = json.loads(file.read(_MAX_CONFIG_BYTES))
+        config = read_specification(bundle)
         step = WritingStep(
             tuple(map(str, config["process"]["args"])), str(config["linux"]["cgroupsPath"]), own
         )

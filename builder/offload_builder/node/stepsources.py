@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import json
 import time
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import structlog
+
+from offload_builder.node.stepspec import read_specification
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 _log = structlog.get_logger(__name__)
 
 MAX_ADDRESSES = 2048
-_MAX_CONFIG_BYTES = 64 << 20
-"""Arguments and variables have 6 MiB at most (execve(2)), each byte as up to six in JSON."""
 _START_SECONDS = 0.015
 """runc needs longer before anything of a step runs: what is heard earlier is of the former one."""
 
@@ -110,8 +109,7 @@ def _read(bundle: Path, leases: Path) -> tuple[tuple[str, ...], tuple[str, ...] 
         OSError: the step is gone.
         ValueError: it is no bundle.
     """
-    with (bundle / "config.json").open("rb") as file:
-        config = json.loads(file.read(_MAX_CONFIG_BYTES))
+    config = read_specification(bundle)
     arguments = tuple(map(str, config["process"]["args"]))
     spaces = [item for item in config["linux"]["namespaces"] if item["type"] == "network"]
     if not spaces:
