@@ -13,6 +13,7 @@ from offload_proto.v1 import builds_service_pb2 as _builds_service_pb2
 from offload_proto.v1 import cache_service_pb2 as _cache_service_pb2
 from offload_proto.v1 import connector_service_pb2 as _connector_service_pb2
 from offload_proto.v1 import events_pb2 as _events_pb2
+from offload_proto.v1 import sessions_service_pb2 as _sessions_service_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -159,6 +160,8 @@ class AttachRequest(_message.Message):
     BUILD_LOG_FIELD_NUMBER: _builtins.int
     CACHE_TASK_REPLY_FIELD_NUMBER: _builtins.int
     CONNECTION_WISH_FIELD_NUMBER: _builtins.int
+    SESSION_TASK_REPLY_FIELD_NUMBER: _builtins.int
+    SESSION_UPDATE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello:
         """First message."""
@@ -187,6 +190,14 @@ class AttachRequest(_message.Message):
     def connection_wish(self) -> Global___ConnectionWish:
         """A build wants a connection through a connector."""
 
+    @_builtins.property
+    def session_task_reply(self) -> Global___SessionTaskReply:
+        """Answer to a SessionTask."""
+
+    @_builtins.property
+    def session_update(self) -> Global___SessionUpdate:
+        """News of a session."""
+
     def __init__(
         self,
         *,
@@ -197,16 +208,130 @@ class AttachRequest(_message.Message):
         build_log: Global___BuildLog | None = ...,
         cache_task_reply: Global___CacheTaskReply | None = ...,
         connection_wish: Global___ConnectionWish | None = ...,
+        session_task_reply: Global___SessionTaskReply | None = ...,
+        session_update: Global___SessionUpdate | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["build_log", b"build_log", "build_update", b"build_update", "cache_task_reply", b"cache_task_reply", "connection_wish", b"connection_wish", "heartbeat", b"heartbeat", "hello", b"hello", "message", b"message", "offer_reply", b"offer_reply"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["build_log", b"build_log", "build_update", b"build_update", "cache_task_reply", b"cache_task_reply", "connection_wish", b"connection_wish", "heartbeat", b"heartbeat", "hello", b"hello", "message", b"message", "offer_reply", b"offer_reply", "session_task_reply", b"session_task_reply", "session_update", b"session_update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_log", b"build_log", "build_update", b"build_update", "cache_task_reply", b"cache_task_reply", "connection_wish", b"connection_wish", "heartbeat", b"heartbeat", "hello", b"hello", "message", b"message", "offer_reply", b"offer_reply"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_log", b"build_log", "build_update", b"build_update", "cache_task_reply", b"cache_task_reply", "connection_wish", b"connection_wish", "heartbeat", b"heartbeat", "hello", b"hello", "message", b"message", "offer_reply", b"offer_reply", "session_task_reply", b"session_task_reply", "session_update", b"session_update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "heartbeat", "offer_reply", "build_update", "build_log", "cache_task_reply", "connection_wish"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "heartbeat", "offer_reply", "build_update", "build_log", "cache_task_reply", "connection_wish", "session_task_reply", "session_update"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
 Global___AttachRequest: _TypeAlias = AttachRequest  # noqa: Y015
+
+@_typing.final
+class SessionUpdate(_message.Message):
+    """SessionUpdate is a change of a session at its node."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    ACTIVITY_FIELD_NUMBER: _builtins.int
+    USED_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """The session."""
+    state: _sessions_service_pb2.SessionState.ValueType
+    """RUNNING, PAUSED, STOPPING or ENDED."""
+    reason: _builtins.str
+    """One sentence on why it ended; may be empty."""
+    @_builtins.property
+    def activity(self) -> _sessions_service_pb2.SessionActivity:
+        """What it does."""
+
+    @_builtins.property
+    def used(self) -> _duration_pb2.Duration:
+        """Time that counts so far."""
+
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        state: _sessions_service_pb2.SessionState.ValueType = ...,
+        reason: _builtins.str = ...,
+        activity: _sessions_service_pb2.SessionActivity | None = ...,
+        used: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "used", b"used"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "reason", b"reason", "session_id", b"session_id", "state", b"state", "used", b"used"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SessionUpdate: _TypeAlias = SessionUpdate  # noqa: Y015
+
+@_typing.final
+class SessionTaskReply(_message.Message):
+    """SessionTaskReply answers a SessionTask."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    ERROR_REASON_FIELD_NUMBER: _builtins.int
+    STARTED_FIELD_NUMBER: _builtins.int
+    task_id: _builtins.str
+    """From the task."""
+    error: _builtins.str
+    """One sentence when it did not work."""
+    error_reason: _builtins.str
+    """Wire name of the error's class."""
+    @_builtins.property
+    def started(self) -> Global___StartedSession:
+        """What a session that was started has got."""
+
+    def __init__(
+        self,
+        *,
+        task_id: _builtins.str = ...,
+        error: _builtins.str = ...,
+        error_reason: _builtins.str = ...,
+        started: Global___StartedSession | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["started", b"started"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "error_reason", b"error_reason", "started", b"started", "task_id", b"task_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SessionTaskReply: _TypeAlias = SessionTaskReply  # noqa: Y015
+
+@_typing.final
+class StartedSession(_message.Message):
+    """StartedSession is what a node has made."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LIMITS_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
+    ENGINE_VERSION_FIELD_NUMBER: _builtins.int
+    engine_version: _builtins.str
+    """Version of its docker engine."""
+    @_builtins.property
+    def limits(self) -> _sessions_service_pb2.SessionLimits:
+        """Its bounds."""
+
+    @_builtins.property
+    def devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Its devices, fully qualified."""
+
+    def __init__(
+        self,
+        *,
+        limits: _sessions_service_pb2.SessionLimits | None = ...,
+        devices: _abc.Iterable[_builtins.str] | None = ...,
+        engine_version: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "engine_version", b"engine_version", "limits", b"limits"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartedSession: _TypeAlias = StartedSession  # noqa: Y015
 
 @_typing.final
 class ConnectionWish(_message.Message):
@@ -248,6 +373,26 @@ class Hello(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     ENDPOINTS_FIELD_NUMBER: _builtins.int
     RELAY_ENDPOINT_FIELD_NUMBER: _builtins.int
     PLATFORMS_FIELD_NUMBER: _builtins.int
@@ -257,6 +402,10 @@ class Hello(_message.Message):
     RUNNING_BUILD_IDS_FIELD_NUMBER: _builtins.int
     BUILDKIT_ENDPOINT_FIELD_NUMBER: _builtins.int
     FIREWALL_FIELD_NUMBER: _builtins.int
+    SESSION_SLOTS_FIELD_NUMBER: _builtins.int
+    SESSIONS_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    SESSION_LIMITS_FIELD_NUMBER: _builtins.int
     relay_endpoint: _builtins.str
     """Address that the relay dials."""
     slots: _builtins.int
@@ -271,6 +420,8 @@ class Hello(_message.Message):
     """
     firewall: _builtins.bool
     """Builds here are behind a firewall, so that they can bring network policies."""
+    session_slots: _builtins.int
+    """Sessions that may be open at once; 0 where the node takes none."""
     @_builtins.property
     def endpoints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Addresses "HOST:PORT" that clients may dial; empty when only the relay reaches the node."""
@@ -282,6 +433,18 @@ class Hello(_message.Message):
     @_builtins.property
     def running_build_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Builds that are still running here, after a reconnect."""
+
+    @_builtins.property
+    def sessions(self) -> _containers.RepeatedCompositeFieldContainer[Global___SessionUpdate]:
+        """Sessions that are still here, after a reconnect."""
+
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Labels of the node's configuration."""
+
+    @_builtins.property
+    def session_limits(self) -> _sessions_service_pb2.SessionLimits:
+        """The most that one session can have here."""
 
     def __init__(
         self,
@@ -295,10 +458,14 @@ class Hello(_message.Message):
         running_build_ids: _abc.Iterable[_builtins.str] | None = ...,
         buildkit_endpoint: _builtins.str = ...,
         firewall: _builtins.bool = ...,
+        session_slots: _builtins.int = ...,
+        sessions: _abc.Iterable[Global___SessionUpdate] | None = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        session_limits: _sessions_service_pb2.SessionLimits | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["session_limits", b"session_limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["buildkit_endpoint", b"buildkit_endpoint", "buildkit_version", b"buildkit_version", "endpoints", b"endpoints", "firewall", b"firewall", "platforms", b"platforms", "relay_endpoint", b"relay_endpoint", "running_build_ids", b"running_build_ids", "slots", b"slots", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buildkit_endpoint", b"buildkit_endpoint", "buildkit_version", b"buildkit_version", "endpoints", b"endpoints", "firewall", b"firewall", "labels", b"labels", "platforms", b"platforms", "relay_endpoint", b"relay_endpoint", "running_build_ids", b"running_build_ids", "session_limits", b"session_limits", "session_slots", b"session_slots", "sessions", b"sessions", "slots", b"slots", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -339,6 +506,9 @@ class Heartbeat(_message.Message):
     EGRESS_VERSIONS_FIELD_NUMBER: _builtins.int
     EGRESS_PROBLEM_FIELD_NUMBER: _builtins.int
     DEVICES_FIELD_NUMBER: _builtins.int
+    SESSIONS_FIELD_NUMBER: _builtins.int
+    SESSIONS_PROBLEM_FIELD_NUMBER: _builtins.int
+    DEVICES_IN_SESSIONS_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     """Builds that run."""
     draining: _builtins.bool
@@ -349,6 +519,10 @@ class Heartbeat(_message.Message):
     """One sentence about what is degraded; empty when nothing is."""
     egress_problem: _builtins.str
     """One sentence on why others are in force than the gateway told; empty for no reason."""
+    sessions: _builtins.int
+    """Sessions that are open here."""
+    sessions_problem: _builtins.str
+    """One sentence on why the node takes no sessions now; empty when it does."""
     @_builtins.property
     def platforms(self) -> Global___NodePlatforms:
         """Unset until the node knows what its BuildKit can build."""
@@ -365,6 +539,10 @@ class Heartbeat(_message.Message):
     def devices(self) -> Global___NodeDevices:
         """Unset while the node does not know its devices."""
 
+    @_builtins.property
+    def devices_in_sessions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Devices that sessions have for themselves now, fully qualified."""
+
     def __init__(
         self,
         *,
@@ -377,10 +555,13 @@ class Heartbeat(_message.Message):
         egress_versions: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         egress_problem: _builtins.str = ...,
         devices: Global___NodeDevices | None = ...,
+        sessions: _builtins.int = ...,
+        sessions_problem: _builtins.str = ...,
+        devices_in_sessions: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "platforms", b"platforms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["authorities", b"authorities", "devices", b"devices", "disk_free_bytes", b"disk_free_bytes", "draining", b"draining", "egress_problem", b"egress_problem", "egress_versions", b"egress_versions", "health", b"health", "platforms", b"platforms", "running", b"running"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["authorities", b"authorities", "devices", b"devices", "devices_in_sessions", b"devices_in_sessions", "disk_free_bytes", b"disk_free_bytes", "draining", b"draining", "egress_problem", b"egress_problem", "egress_versions", b"egress_versions", "health", b"health", "platforms", b"platforms", "running", b"running", "sessions", b"sessions", "sessions_problem", b"sessions_problem"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -632,6 +813,7 @@ class AttachResponse(_message.Message):
     EGRESS_POLICIES_FIELD_NUMBER: _builtins.int
     SERVED_DESTINATIONS_FIELD_NUMBER: _builtins.int
     CALL_REFUSED_FIELD_NUMBER: _builtins.int
+    SESSION_TASK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome:
         """First message."""
@@ -674,6 +856,10 @@ class AttachResponse(_message.Message):
     def call_refused(self) -> _connector_service_pb2.CallRefused:
         """A connection through a connector cannot be had."""
 
+    @_builtins.property
+    def session_task(self) -> Global___SessionTask:
+        """Start, stop, wake or share a session; answered with SessionTaskReply."""
+
     def __init__(
         self,
         *,
@@ -687,16 +873,172 @@ class AttachResponse(_message.Message):
         egress_policies: Global___EgressPolicies | None = ...,
         served_destinations: Global___ServedDestinations | None = ...,
         call_refused: _connector_service_pb2.CallRefused | None = ...,
+        session_task: Global___SessionTask | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["authorities", b"authorities", "cache_task", b"cache_task", "call_refused", b"call_refused", "cancel_build", b"cancel_build", "egress_policies", b"egress_policies", "message", b"message", "offer", b"offer", "project_limits", b"project_limits", "revocations", b"revocations", "served_destinations", b"served_destinations", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["authorities", b"authorities", "cache_task", b"cache_task", "call_refused", b"call_refused", "cancel_build", b"cancel_build", "egress_policies", b"egress_policies", "message", b"message", "offer", b"offer", "project_limits", b"project_limits", "revocations", b"revocations", "served_destinations", b"served_destinations", "session_task", b"session_task", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["authorities", b"authorities", "cache_task", b"cache_task", "call_refused", b"call_refused", "cancel_build", b"cancel_build", "egress_policies", b"egress_policies", "message", b"message", "offer", b"offer", "project_limits", b"project_limits", "revocations", b"revocations", "served_destinations", b"served_destinations", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["authorities", b"authorities", "cache_task", b"cache_task", "call_refused", b"call_refused", "cancel_build", b"cancel_build", "egress_policies", b"egress_policies", "message", b"message", "offer", b"offer", "project_limits", b"project_limits", "revocations", b"revocations", "served_destinations", b"served_destinations", "session_task", b"session_task", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "offer", "cancel_build", "cache_task", "project_limits", "revocations", "authorities", "egress_policies", "served_destinations", "call_refused"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "offer", "cancel_build", "cache_task", "project_limits", "revocations", "authorities", "egress_policies", "served_destinations", "call_refused", "session_task"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
 Global___AttachResponse: _TypeAlias = AttachResponse  # noqa: Y015
+
+@_typing.final
+class SessionTask(_message.Message):
+    """SessionTask is work on one session."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    STOP_FIELD_NUMBER: _builtins.int
+    WAKE_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
+    task_id: _builtins.str
+    """Chosen by the gateway; repeated in the reply."""
+    session_id: _builtins.str
+    """The session."""
+    @_builtins.property
+    def start(self) -> Global___StartTask:
+        """Make it; the reply comes when its engine answers."""
+
+    @_builtins.property
+    def stop(self) -> Global___StopTask:
+        """Remove everything of it; the reply comes when nothing is left. Also for unknown sessions."""
+
+    @_builtins.property
+    def wake(self) -> Global___WakeTask:
+        """Wake it when it is paused; the reply comes when its engine answers."""
+
+    @_builtins.property
+    def share(self) -> Global___ShareTask:
+        """Say anew who may use it."""
+
+    def __init__(
+        self,
+        *,
+        task_id: _builtins.str = ...,
+        session_id: _builtins.str = ...,
+        start: Global___StartTask | None = ...,
+        stop: Global___StopTask | None = ...,
+        wake: Global___WakeTask | None = ...,
+        share: Global___ShareTask | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["share", b"share", "start", b"start", "stop", b"stop", "task", b"task", "wake", b"wake"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id", "share", b"share", "start", b"start", "stop", b"stop", "task", b"task", "task_id", b"task_id", "wake", b"wake"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_task: _TypeAlias = _typing.Literal["start", "stop", "wake", "share"]  # noqa: Y015
+    _WhichOneofArgType_task: _TypeAlias = _typing.Literal["task", b"task"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_task) -> _WhichOneofReturnType_task | None: ...
+
+Global___SessionTask: _TypeAlias = SessionTask  # noqa: Y015
+
+@_typing.final
+class StartTask(_message.Message):
+    """StartTask describes a session that is to be made."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROJECT_ID_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    SPEC_FIELD_NUMBER: _builtins.int
+    TRUST_DOMAIN_FIELD_NUMBER: _builtins.int
+    project_id: _builtins.str
+    """Its project."""
+    owner: _builtins.str
+    """Member whose it is."""
+    role: _builtins.str
+    """Role of the owner, for example "member"."""
+    trust_domain: _builtins.str
+    """Trust domain of the owner's builds for which no branch is known; see Ticket."""
+    @_builtins.property
+    def spec(self) -> _sessions_service_pb2.SessionSpec:
+        """What is wanted."""
+
+    def __init__(
+        self,
+        *,
+        project_id: _builtins.str = ...,
+        owner: _builtins.str = ...,
+        role: _builtins.str = ...,
+        spec: _sessions_service_pb2.SessionSpec | None = ...,
+        trust_domain: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["owner", b"owner", "project_id", b"project_id", "role", b"role", "spec", b"spec", "trust_domain", b"trust_domain"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartTask: _TypeAlias = StartTask  # noqa: Y015
+
+@_typing.final
+class StopTask(_message.Message):
+    """StopTask has nothing to say beside the reason."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """One sentence for people who follow the session."""
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StopTask: _TypeAlias = StopTask  # noqa: Y015
+
+@_typing.final
+class WakeTask(_message.Message):
+    """WakeTask has nothing to say."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WakeTask: _TypeAlias = WakeTask  # noqa: Y015
+
+@_typing.final
+class ShareTask(_message.Message):
+    """ShareTask is complete each time."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEMBERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def members(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Members that may use the session beside its owner."""
+
+    def __init__(
+        self,
+        *,
+        members: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["members", b"members"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShareTask: _TypeAlias = ShareTask  # noqa: Y015
 
 @_typing.final
 class ServedDestinations(_message.Message):

@@ -1,0 +1,144 @@
+"""What the parts of sessions know of each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import asyncio
+    from contextlib import AbstractAsyncContextManager
+    from pathlib import Path
+
+BINDS = "/offload/binds"
+"""Where directories of members' machines are, in the root file system of an engine."""
+MODELS_VOLUME = "offload-models"
+"""Name of the volume with a project's model files."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What an engine with all its containers may have.
+
+    Attributes:
+        cpu_millis: thousandths of a processor.
+        memory_bytes: of memory.
+        disk_bytes: of disk, for images, containers, volumes and synchronised directories.
+        pids: processes and threads.
+    """
+
+    cpu_millis: int
+    memory_bytes: int
+    disk_bytes: int
+    pids: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """An engine that is wanted.
+
+    Attributes:
+        session_id: whose it is.
+        project_id: of the session.
+        limits: of everything in it.
+        devices: by the Container Device Interface, fully qualified.
+    """
+
+    session_id: str
+    project_id: str
+    limits: EngineLimits
+    devices: tuple[str, ...] = ()
+
+
+class SessionNetwork(Protocol):
+    """The network of one engine, while it is attached.
+
+    Attributes:
+        namespace: path of the network namespace.
+        dns: address of the name server for it.
+        mtu: of its device, in bytes.
+        ipv6: there is a way out for IPv6.
+    """
+
+    namespace: Path
+    dns: str
+    mtu: int
+    ipv6: bool
+
+
+class SessionNetworks(Protocol):
+    """Gives engines their networks."""
+
+    def attach(self, key: str) -> AbstractAsyncContextManager[SessionNetwork]:
+        """Make a network from which nothing can be reached yet.
+
+        Raises:
+            ConfigError: the machine does not allow it.
+            QuotaExceededError: the node has no room for more.
+        """
+
+    async def assign(self, key: str, project_id: str) -> None:
+        """Let it reach what the policy of a project allows, now and whenever that changes.
+
+        Raises:
+            NotFoundError: it is not attached.
+            OffloadError: it cannot be done; nothing can be reached.
+        """
+
+
+class Engine(Protocol):
+    """A docker engine with namespaces of its own.
+
+    Attributes:
+        engine_id: names it at the node; engines are made before it is known for which session.
+        socket: of its API, for this process.
+        pid: of the first process of its namespaces; changes when it was paused meanwhile.
+        id_base: user and group of this machine that are root in it.
+        version: of the docker engine.
+        root: its root file system, as this process reaches it.
+        devices: fully qualified.
+        ended: done when the engine ends without being asked to, with one sentence.
+    """
+
+    engine_id: str
+    id_base: int
+    version: str
+    devices: tuple[str, ...]
+    ended: asyncio.Future[str]
+
+    @property
+    def socket(self) -> Path: ...  # noqa: D102
+
+    @property
+    def pid(self) -> int: ...  # noqa: D102
+
+    @property
+    def root(self) -> Path: ...  # noqa: D102
+
+    def disk_used(self) -> int:
+        """Return how many bytes of this machine's disk it has."""
+
+
+class EngineHost(Protocol):
+    """Makes engines, keeps some ready, and removes them with everything of theirs."""
+
+    async def create(self, spec: EngineSpec) -> Engine:
+        """Return an engine that answers.
+
+        Raises:
+            QuotaExceededError: the node has no room for it.
+            NodeLostError: it does not start; the sentence says why.
+        """
+
+    async def pause(self, engine: Engine) -> None:
+        """Stop its processes, containers included; images, containers and volumes stay."""
+
+    async def wake(self, engine: Engine) -> None:
+        """Start a paused engine.
+
+        Raises:
+            NodeLostError: it does not start.
+        """
+
+    async def remove(self, engine_id: str) -> None:
+        """Remove everything of an engine; nothing happens when there is nothing."""
