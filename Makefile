@@ -18,11 +18,8 @@ tools: ## install everything, for tests and benchmarks too
 demo: setup ## run the main job on real parts: two nodes, one cache, two members
 	$(VENV)/python examples/demo.py
 
-# What fails beside thousands of others on a busy machine is named, and has to pass alone.
 test: tools check ## all checks and tests
-	$(VENV)/pytest || { \
-	  echo '==> once more, what failed above'; \
-	  $(VENV)/pytest --last-failed --last-failed-no-failures none; }
+	deploy/run_tests.sh
 
 test-unit: tools ## tests that need neither network nor root
 	$(VENV)/pytest tests/unit
