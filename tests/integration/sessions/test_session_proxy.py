@@ -10,6 +10,7 @@ import pty
 import select
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -212,8 +213,7 @@ def test_files_and_images_travel_whole(helper: SessionHelper, tmp_path: Path) ->
     output(helper, "cp", "files:/there", str(tmp_path / "back"))
     assert (tmp_path / "back").read_bytes() == data
     output(helper, "save", "-o", str(tmp_path / "image.tar"), "box")
-    output(helper, "tag", "box", "other")
-    assert "other" in output(helper, "load", "-i", str(tmp_path / "image.tar")) or True
+    assert "box" in output(helper, "load", "-i", str(tmp_path / "image.tar"))
     assert output(helper, "image", "inspect", "-f", "{{.Id}}", "box")
 
 
@@ -292,21 +292,32 @@ def test_a_port_that_somebody_has_is_refused_as_an_engine_does(
     until(lambda: b"200 OK" in fetched(port), "the web server")
 
 
-def test_datagrams_reach_a_container_and_come_back(helper: SessionHelper) -> None:
+def test_datagrams_reach_a_container_and_come_back(
+    helper: SessionHelper, engine: DockerEngine
+) -> None:
     port = free_port()
-    output(
-        helper, "run", "-d", "--name", "udp", "-p", f"{port}:53/udp", "box",
-        "/bin/udpsvd", "0.0.0.0", "53", "/bin/cat",
-    )  # fmt: skip
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
-        peer.settimeout(0.5)
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            peer.sendto(b"hello", ("127.0.0.1", port))
-            with contextlib.suppress(TimeoutError):
-                assert peer.recvfrom(100)[0] == b"hello"
-                break
-            assert time.monotonic() < deadline
+    code = (
+        "import socket\ns = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\ns.bind(('', 53))\n"
+        "while True:\n    data, peer = s.recvfrom(2000)\n    s.sendto(data.upper(), peer)\n"
+    )
+    folders = {"/usr", "/lib", "/lib64", sys.base_prefix}
+    binds = [part for folder in folders for part in ("-v", f"{folder}:{folder}:ro")]
+    python = str(Path(sys.executable).resolve())
+    done = engine.docker(
+        "run", "-d", "-p", f"127.0.0.1:{port}:53/udp", *binds, "box", python, "-c", code
+    )
+    assert done.returncode == 0, done.stderr
+    for _ in range(2):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
+            peer.settimeout(0.5)
+            deadline = time.monotonic() + PATIENCE
+            while True:
+                with contextlib.suppress(TimeoutError, ConnectionRefusedError):
+                    peer.connect(("127.0.0.1", port))
+                    peer.send(b"hello")
+                    assert peer.recv(100) == b"HELLO"
+                    break
+                assert time.monotonic() < deadline
 
 
 def test_ports_of_a_container_from_elsewhere_are_at_the_loopback_address(
@@ -322,26 +333,26 @@ def test_ports_of_a_container_from_elsewhere_are_at_the_loopback_address(
 
 def test_a_large_answer_passes_a_port_whole(helper: SessionHelper) -> None:
     port = free_port()
-    output(
-        helper, "run", "-d", "-p", f"{port}:80", "box", "/bin/tcpsvd", "0.0.0.0", "80",
-        "/bin/dd", "if=/dev/zero", "bs=65536", "count=800",
-    )  # fmt: skip
+    make = "dd if=/dev/zero of=/bin/large bs=1048576 count=50; exec httpd -f -h /bin"
+    output(helper, "run", "-d", "-p", f"{port}:80", "box", "/bin/sh", "-c", make)
+    until(lambda: b"HTTP" in fetched(port), "the web server")
     sizes: list[int] = []
 
     def read() -> None:
         with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
+            connection.sendall(b"GET /large HTTP/1.0\r\n\r\n")
             size = 0
             while part := connection.recv(1 << 20):
                 size += len(part)
             sizes.append(size)
 
-    until(lambda: listens(port), "the port")
     threads = [threading.Thread(target=read) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(PATIENCE)
-    assert sizes == [800 * 65536] * 2
+    assert len(sizes) == 2
+    assert min(sizes) > 50 << 20
 
 
 def test_a_directory_is_refused_where_it_cannot_be_synchronised(
