@@ -28,19 +28,51 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
+    from grpc import aio
+
     from offload_client.sessions.access import SessionAccess
 
 SESSION_KEY = "offload-session"
 SPARES = 3
 """Connections to the engine that are open before anybody needs them."""
-PATIENCE_SECONDS = 20.0
-"""How long a new connection waits for a tunnel that is away."""
+PATIENCE_SECONDS = 10.0
+"""How long a new connection waits for a tunnel that is away, from when it went away."""
+LEAST_PATIENCE = 1.0
 NEWS_SECONDS = 60.0
 """The node sends news every 20 s."""
 FIRST_BACK_OFF, LAST_BACK_OFF = 0.2, 5.0
 FRESH_SECONDS = 300.0
 """Before the end of a certificate, a connection is made with the next one."""
 DIAGNOSE_SECONDS = 30.0
+
+
+class _Line:
+    """A connection to the node: kept until its last stream has ended."""
+
+    def __init__(self, channel: NodeChannel, access: SessionAccess) -> None:
+        self.channel = channel
+        self.stub: Any = SessionNodeServiceStub(channel.channel)
+        self._access = access
+        self._streams = 0
+        self._retired = False
+
+    def track(self, stream: NodeStream) -> None:
+        """Count a stream."""
+        self._streams += 1
+        stream.when_done(self._one_ended)
+
+    def retire(self) -> None:
+        """Take no more streams."""
+        self._retired = True
+        self._give_up_unused()
+
+    def _one_ended(self) -> None:
+        self._streams -= 1
+        self._give_up_unused()
+
+    def _give_up_unused(self) -> None:
+        if self._retired and self._streams == 0:
+            self._access.give_up(self.channel)
 
 
 class Tunnel:
@@ -72,8 +104,7 @@ class Tunnel:
         self._log = log
         self._wanted_spares = spares
         self._spares: list[NodeStream] = []
-        self._channel: NodeChannel | None = None
-        self._stub: Any = None
+        self._line: _Line | None = None
         self._place: SessionPlace | None = None
         self._up = asyncio.Event()
         self._waking: asyncio.Future[None] | None = None
@@ -110,19 +141,19 @@ class Tunnel:
         Raises:
             OffloadError: the session is gone, or its node cannot be reached.
         """
-        stub = await self._ready()
+        line = await self._ready()
         if self.paused:
             if not wake:
                 raise NodeLostError("the session is paused")
             await self._wake()
-            stub = await self._ready()
+            line = await self._ready()
         while self._spares:
             spare = self._spares.pop(0)
             if not spare.done:
                 self._refill()
                 return spare
         self._refill()
-        return self._open_engine(stub)
+        return self._open_engine(line)
 
     async def port(self, port: int, host: str = "") -> PortStream:
         """Return a new connection to a TCP port of the session.
@@ -130,7 +161,8 @@ class Tunnel:
         Raises:
             OffloadError: the session is gone, or its node cannot be reached.
         """
-        return await self._open_port((await self._ready()).Port, port, host)
+        line = await self._ready()
+        return await self._open_port(line, line.stub.Port, port, host)
 
     async def datagrams(self, port: int, host: str = "") -> PortStream:
         """Return a new peer of a UDP port of the session; pieces are datagrams.
@@ -138,7 +170,19 @@ class Tunnel:
         Raises:
             OffloadError: the session is gone, or its node cannot be reached.
         """
-        return await self._open_port((await self._ready()).Datagrams, port, host)
+        line = await self._ready()
+        return await self._open_port(line, line.stub.Datagrams, port, host)
+
+    async def channel(self) -> tuple[aio.Channel, tuple[tuple[str, str], ...]]:
+        """Return the connection of now, and the metadata that calls for the session have.
+
+        Calls on it end when the tunnel breaks; whoever makes them makes them again.
+
+        Raises:
+            OffloadError: the session is gone, or its node cannot be reached.
+        """
+        line = await self._ready()
+        return line.channel.channel, self._metadata
 
     async def diagnose(self) -> dict[str, str]:
         """Return what the node says about the engine, by its parts.
@@ -146,20 +190,23 @@ class Tunnel:
         Raises:
             OffloadError: the session is gone, or its node cannot be reached.
         """
-        stub = await self._ready()
+        line = await self._ready()
         try:
-            reply = await stub.Diagnose(
+            reply = await line.stub.Diagnose(
                 pb.DiagnoseRequest(), metadata=self._metadata, timeout=DIAGNOSE_SECONDS
             )
         except grpc.RpcError as error:
             raise node_error(error) from error
         return dict(reply.texts)
 
-    def _open_engine(self, stub: Any) -> NodeStream:
-        return NodeStream(stub.Engine(metadata=self._metadata), self.traffic)
+    def _open_engine(self, line: _Line) -> NodeStream:
+        stream = NodeStream(line.stub.Engine(metadata=self._metadata), self.traffic)
+        line.track(stream)
+        return stream
 
-    async def _open_port(self, method: Any, port: int, host: str) -> PortStream:
+    async def _open_port(self, line: _Line, method: Any, port: int, host: str) -> PortStream:
         stream = PortStream(method(metadata=self._metadata), self.traffic)
+        line.track(stream)
         try:
             await stream.open(pb.PortRequest(open=pb.PortOpen(port=port, host=host)))
         except BaseException:
@@ -167,19 +214,20 @@ class Tunnel:
             raise
         return stream
 
-    async def _ready(self) -> Any:
-        """Return the stub of a tunnel that is up; waits a while for it."""
+    async def _ready(self) -> _Line:
+        """Return the connection of a tunnel that is up; waits a while for it."""
+        away = time.time() - (self.reconnecting_since or time.time())
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(PATIENCE_SECONDS):
+            async with asyncio.timeout(max(LEAST_PATIENCE, PATIENCE_SECONDS - away)):
                 await self._up.wait()
         if self.ended.done():
             raise SessionGoneError(self.ended.result(), hint="run 'offload start'")
-        if self._stub is None:
+        if self._line is None:
             raise NodeLostError(
                 f"the session cannot be reached: {self.problem or 'its node does not answer'}",
                 hint="it is tried again all the time; see 'offload status'",
             )
-        return self._stub
+        return self._line
 
     async def _wake(self) -> None:
         """Have the engine started again; all who need it wait for the same."""
@@ -189,14 +237,10 @@ class Tunnel:
         self._waking.result()
 
     async def _wake_once(self) -> None:
-        place = await self._access.find(wake=True)
-        moved = self._place is not None and place.server_name != self._place.server_name
-        self._place = place
-        if moved:
-            # The next connection goes there; `_ready` waits for it.
-            self._down()
-        elif self.news is not None and self.paused:
-            self.news.state = SessionState.ValueType(place.state)
+        self._place = await self._access.find(wake=True)
+        if self.news is not None and self.paused:
+            # The node says so too, a moment later.
+            self.news.state = SessionState.ValueType(self._place.state)
 
     async def _keep_up(self) -> None:
         back_off = FIRST_BACK_OFF
@@ -215,8 +259,7 @@ class Tunnel:
                 if isinstance(error, NotFoundError):
                     # The node does not know it; the gateway knows why.
                     self._place = None
-            finally:
-                self._down()
+            self._down()
             if time.monotonic() - started > LAST_BACK_OFF:
                 back_off = FIRST_BACK_OFF
             else:
@@ -235,22 +278,24 @@ class Tunnel:
             self._place = None
             self._place = known = await self._access.find(wake=False)
             channel = await self._access.connect(known)
+        line = _Line(channel, self._access)
         try:
-            await self._follow(channel)
+            await self._follow(line)
         finally:
-            self._access.give_up(channel)
+            # Spare streams are nobody's; those in use go on for as long as they can.
+            self._down()
+            line.retire()
 
-    async def _follow(self, channel: NodeChannel) -> None:
-        stub: Any = SessionNodeServiceStub(channel.channel)
-        call = stub.Follow(pb.FollowRequest(), metadata=self._metadata)
-        renew_at = max(channel.expires_at - FRESH_SECONDS, time.time() + NEWS_SECONDS)
+    async def _follow(self, line: _Line) -> None:
+        call = line.stub.Follow(pb.FollowRequest(), metadata=self._metadata)
+        renew_at = max(line.channel.expires_at - FRESH_SECONDS, time.time() + NEWS_SECONDS)
         try:
             while time.time() < renew_at:
                 async with asyncio.timeout(NEWS_SECONDS):
                     news = await call.read()
                 if news is grpc.aio.EOF:
                     raise NodeLostError("the node has ended the connection")
-                self._heard(news, channel, stub)
+                self._heard(news, line)
                 if self.ended.done():
                     return
         except TimeoutError as error:
@@ -260,13 +305,13 @@ class Tunnel:
         finally:
             call.cancel()
 
-    def _heard(self, news: pb.SessionNews, channel: NodeChannel, stub: Any) -> None:
+    def _heard(self, news: pb.SessionNews, line: _Line) -> None:
         self.news = news
         if news.state in GONE:
             self._end(news.reason or "the session has ended")
             return
-        if self._channel is not channel:
-            self._channel, self._stub = channel, stub
+        if self._line is not line:
+            self._line = line
             self.reconnecting_since = None
             self.problem = ""
             self._up.set()
@@ -276,17 +321,17 @@ class Tunnel:
 
     def _refill(self) -> None:
         """Open spare connections where some are missing."""
-        if self._stub is None or self.paused:
+        if self._line is None or self.paused:
             return
         self._spares = [spare for spare in self._spares if not spare.done]
         while len(self._spares) < self._wanted_spares:
-            self._spares.append(self._open_engine(self._stub))
+            self._spares.append(self._open_engine(self._line))
 
     def _down(self) -> None:
         if self._up.is_set() and not self.ended.done():
             self._up.clear()
             self.reconnecting_since = time.time()
-        self._channel = self._stub = None
+        self._line = None
         self._tasks.start(self._drop_spares(), name="spares")
         self._tell()
 

@@ -16,14 +16,16 @@ from tests.fixtures.cutrelay import CutRelay
 from tests.fixtures.engine import DockerEngine
 from tests.fixtures.minio import free_port
 from tests.fixtures.sessionnode import (
+    PATIENCE,
+    WEB,
     SessionHelper,
     SessionServer,
+    fetched,
     import_busybox,
+    listens,
     session_engine,
+    until,
 )
-from tests.integration.sessions.test_session_proxy import WEB, fetched, listens, until
-
-PATIENCE = 30.0
 
 
 @pytest.fixture(scope="module")
@@ -51,18 +53,21 @@ def test_the_tunnel_comes_back_after_a_cut_and_containers_go_on(
     with CutRelay(server.node_address) as relay:
         server.endpoints = [relay.address]
         with SessionHelper(server, tmp_path / "home") as helper:
-            done = helper.docker("run", "-d", "--name", "web", "-p", f"{port}:80", *WEB)
+            serve = "echo up; exec httpd -f -h /bin"
+            done = helper.docker(
+                "run", "-d", "--name", "web", "-p", f"{port}:80", "box", "/bin/sh", "-c", serve
+            )
             assert done.returncode == 0, done.stderr
             until(lambda: b"200 OK" in fetched(port), "the web server")
-            follow = subprocess.Popen(
-                ["docker", "logs", "-f", "web"], env=helper.environment, stderr=subprocess.PIPE
-            )
-            before = relay.connections
-            relay.cut()
-            # The command that was at work hears of it; the next one does not.
-            assert follow.wait(PATIENCE) is not None
-            assert follow.stderr is not None
-            follow.stderr.close()
+            with subprocess.Popen(
+                ["docker", "logs", "-f", "web"], env=helper.environment, stdout=subprocess.PIPE
+            ) as follow:
+                assert follow.stdout is not None
+                assert follow.stdout.readline() == b"up\n"
+                before = relay.connections
+                relay.cut()
+                # The command that was at work ends; the next one sees nothing of it.
+                follow.wait(PATIENCE)
             shown = helper.docker("ps", "--format", "{{.Names}}")
             assert (shown.returncode, shown.stdout) == (0, b"web\n")
             assert relay.connections > before

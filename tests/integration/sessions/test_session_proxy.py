@@ -22,13 +22,16 @@ from offload_client.sessions.records import engine_socket, helper_socket
 from tests.fixtures.engine import DockerEngine
 from tests.fixtures.minio import free_port
 from tests.fixtures.sessionnode import (
+    PATIENCE,
+    WEB,
     SessionHelper,
     SessionServer,
+    fetched,
     import_busybox,
+    listens,
     session_engine,
+    until,
 )
-
-PATIENCE = 30.0
 
 
 @pytest.fixture(scope="module")
@@ -66,37 +69,6 @@ def output(helper: SessionHelper, *arguments: str, stdin: bytes | None = None) -
     done = helper.docker(*arguments, stdin=stdin)
     assert done.returncode == 0, (arguments, done, helper.log())
     return done.stdout.decode().strip()
-
-
-def until(condition: object, what: str) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        if condition():  # type: ignore[operator]
-            return
-        time.sleep(0.02)
-    pytest.fail(f"waited too long for {what}")
-
-
-def fetched(port: int, host: str = "127.0.0.1") -> bytes:
-    """Return what a container's web server says; nothing when none listens."""
-    try:
-        with socket.create_connection((host, port), timeout=10) as connection:
-            connection.sendall(b"GET /echo HTTP/1.0\r\n\r\n")
-            data = b""
-            while part := connection.recv(1 << 16):
-                data += part
-            return data
-    except OSError:
-        return b""
-
-
-def listens(port: int, host: str = "127.0.0.1") -> bool:
-    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=5):
-        return True
-    return False
-
-
-WEB = ("box", "/bin/httpd", "-f", "-h", "/bin")
 
 
 class Terminal:
