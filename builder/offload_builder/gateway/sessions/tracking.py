@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import structlog
 
 from offload_builder.gateway.plaintext import plain_line
-from offload_builder.gateway.sessions.active import ActiveSession
 from offload_builder.gateway.sessions.table import (
     ENDED,
     LOST,
@@ -22,7 +21,7 @@ from offload_proto.v1 import nodes_service_pb2 as nodes_pb
 
 if TYPE_CHECKING:
     from offload_builder.gateway.nodes import AttachedNode
-    from offload_builder.gateway.sessions.active import ActiveSessions
+    from offload_builder.gateway.sessions.active import ActiveSession, ActiveSessions
     from offload_builder.gateway.sessions.ending import SessionEnding
     from offload_builder.gateway.sessions.queue import SessionQueue
 
@@ -116,9 +115,7 @@ class SessionTracking:
         else:
             self._take(session, update)
 
-    def _take(
-        self, session: ActiveSession, update: nodes_pb.SessionUpdate
-    ) -> None:
+    def _take(self, session: ActiveSession, update: nodes_pb.SessionUpdate) -> None:
         record = session.record
         if record.state == STARTING:
             # The answer to the task that makes it says what it has got.
