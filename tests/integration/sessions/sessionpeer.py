@@ -11,6 +11,7 @@ import grpc
 from offload_core.errors import GatewayUnreachableError, OffloadError
 from offload_core.status import error_from_rpc
 from offload_core.versions import call_metadata
+from offload_proto.v1 import identity_service_pb2 as identity_pb
 from offload_proto.v1 import nodes_service_pb2 as nodes_pb
 from offload_proto.v1 import sessions_service_pb2 as sessions_pb
 from offload_proto.v1.sessions_service_pb2_grpc import SessionsServiceStub
@@ -25,6 +26,7 @@ RUNNING, PAUSED = sessions_pb.SESSION_STATE_RUNNING, sessions_pb.SESSION_STATE_P
 ENDED, LOST = sessions_pb.SESSION_STATE_ENDED, sessions_pb.SESSION_STATE_LOST
 STARTING, STOPPING = sessions_pb.SESSION_STATE_STARTING, sessions_pb.SESSION_STATE_STOPPING
 FAILED, QUEUED = sessions_pb.SESSION_STATE_FAILED, sessions_pb.SESSION_STATE_QUEUED
+ROLE = identity_pb.ROLE_MEMBER
 WAIT_SECONDS = 20.0
 
 
@@ -223,3 +225,12 @@ async def errors_of(call: Any) -> Any:
 async def member_of(gateway: RunningGateway, token: str = "") -> Member:
     """Return a member with a token, the administrator by default."""
     return Member(SessionsServiceStub(await gateway.channel(await gateway.login(token))))
+
+
+async def peer_of(gateway: RunningGateway, node_id: str = "n1", **options: Any) -> SessionPeer:
+    """Return a node that is enrolled."""
+    return SessionPeer(gateway, node_id, await gateway.enroll_node(node_id), **options)
+
+
+async def people(gateway: RunningGateway, *names: str, role: Any = ROLE) -> list[Any]:
+    return [await member_of(gateway, await gateway.create_token(name, role)) for name in names]
