@@ -232,3 +232,16 @@ async def test_bounds_names_and_roles_are_kept(gateway):
         await bot.started("web")
         with pytest.raises(QuotaExceededError, match='the project "default" has 3 open'):
             await bob.started("web")
+
+
+async def test_untrusted_members_have_sessions_without_devices_where_that_is_allowed(gateway):
+    gateway.options["sessions_untrusted"] = True
+    await gateway.stop()
+    await gateway.start()
+    (eve,) = await people(gateway, "eve", role=identity_pb.ROLE_UNTRUSTED)
+    async with await peer_of(gateway, devices=["nvidia.com/gpu=0"]) as node:
+        session = await eve.started("web")
+        task = node.started[session.session_id]
+        assert (task.role, task.trust_domain) == ("untrusted", "untrusted-eve")
+        with pytest.raises(AccessDeniedError, match="can have no devices"):
+            await eve.started("gpu", gpu=True)
