@@ -153,10 +153,9 @@ class Member:
 
     async def ready(self, call: Any) -> sessions_pb.OpenSessionResponse:
         """Return where a session is that starts."""
-        async for message in errors_of(call):
-            if message.HasField("ready"):
-                return message.ready
-        raise AssertionError("the call ended before the session was ready")
+        while not (message := await message_of(call)).HasField("ready"):
+            pass
+        return message.ready
 
     async def started(self, name: str = "", **wish: Any) -> sessions_pb.Session:
         """Start a session and return it."""
@@ -164,7 +163,7 @@ class Member:
 
     async def first(self, call: Any) -> sessions_pb.StartSessionResponse:
         """Return the first message of a start."""
-        return await anext(errors_of(call))
+        return await message_of(call)
 
     async def call(self, method: str, request: Any) -> Any:
         """Make a call; failures are errors of ours."""
@@ -213,13 +212,14 @@ def domain_error(error: grpc.RpcError) -> OffloadError:
     return error_from_rpc(error, peer="the gateway", unreachable=GatewayUnreachableError)
 
 
-async def errors_of(call: Any) -> Any:
-    """Yield the messages of a call; failures are errors of ours."""
+async def message_of(call: Any) -> Any:
+    """Return the next message of a call; failures are errors of ours."""
     try:
-        async for message in call:
-            yield message
+        message = await call.read()
     except grpc.aio.AioRpcError as error:
         raise domain_error(error) from error
+    assert message is not grpc.aio.EOF, "the call ended before the session was ready"
+    return message
 
 
 async def member_of(gateway: RunningGateway, token: str = "") -> Member:
