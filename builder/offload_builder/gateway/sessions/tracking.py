@@ -9,6 +9,7 @@ import structlog
 from offload_builder.gateway.plaintext import plain_line
 from offload_builder.gateway.sessions.table import (
     ENDED,
+    FINAL_STATES,
     LOST,
     PAUSED,
     QUEUED,
@@ -144,7 +145,7 @@ class SessionTracking:
         active = self._sessions.find(update.session_id)
         if active is not None and active.record.node_id == node.node_id:
             return
-        ended = update.state not in _ALIVE
+        ended = update.state in FINAL_STATES
         if active is not None:
             if not ended:
                 where = active.record.node_id
@@ -171,7 +172,8 @@ class SessionTracking:
     ) -> None:
         """Take up a lost session again; clients talk to nodes directly, it may have gone on."""
         taken = self._sessions.find_name(record.project_id, record.owner, record.name)
-        if record.state != LOST or record.stop_reason or taken is not None:
+        whole = update.state in _ALIVE and record.state == LOST
+        if not whole or record.stop_reason or taken is not None:
             self._ending.drop(node, record.session_id, "the session has ended already")
             return
         log.info("session.revived", session_id=record.session_id, node_id=node.node_id)
