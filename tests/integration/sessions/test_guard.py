@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import io
-import tarfile
 from dataclasses import replace
 
 import pytest
@@ -14,9 +12,8 @@ import pytest
 from offload_builder.node.sessions.guard.door import Doors
 from offload_builder.node.sessions.nodeimages import NodeImages
 from tests.fixtures.cdi import write_specification
-from tests.fixtures.contexts import busybox
 from tests.fixtures.engine import DockerEngine
-from tests.fixtures.guardedengine import PLACE, PlainEngine, at_door, write_runtime
+from tests.fixtures.guardedengine import PLACE, PlainEngine, at_door, busybox_archive, write_runtime
 from tests.fixtures.node import NodePool, RawClient
 
 RUN = ("run", "--rm", "--network", "none")
@@ -44,18 +41,6 @@ class NoModels:
         self.wanted += 1
 
 
-def archive() -> bytes:
-    """A root file system with busybox, for `docker import`."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        tar.add(busybox(), "bin/busybox")
-        for name in ("sh", "cat", "echo", "ls", "head", "md5sum", "true"):
-            link = tarfile.TarInfo(f"bin/{name}")
-            link.type, link.linkname = tarfile.SYMTYPE, "busybox"
-            tar.addfile(link)
-    return buffer.getvalue()
-
-
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
     specs = tmp_path_factory.mktemp("cdi")
@@ -63,7 +48,7 @@ def engine(tmp_path_factory):
     runtime = write_runtime(tmp_path_factory.mktemp("runc"))
     arguments = ["--cdi-spec-dir", specs, "--add-runtime", f"own={runtime}"]
     with DockerEngine("containerd", arguments=[*arguments, "--default-runtime=own"]) as running:
-        running.docker("import", "-", "busybox", stdin=archive())
+        running.docker("import", "-", "busybox", stdin=busybox_archive())
         yield running
 
 
