@@ -18,7 +18,7 @@ from offload_client.goboolean import TRUE
 from offload_core import VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import MutableMapping, Sequence
+    from collections.abc import Mapping, MutableMapping, Sequence
 
 METADATA = "docker-cli-plugin-metadata"
 NAME = "offload"
@@ -37,6 +37,10 @@ _VALUES = {
 }
 """Docker's own flags that take a value, and the variable that says the same to us."""
 _BUILDER = "--builder"
+ATTRIBUTES = "OTEL_RESOURCE_ATTRIBUTES"
+COMMAND_PATH = "docker.cli.cobra.command_path"
+BUILDX_TOO = frozenset(("stop", "use", "version"))
+"""Of sessions when they are ours, of builders when they are buildx's."""
 
 
 def metadata() -> str:
@@ -70,13 +74,24 @@ def main(arguments: Sequence[str]) -> int:
             # What docker promises: the image is in the local engine afterwards.
             os.environ.setdefault("OFFLOAD_DEFAULT_LOAD", "1")
         return _build(rest if command == "build" else words)
+    if command in BUILDX_TOO and is_builder_alias(os.environ):
+        return run_buildx(words)
+    from offload_client.cli.entry import run_offload
+
+    if command == "status" or not command or command.startswith("-"):
+        return run_offload(words)
     from offload_client.cli.offload import COMMANDS
 
-    if not command or command in COMMANDS or command.startswith("-"):
-        from offload_client.cli.offload import main as offload_main
+    return run_offload(words) if command in COMMANDS else run_buildx(words)
 
-        return offload_main(words)
-    return run_buildx(words)
+
+def is_builder_alias(environment: Mapping[str, str]) -> bool:
+    """Return whether `docker builder ...` was called, which the alias makes one of ours.
+
+    Docker's CLI passes the command as the user wrote it to plugins since 26.0, for their traces.
+    """
+    attributes = environment.get(ATTRIBUTES, "").split(",")
+    return f"{COMMAND_PATH}=docker%20builder" in attributes
 
 
 def _build(arguments: list[str]) -> int:

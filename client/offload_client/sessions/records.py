@@ -43,6 +43,8 @@ class SessionRecord:
         gateway: HOST:PORT.
         context: docker context that leads to it; empty without one.
         created: seconds since 1970 UTC.
+        former_context: docker context that was in use before; empty for docker's default one.
+        owner: member whose session it is, when that is somebody else; empty for one's own.
     """
 
     session_id: str
@@ -51,6 +53,8 @@ class SessionRecord:
     gateway: str
     context: str
     created: float
+    former_context: str = ""
+    owner: str = ""
 
 
 def context_name(name: str) -> str:
@@ -111,6 +115,8 @@ def read_record(directory: Path) -> SessionRecord:
             gateway=str(values["gateway"]),
             context=str(values["context"]),
             created=float(values["created"]),
+            former_context=str(values.get("former_context", "")),
+            owner=str(values.get("owner", "")),
         )
     except FileNotFoundError as error:
         raise NotFoundError(
