@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MAX_ANSWER_BYTES = 1024
 
 
-class Length(click.ParamType):
+class Length(click.ParamType):  # type: ignore[type-arg]
     """A length of time such as 30s or 1h30m, as seconds."""
 
     name = "duration"

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _FIELD = re.compile(r"\{\{\s*(?:(json)\s+)?\.([A-Za-z]*)\s*\}\}")
 
 
-def state_name(state: SessionState) -> str:
+def state_name(state: SessionState.ValueType) -> str:
     """Return a state as people write it, for example "running"."""
     return SessionState.Name(state).removeprefix("SESSION_STATE_").lower()
 

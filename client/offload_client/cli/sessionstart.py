@@ -79,6 +79,7 @@ if TYPE_CHECKING:
 @click.pass_obj
 def start(
     invocation: Invocation,
+    /,
     name: str,
     project: str | None,
     gateway: str | None,

@@ -104,8 +104,8 @@ async def _woken(invocation: Invocation, connections: Connections, record: Sessi
     calls = await SessionCalls.open_for(invocation, settings_of(record), connections)
     session = (await calls.open(record.session_id)).session
     if not is_open(session):
+        why = f": {session.reason}" if session.reason else ""
         raise NotFoundError(
-            f'the session "{record.name}" has ended'
-            + (f": {session.reason}" * bool(session.reason)),
+            f'the session "{record.name}" has ended{why}',
             hint=f"clear it away with: offload stop {record.name}",
         )

@@ -93,10 +93,10 @@ def _show(invocation: Invocation, found: dict[str, Any], output: str) -> None:
     if gateway := found.get("gateway"):
         rows.append(("Gateway", f"{gateway['version']} ({gateway['address']})"))
     for node in found.get("nodes", ()):
-        rows.append((f"Node {node['node_id']}", f"{node['version']}, "
-                     f"BuildKit {node['buildkit_version'] or 'unknown'}"))  # fmt: skip
-    for name, engine in found.get("engines", {}).items():
-        rows.append((f"Session {name}", f"docker engine {engine}"))
+        buildkit = node["buildkit_version"] or "unknown"
+        rows += [(f"Node {node['node_id']}", f"{node['version']}, BuildKit {buildkit}")]
+    engines = found.get("engines", {}).items()
+    rows += [(f"Session {name}", f"docker engine {engine}") for name, engine in engines]
     width = max(len(name) for name, _ in rows) + 3
     for name, text in rows:
         invocation.out(name.ljust(width) + text)

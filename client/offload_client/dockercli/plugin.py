@@ -88,7 +88,8 @@ def main(arguments: Sequence[str]) -> int:
 def is_builder_alias(environment: Mapping[str, str]) -> bool:
     """Return whether `docker builder ...` was called, which the alias makes one of ours.
 
-    Docker's CLI passes the command as the user wrote it to plugins since 26.0, for their traces.
+    Docker's CLI tells plugins what the user wrote, for their traces; one that does not (before 26)
+    leaves both alike.
     """
     attributes = environment.get(ATTRIBUTES, "").split(",")
     return f"{COMMAND_PATH}=docker%20builder" in attributes

@@ -1,4 +1,4 @@
-"""What this machine has of a session: its record, its helper, its docker context, all or nothing."""
+"""What this machine has of a session: record, helper and docker context, all or nothing."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -167,10 +168,11 @@ async def end_helper(directory: Path) -> None:
     """
     if await asked(directory, "stop", timeout=STOP_SECONDS) is None:
         return
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(STOP_SECONDS):
-            while await asked(directory, "status", timeout=1.0) is not None:
-                await asyncio.sleep(POLL_SECONDS)
+    deadline = time.monotonic() + STOP_SECONDS
+    while time.monotonic() < deadline:
+        if await asked(directory, "status", timeout=1.0) is None:
+            return
+        await asyncio.sleep(POLL_SECONDS)
 
 
 def main() -> int:
