@@ -171,17 +171,11 @@ class Starting:
 
     async def _still_there(self, record: SessionRecord) -> Session | None:
         """Return the session of a record, woken; None after clearing away one that is gone."""
-        from offload_client.sessions.gatewaycalls import is_open
-
         calls = await self._calls(settings_of(record))
         try:
-            session = (await calls.open(record.session_id)).session
-        except NotFoundError:
-            session = None
-        if session is not None and is_open(session):
-            return session
-        reason = f": {session.reason}" if session is not None and session.reason else ""
-        self._invocation.err(f'the former session "{record.name}" is gone{reason}')
+            return (await calls.open(record.session_id)).session
+        except NotFoundError as error:
+            self._invocation.err(error.message)
         await self._local.detach(record)
         return None
 

@@ -11,6 +11,7 @@ from offload_client.cli.sessionoptions import agreed, can_ask, session_argument,
 from offload_core.errors import (
     AuthenticationError,
     GatewayUnreachableError,
+    NodeLostError,
     NotFoundError,
     UsageError,
 )
@@ -151,6 +152,9 @@ class Stopping:
             await calls.stop(record.session_id)
         except NotFoundError:
             return f'The session "{record.name}" was gone already'
+        except NodeLostError as error:
+            # The gateway has taken note of it.
+            self._invocation.err(f"WARNING: {error.message}")
         except (GatewayUnreachableError, AuthenticationError) as error:
             if not self._force:
                 raise type(error)(

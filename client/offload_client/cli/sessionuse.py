@@ -99,13 +99,11 @@ def _here(local: Attachments, session: str | None) -> SessionRecord | None:
 
 
 async def _woken(invocation: Invocation, connections: Connections, record: SessionRecord) -> None:
-    from offload_client.sessions.gatewaycalls import SessionCalls, is_open
+    from offload_client.sessions.gatewaycalls import SessionCalls
 
     calls = await SessionCalls.open_for(invocation, settings_of(record), connections)
-    session = (await calls.open(record.session_id)).session
-    if not is_open(session):
-        why = f": {session.reason}" if session.reason else ""
-        raise NotFoundError(
-            f'the session "{record.name}" has ended{why}',
-            hint=f"clear it away with: offload stop {record.name}",
-        )
+    try:
+        await calls.open(record.session_id)
+    except NotFoundError as error:
+        clear = f"clear it away with: offload stop {record.name}"
+        raise NotFoundError(error.message, hint=clear) from error
