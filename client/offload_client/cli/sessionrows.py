@@ -87,8 +87,8 @@ def session_view(session: Session) -> dict[str, Any]:
             "removed_at": rfc3339(activity.removed_at),
             "seconds_until_idle": _until(activity.pauses_at, now) if running else None,
             "seconds_until_removal": _until(activity.removed_at, now),
-            "received_bytes": activity.received_bytes,
-            "sent_bytes": activity.sent_bytes,
+            "bytes_to_session": activity.received_bytes,
+            "bytes_from_session": activity.sent_bytes,
             "disk_bytes": activity.disk_bytes,
         }
     return view

@@ -58,7 +58,7 @@ def stop(
     if not records:
         invocation.err("No session is in use on this machine.")
         return 0
-    own = [record for record in records if not record.owner]
+    own = [record for record in records if record.mine]
     if own and not force and not can_ask(invocation):
         raise UsageError("there is no terminal to ask on; give --force to stop the session")
 
@@ -142,7 +142,7 @@ class Stopping:
             self._invocation.out(f'docker uses the context "{restored or "default"}" again')
 
     async def _at_gateway(self, record: SessionRecord) -> str:
-        if record.owner:
+        if not record.mine:
             return f'Left the session "{record.name}" of {record.owner}; it goes on'
         try:
             calls = await self._calls(record)

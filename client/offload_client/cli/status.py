@@ -28,6 +28,14 @@ if TYPE_CHECKING:
     from offload_proto.v1.identity_service_pb2 import NodeInfo, WhoAmIResponse
 
 
+FROM_HELPER = ("name", "context", "in_use", "gateway", "helper", "ports", "warning")
+LIVE = (
+    "state", "idle", "reason", "running_containers", "open_connections", "disk_bytes",
+    "bytes_to_session", "bytes_from_session", "seconds_until_idle", "seconds_until_removal",
+)  # fmt: skip
+"""What a helper hears from the node at once, and the gateway somewhat later."""
+
+
 @click.command()
 @session_argument()
 @click.option(
@@ -142,19 +150,15 @@ async def _views(invocation: Invocation, calls: GatewayCalls) -> list[dict[str, 
         # Of another gateway, or one that has no sessions yet.
         return views
     known = {session.session_id: session_view(session) for session in listed}
-    merged = []
-    for view in views:
-        told = known.get(view["session_id"], {})
-        # What the helper does not know, or only from a record.
-        helper = {
-            key: value
-            for key, value in view.items()
-            if value not in (None, "", "unknown") or key not in told
-        }
-        if told and view.get("helper") != "running":
-            helper.pop("reason", None)
-        merged.append(told | helper | {"name": view["name"]})
-    return merged
+    return [_merged(view, known.get(view["session_id"], {})) for view in views]
+
+
+def _merged(helper: dict[str, Any], gateway: dict[str, Any]) -> dict[str, Any]:
+    """Return a view with what each of both knows better; names are those of this machine."""
+    fresh = {key: helper[key] for key in FROM_HELPER if key in helper}
+    if helper["state"] not in ("unknown", "connecting"):
+        fresh |= {key: helper[key] for key in LIVE if helper.get(key) is not None}
+    return helper | gateway | fresh
 
 
 def _show_sessions(invocation: Invocation, views: list[dict[str, Any]]) -> None:

@@ -177,7 +177,11 @@ class Attachments:
             gateway=gateway,
             context=context_name(name),
             created=time.time(),
-            owner="" if own else session.owner,
+            owner=session.owner,
+            mine=own,
+            node_id=session.node_id,
+            gpu=session.spec.gpu or any("gpu" in device for device in session.devices),
+            started=float(session.ready_at.seconds),
         )
         socket = engine_socket(directory)
         self.contexts.check_free(record.context, socket)

@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from offload_client.resident.launch import KEPT_PREFIXES, KEPT_VARIABLES
 from offload_client.sessions.control import HelperAwayError, ask_helper
-from offload_client.sessions.records import LOG_FILE, engine_socket, helper_socket
+from offload_client.sessions.records import LOCK_FILE, LOG_FILE, engine_socket, helper_socket
 from offload_core.errors import ConfigError, InternalError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
     from types import TracebackType
 
 GO = b"go\n"
@@ -170,23 +171,37 @@ async def end_helper(directory: Path) -> None:
         return
     deadline = time.monotonic() + STOP_SECONDS
     while time.monotonic() < deadline:
-        if await asked(directory, "status", timeout=1.0) is None:
+        if not _lives(directory):
             return
         await asyncio.sleep(POLL_SECONDS)
 
 
-def main() -> int:
+def _lives(directory: Path) -> bool:
+    """Return whether a helper has its lock, which it keeps longer than its sockets."""
+    try:
+        lock = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False
+
+
+def main() -> None:
     """Be the helper of the session in the directory given, once there is a session."""
     from offload_client.sessions import helper
 
-    directory = Path(sys.argv[1])
     if sys.stdin.buffer.readline() != GO:
-        return 0
+        return
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
-    return helper.main([str(directory)])
+    helper.main()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

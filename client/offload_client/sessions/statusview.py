@@ -33,6 +33,9 @@ def view_of_helper(
         "account": record.owner,
         "project": record.project_id,
         "gateway": record.gateway,
+        "node_id": record.node_id,
+        "gpu": record.gpu,
+        "age_seconds": round(max(0.0, now - record.started), 1) if record.started else None,
         "context": record.context,
         "in_use": bool(record.context) and record.context == current,
         "helper": "running" if answer is not None else "not running",
@@ -41,13 +44,38 @@ def view_of_helper(
         view["state"] = "unknown"
         view["reason"] = f"its helper does not run; start it with: offload use {record.name}"
         return view
-    return view
+    activity: Mapping[str, Any] = answer.get("activity") or {}
+    state = str(answer.get("state") or "unknown")
+    warnings: Sequence[str] = answer.get("warnings") or ()
+    pauses_at, removed_at = activity.get("pauses_at"), activity.get("removed_at")
+    if answer.get("reconnecting_since") is not None:
+        view["helper"] = "reconnecting"
+    remaining = answer.get("remaining_seconds")
+    return view | {
+        "state": state,
+        "idle": state == "running" and pauses_at is not None,
+        "reason": str(answer.get("reason") or answer.get("problem") or ""),
+        "warning": warnings[-1] if warnings else "",
+        "seconds_until_idle": _left(pauses_at, now) if state == "running" else None,
+        "seconds_until_removal": _left(removed_at, now),
+        "seconds_until_end": None if remaining is None else round(float(remaining), 1),
+        "running_containers": activity.get("running_containers"),
+        "open_connections": activity.get("open_connections"),
+        "disk_bytes": activity.get("disk_bytes"),
+        "bytes_to_session": activity.get("received_bytes"),
+        "bytes_from_session": activity.get("sent_bytes"),
+        "ports": list(answer.get("ports") or ()),
+    }
+
+
+def _left(moment: float | None, now: float) -> float | None:
+    return None if moment is None else round(max(0.0, float(moment) - now), 1)
 
 
 def state_text(view: Mapping[str, Any]) -> str:
     """Return the state with docker's idle marker, for example "Running (Idle)"."""
     text = str(view.get("state") or "unknown").capitalize()
-    if view.get("helper") == "lost":
+    if view.get("helper") == "reconnecting":
         text += " (Reconnecting)"
     elif view.get("idle"):
         text += " (Idle)"
@@ -75,9 +103,9 @@ def length(seconds: float | None) -> str:
 
 def port_text(port: Mapping[str, Any]) -> str:
     """Return a forwarded port as docker lists it, for example "127.0.0.1:8081->80/tcp"."""
-    host, local = str(port.get("host") or "127.0.0.1"), port.get("local", "?")
+    host = str(port.get("address") or "")
     host = f"[{host}]" if ":" in host else host
-    return f"{host}:{local}->{port.get('target', '?')}/{port.get('protocol') or 'tcp'}"
+    return f"{host}:{port.get('port', '?')}->{port.get('container_port', '?')}"
 
 
 def size(count: int) -> str:
@@ -156,7 +184,7 @@ def _end(view: Mapping[str, Any]) -> str:
 
 
 def _bytes(view: Mapping[str, Any]) -> str:
-    received, sent = view.get("received_bytes"), view.get("sent_bytes")
-    if received is None and sent is None:
+    there, back = view.get("bytes_to_session"), view.get("bytes_from_session")
+    if there is None and back is None:
         return ""
-    return f"{size(received or 0)} there, {size(sent or 0)} back"
+    return f"{size(there or 0)} there, {size(back or 0)} back"

@@ -43,14 +43,14 @@ def test_lines_of_dockers_own_status_come_first() -> None:
         ({"state": "paused", "idle": False}, "Time until idle", "paused"),
         ({"state": "queued", "age_seconds": None, "idle": False, "seconds_until_idle": None},
          "Session started", "N/A"),
-        ({"helper": "lost"}, "State", "Running (Reconnecting)"),
+        ({"helper": "reconnecting"}, "State", "Running (Reconnecting)"),
         ({"gpu": True}, "GPU", "yes"),
         ({"context": "docker-offload", "in_use": True}, "Docker context",
          "docker-offload (in use)"),
-        ({"received_bytes": 1500, "sent_bytes": 0}, "Bytes", "1.5kB there, 0B back"),
+        ({"bytes_to_session": 1500, "bytes_from_session": 0}, "Bytes", "1.5kB there, 0B back"),
         ({"cost": {"micros": 120_000, "currency": "EUR", "micros_per_hour": 1_500_000}}, "Cost",
          "0.1200 EUR (1.50 EUR per hour)"),
-        ({"ports": [{"host": "127.0.0.1", "local": 8081, "target": 80, "protocol": "tcp"}]},
+        ({"ports": [{"address": "127.0.0.1", "port": 8081, "container_port": "80/tcp"}]},
          "Ports", "127.0.0.1:8081->80/tcp"),
         ({"warning": "it ends in 5 minutes"}, "WARNING", "it ends in 5 minutes"),
     ],
@@ -64,6 +64,9 @@ def test_amounts_are_written_as_people_read_them() -> None:
         "0s", "59s", "1m0s", "1h0m", "2h2m",
     ]  # fmt: skip
     assert length(None) == "N/A"
-    assert [size(count) for count in (0, 999, 1000, 12_345_678)] == ["0B", "999B", "1kB", "12.35MB"]
+    counts = (0, 999, 1000, 12_345_678)
+    assert [size(count) for count in counts] == ["0B", "999B", "1kB", "12.35MB"]
     assert money(0, "EUR") == "0.00 EUR"
-    assert port_text({"host": "::1", "local": 1, "target": 2, "protocol": "udp"}) == "[::1]:1->2/udp"
+    assert (
+        port_text({"host": "::1", "local": 1, "target": 2, "protocol": "udp"}) == "[::1]:1->2/udp"
+    )
