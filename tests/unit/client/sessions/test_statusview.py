@@ -67,6 +67,4 @@ def test_amounts_are_written_as_people_read_them() -> None:
     counts = (0, 999, 1000, 12_345_678)
     assert [size(count) for count in counts] == ["0B", "999B", "1kB", "12.35MB"]
     assert money(0, "EUR") == "0.00 EUR"
-    assert (
-        port_text({"host": "::1", "local": 1, "target": 2, "protocol": "udp"}) == "[::1]:1->2/udp"
-    )
+    assert port_text({"address": "::1", "port": 1, "container_port": "2/udp"}) == "[::1]:1->2/udp"
