@@ -10,6 +10,7 @@ from offload_client.cli.process import run_async
 from offload_client.cli.sessionoptions import agreed, can_ask, session_argument, settings_of
 from offload_core.errors import (
     AuthenticationError,
+    ConfigError,
     GatewayUnreachableError,
     NodeLostError,
     NotFoundError,
@@ -54,7 +55,7 @@ def stop(
     from offload_client.sessions.attaching import Attachments
 
     local = Attachments(invocation)
-    records = _chosen(local, sessions, everything=everything)
+    records = _chosen(local, sessions, everything=everything, force=force)
     if not records:
         invocation.err("No session is in use on this machine.")
         return 0
@@ -84,14 +85,27 @@ def stop(
     return run_async(invocation, run)
 
 
-def _chosen(local: Attachments, names: Sequence[str], *, everything: bool) -> list[SessionRecord]:
+def _chosen(
+    local: Attachments, names: Sequence[str], *, everything: bool, force: bool
+) -> list[SessionRecord]:
     if everything:
         if names:
             raise UsageError("--all goes without names of sessions")
         return local.records()
-    if names:
-        return list({local.chosen(name).name: local.chosen(name) for name in names}.values())
-    return [local.chosen(None)] if local.records() else []
+    if not names:
+        return [local.chosen(None)] if local.records() else []
+    found = {}
+    for name in names:
+        try:
+            record = local.chosen(name)
+        except ConfigError as error:
+            if not force:
+                hint = f"forget it here with: offload stop --force {name}"
+                raise ConfigError(error.message, hint=hint) from error
+            # Which session it was, nobody can tell any more; it is removed when it was idle.
+            record = local.unreadable(name)
+        found[record.name] = record
+    return list(found.values())
 
 
 def question(records: Sequence[SessionRecord], running: dict[str, int]) -> str:
@@ -142,6 +156,8 @@ class Stopping:
             self._invocation.out(f'docker uses the context "{restored or "default"}" again')
 
     async def _at_gateway(self, record: SessionRecord) -> str:
+        if not record.session_id:
+            return f'Forgot the session "{record.name}", whose record could not be read'
         if not record.mine:
             return f'Left the session "{record.name}" of {record.owner}; it goes on'
         try:

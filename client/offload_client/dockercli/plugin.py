@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, MutableMapping, Sequence
 
 METADATA = "docker-cli-plugin-metadata"
+HOOKS = "docker-cli-plugin-hooks"
+"""What docker's CLI runs after its own commands where the user's configuration says so."""
 NAME = "offload"
 SOCKET = "DOCKER_CLI_PLUGIN_SOCKET"
 _VALUES = {
@@ -62,6 +64,9 @@ def main(arguments: Sequence[str]) -> int:
     if list(arguments[:1]) == [METADATA]:
         sys.stdout.write(metadata() + "\n")
         return 0
+    if HOOKS in arguments[:2]:
+        sys.stdout.write(hook_answer())
+        return 0
     words = strip_docker_flags(arguments, os.environ)
     watch_docker(os.environ)
     if words[:1] == [NAME]:
@@ -93,6 +98,30 @@ def is_builder_alias(environment: Mapping[str, str]) -> bool:
     """
     attributes = environment.get(ATTRIBUTES, "").split(",")
     return f"{COMMAND_PATH}=docker%20builder" in attributes
+
+
+def hook_answer() -> str:
+    """Return what docker's CLI shows below "What's next": that the session in use ends soon.
+
+    Empty when there is nothing to say; a fault here is none of the command that has run.
+    """
+    import json
+
+    from offload_client.invocation import Invocation
+    from offload_client.sessions.faststatus import session_views
+    from offload_client.sessions.statusview import urgent_news
+    from offload_core.errors import OffloadError
+
+    try:
+        views = session_views(Invocation.of_process(()))
+    except (OffloadError, OSError):
+        return ""
+    news = [text for view in views if view["in_use"] and (text := urgent_news(view))]
+    if not news:
+        return ""
+    # Go's templates begin with two braces, which a sentence of a node must not.
+    text = " ".join(news).replace("{{", "{ {")
+    return json.dumps({"type": 0, "template": text}) + "\n"
 
 
 def _build(arguments: list[str]) -> int:

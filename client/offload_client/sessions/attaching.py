@@ -70,6 +70,10 @@ class Attachments:
             return read_record(self.directory(name))
         return None
 
+    def unreadable(self, name: str) -> SessionRecord:
+        """Return what is known of a session whose record cannot be read: all but its id."""
+        return SessionRecord("", name, "", "", context_name(name), 0.0)
+
     def of_session(self, session_id: str) -> SessionRecord | None:
         """Return the record of a session by its id."""
         return next((one for one in self.records() if one.session_id == session_id), None)

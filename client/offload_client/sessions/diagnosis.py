@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 MAX_LOG_BYTES = 1 << 20
 CHECK_SECONDS = 5.0
+AWAY_SECONDS = 1.0
+"""For a node that the helper cannot reach either."""
 PROGRAM_SECONDS = 10.0
 VARIABLES = ("DOCKER_HOST", "DOCKER_CONTEXT", "DOCKER_CONFIG", "OFFLOAD_GATEWAY",
              "OFFLOAD_PROJECT", "OFFLOAD_CONFIG_DIR", "XDG_STATE_HOME", "XDG_CONFIG_HOME",
@@ -159,8 +161,13 @@ class Diagnosis:
         self._checks.append(f"{'ok' if status else 'FAILED'}: the helper answers")
         if status is not None:
             self._json("helper-status.json", status)
-            await self._check("docker engine through the session", lambda: _ping(directory))
-            told = await asked(directory, "diagnose", timeout=4 * CHECK_SECONDS) or {}
+            away = (
+                status.get("reconnecting_since") is not None or status.get("state") == "connecting"
+            )
+            limit = AWAY_SECONDS if away else CHECK_SECONDS
+            what = "docker engine through the session"
+            await self._check(what, lambda: _ping(directory), seconds=limit)
+            told = await asked(directory, "diagnose", timeout=2 * limit) or {}
             texts = told.get("texts")
             for name, text in (texts if isinstance(texts, dict) else {}).items():
                 self._texts[f"session/{_safe(str(name))}"] = str(text)

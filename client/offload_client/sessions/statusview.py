@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from offload_client.sessions.records import SessionRecord
 
 UNKNOWN = "N/A"
+URGENT_SECONDS = 300.0
 
 
 def view_of_helper(
@@ -133,6 +134,19 @@ def pretty_lines(view: Mapping[str, Any]) -> list[str]:
     if warning := view.get("warning"):
         lines.append(f"WARNING: {warning}")
     return [f"Session {view.get('name') or ''}".rstrip(), *(f"  {line}" for line in lines)]
+
+
+def urgent_news(view: Mapping[str, Any]) -> str:
+    """Return one sentence that a person should read now; empty for none."""
+    if view.get("helper") == "not running":
+        return f"The session has no helper: offload use {view.get('name')}"
+    left = view.get("seconds_until_end")
+    if left is not None and left < URGENT_SECONDS:
+        return f"The session ends with everything in it in {length(left)}."
+    left = view.get("seconds_until_idle")
+    if left is not None and left < URGENT_SECONDS / 5:
+        return f"The session pauses in {length(left)} unless it is used."
+    return ""
 
 
 def _further(view: Mapping[str, Any]) -> list[tuple[str, str]]:

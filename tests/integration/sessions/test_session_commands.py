@@ -185,9 +185,31 @@ async def test_gateway_that_is_away_or_has_forgotten_does_not_keep_the_session_h
     assert "has ended: stopped by" in renewed.err
     assert renewed.out.strip() != session_id
     await world.gateway.stop()
-    refused = await ann.run("stop", "-f", OFFLOAD_GATEWAY="127.0.0.1:1")
-    assert refused.code == 0
-    assert 'Forgot the session "default"' in refused.out
+    forgot = await ann.well("stop", "-f")
+    assert 'Forgot the session "default"' in forgot
+    assert (ann.names, ann.context) == ([], "")
+
+
+async def test_session_stays_here_when_it_cannot_be_stopped_unless_that_is_forced(
+    world: World,
+) -> None:
+    ann = world.ann
+    await ann.well("start")
+    await world.gateway.stop()
+    primary, secondary = pty.openpty()
+    try:
+        process = await ann.begin("stop", stdin=secondary)
+        os.write(primary, b"y\n")
+        _, err = await process.communicate()
+    finally:
+        os.close(primary)
+        os.close(secondary)
+    assert process.returncode == 7
+    assert b"--force" in err
+    assert (ann.names, ann.context, len(ann.helpers())) == (["default"], OURS, 1)
+    (ann.sessions / "default/session.json").write_text("{")
+    assert (await ann.run("stop", "default")).code == 3
+    assert "could not be read" in await ann.well("stop", "default", "-f")
     assert (ann.names, ann.context) == ([], "")
 
 
