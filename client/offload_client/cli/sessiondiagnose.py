@@ -42,7 +42,7 @@ def diagnose(
     \b
     Examples:
       offload diagnose
-      offload diagnose training -o /tmp/training.tar.gz
+      offload diagnose training -o training.tar.gz
 
     Exit codes: 0 also when a check failed, as the archive was written.
     """

@@ -175,7 +175,7 @@ class Stopping:
             if not self._force:
                 raise type(error)(
                     error.message,
-                    hint=error.hint or "use --force to forget the session on this machine",
+                    hint="nothing was changed; --force forgets the session on this machine",
                 ) from error
             self._invocation.err(
                 f"WARNING: {error.message}; the session {record.session_id} is removed there when "
