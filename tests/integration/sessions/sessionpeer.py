@@ -11,6 +11,7 @@ import grpc
 from offload_core.errors import GatewayUnreachableError, OffloadError
 from offload_core.status import error_from_rpc
 from offload_core.versions import call_metadata
+from offload_proto.v1 import identity_service_pb2 as identity_pb
 from offload_proto.v1 import nodes_service_pb2 as nodes_pb
 from offload_proto.v1 import sessions_service_pb2 as sessions_pb
 from offload_proto.v1.sessions_service_pb2_grpc import SessionsServiceStub
@@ -25,6 +26,7 @@ RUNNING, PAUSED = sessions_pb.SESSION_STATE_RUNNING, sessions_pb.SESSION_STATE_P
 ENDED, LOST = sessions_pb.SESSION_STATE_ENDED, sessions_pb.SESSION_STATE_LOST
 STARTING, STOPPING = sessions_pb.SESSION_STATE_STARTING, sessions_pb.SESSION_STATE_STOPPING
 FAILED, QUEUED = sessions_pb.SESSION_STATE_FAILED, sessions_pb.SESSION_STATE_QUEUED
+ROLE = identity_pb.ROLE_MEMBER
 WAIT_SECONDS = 20.0
 
 
@@ -151,10 +153,9 @@ class Member:
 
     async def ready(self, call: Any) -> sessions_pb.OpenSessionResponse:
         """Return where a session is that starts."""
-        async for message in errors_of(call):
-            if message.HasField("ready"):
-                return message.ready
-        raise AssertionError("the call ended before the session was ready")
+        while not (message := await message_of(call)).HasField("ready"):
+            pass
+        return message.ready
 
     async def started(self, name: str = "", **wish: Any) -> sessions_pb.Session:
         """Start a session and return it."""
@@ -162,7 +163,7 @@ class Member:
 
     async def first(self, call: Any) -> sessions_pb.StartSessionResponse:
         """Return the first message of a start."""
-        return await anext(errors_of(call))
+        return await message_of(call)
 
     async def call(self, method: str, request: Any) -> Any:
         """Make a call; failures are errors of ours."""
@@ -211,15 +212,25 @@ def domain_error(error: grpc.RpcError) -> OffloadError:
     return error_from_rpc(error, peer="the gateway", unreachable=GatewayUnreachableError)
 
 
-async def errors_of(call: Any) -> Any:
-    """Yield the messages of a call; failures are errors of ours."""
+async def message_of(call: Any) -> Any:
+    """Return the next message of a call; failures are errors of ours."""
     try:
-        async for message in call:
-            yield message
+        message = await call.read()
     except grpc.aio.AioRpcError as error:
         raise domain_error(error) from error
+    assert message is not grpc.aio.EOF, "the call ended before the session was ready"
+    return message
 
 
 async def member_of(gateway: RunningGateway, token: str = "") -> Member:
     """Return a member with a token, the administrator by default."""
     return Member(SessionsServiceStub(await gateway.channel(await gateway.login(token))))
+
+
+async def peer_of(gateway: RunningGateway, node_id: str = "n1", **options: Any) -> SessionPeer:
+    """Return a node that is enrolled."""
+    return SessionPeer(gateway, node_id, await gateway.enroll_node(node_id), **options)
+
+
+async def people(gateway: RunningGateway, *names: str, role: Any = ROLE) -> list[Any]:
+    return [await member_of(gateway, await gateway.create_token(name, role)) for name in names]

@@ -184,6 +184,9 @@ class ActiveSessions:
                 state=state_name(values["state"]),
                 node_id=values.get("node_id", session.record.node_id),
             )
+        if values.get("state") == RUNNING and session.record.state != RUNNING:
+            # The time before, in a pause or while it was made, does not count.
+            session.told_at = asyncio.get_running_loop().time()
         for name, value in values.items():
             setattr(session.record, name, value)
         self.table.change(session.session_id, **values)

@@ -84,6 +84,9 @@ class SessionMaker:
         task.start.spec.CopyFrom(record.wish)
         task.start.trust_domain = record.trust_domain
         try:
+            if any(item.session_id == record.session_id for item in node.hello.sessions):
+                # Made for a former start, whose answer has not arrived.
+                await self._remove(session, node)
             reply = await ask_session(node, task, self._timeout)
             if not reply.HasField("started"):
                 raise InternalError(f"node {node.node_id} does not say what it has made")
@@ -95,13 +98,16 @@ class SessionMaker:
             if record.state == STARTING and record.node_id == node.node_id:
                 self._made(session, node, reply.started)
 
+    async def _remove(self, session: ActiveSession, node: AttachedNode) -> None:
+        task = nodes_pb.SessionTask(session_id=session.session_id)
+        task.stop.reason = "it is made anew"
+        await ask_session(node, task, self._timeout)
+
     def _made(
         self, session: ActiveSession, node: AttachedNode, made: nodes_pb.StartedSession
     ) -> None:
         devices = tuple(plain_line(name, MAX_NAME) for name in made.devices[:MAX_SESSION_DEVICES])
         known = [device.name for device in node.devices]
-        loop = asyncio.get_running_loop()
-        session.told_at = session.written_at = loop.time()
         session.queue_limit.stop()
         self._sessions.change(
             session,

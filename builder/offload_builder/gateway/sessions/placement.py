@@ -251,7 +251,7 @@ def waiting_reason(wish: SessionWish, nodes: Sequence[SessionNode]) -> str:
     suiting = [node for node in serving if node.suits(wish)]
     if not suiting:
         error = refusal(wish, nodes)
-        return f"{error.message}, but one may still come" if error is not None else "it is its turn"
+        return f"{error.message}, but one may still come" if error else "no node suits it"
     ready = [node for node in suiting if not node.draining and not node.problem]
     if not ready:
         troubled = next((node for node in suiting if node.problem), None)

@@ -95,11 +95,7 @@ class SessionsService(SessionsServiceServicer):
             raise UsageError("a session needs a project; set it with --project or in offload.toml")
         token.check_project(request.project_id)
         await self._members.project(request.project_id, visible_to=token)
-        if token.role == identity_pb.ROLE_UNTRUSTED and not self._config.sessions_untrusted:
-            raise AccessDeniedError(
-                "an untrusted member may not start sessions",
-                hint="an administrator can allow it with sessions_untrusted of the gateway",
-            )
+        self._check_role(token, request.spec)
         domain = cache_scopes(
             request.project_id, CacheMember.behind(token), CacheWish(), self._trust
         ).trust_domain
@@ -122,6 +118,17 @@ class SessionsService(SessionsServiceServicer):
                         session_id=session_id, position=update.position, reason=update.reason
                     )
                     yield sessions_pb.StartSessionResponse(queued=queued)
+
+    def _check_role(self, token: TokenRecord, spec: sessions_pb.SessionSpec) -> None:
+        if token.role != identity_pb.ROLE_UNTRUSTED:
+            return
+        if not self._config.sessions_untrusted:
+            raise AccessDeniedError(
+                "an untrusted member may not start sessions",
+                hint="an administrator can allow it with sessions_untrusted of the gateway",
+            )
+        if spec.gpu or spec.devices:
+            raise AccessDeniedError("an untrusted member's session can have no devices")
 
     async def _still_allowed(
         self, session: ActiveSession, context: aio.ServicerContext[Any, Any]
