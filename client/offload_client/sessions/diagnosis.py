@@ -170,7 +170,8 @@ class Diagnosis:
             told = await asked(directory, "diagnose", timeout=2 * limit) or {}
             texts = told.get("texts")
             for name, text in (texts if isinstance(texts, dict) else {}).items():
-                self._texts[f"session/{_safe(str(name))}"] = str(text)
+                if name not in self._texts:
+                    self._texts[f"session/{_safe(str(name))}"] = str(text)
             rest = {name: value for name, value in told.items() if name != "texts"}
             if rest:
                 self._json("helper.json", rest)
