@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from offload_client.connections import Connections
     from offload_client.invocation import Invocation
     from offload_proto.v1.builds_service_pb2 import Build
+    from offload_proto.v1.sessions_service_pb2 import Session
 
 MAX_BUILDS = 500
 SHORT_DIGEST = len("sha256:") + 12
@@ -64,9 +65,9 @@ def images(
 ) -> int:
     """List what was built in the project and can be run in a session, newest first.
 
-    An image that is at hand is on the session's own node, or kept in the pool's shared store:
-    'docker run NAME' in the session takes it from there and nothing travels to this machine. Images
-    within the session are listed by 'docker images'.
+    An image is at hand when the session's owner has built it on the session's node: 'docker run
+    NAME' takes it from there, and nothing travels to this machine. Others come with 'offload pull'.
+    Images within the session are listed by 'docker images'.
 
     \b
     Examples:
@@ -86,15 +87,15 @@ def images(
         from offload_client.sessions.gatewaycalls import SessionCalls
 
         calls = await SessionCalls.open_for(invocation, settings, connections)
-        node = ""
+        found_session = None
         if record is not None:
             try:
-                node = (await calls.get(record.session_id)).node_id
+                found_session = await calls.get(record.session_id)
             except NotFoundError:
                 invocation.err(f'WARNING: the session "{record.name}" is gone')
         request = ListRequest(project_id=settings.project, page_size=MAX_BUILDS)
         found = (await calls.calls.call(calls.calls.builds.List, request)).builds
-        rows = [_row(build, node) for build in with_images(found, older=older)]
+        rows = [image_row(build, found_session) for build in with_images(found, older=older)]
         for line in _lines(rows, output, quiet=quiet):
             invocation.out(line)
 
@@ -121,8 +122,17 @@ def with_images(builds: Iterable[Build], *, older: bool) -> list[Build]:
     return found
 
 
-def _row(build: Build, node: str) -> dict[str, Any]:
-    at_hand = build.image_saved or (bool(node) and build.node_id == node)
+def image_row(build: Build, session: Session | None) -> dict[str, Any]:
+    """Return the columns of one image.
+
+    Args:
+        build: that has made it.
+        session: in which it is to be run; None when there is none.
+    """
+    at_hand = "-"
+    if session is not None:
+        same = (build.node_id, build.member) == (session.node_id, session.owner)
+        at_hand = "yes" if same else "no"
     return {
         "Name": build.name,
         "Digest": build.image_digest,
@@ -133,7 +143,7 @@ def _row(build: Build, node: str) -> dict[str, Any]:
         "BuiltAt": rfc3339(build.completed_at) or "",
         "Member": build.member,
         "Node": build.node_id,
-        "AtHand": ("yes" if at_hand else "no") if node or at_hand else "-",
+        "AtHand": at_hand,
     }
 
 

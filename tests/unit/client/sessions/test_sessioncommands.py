@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from offload_client.cli.sessionimages import image_row, with_images
 from offload_client.cli.sessionrows import fill_template
 from offload_client.cli.sessionstop import question
 from offload_client.dockercli.plugin import hook_answer, is_builder_alias
@@ -30,6 +31,7 @@ from offload_client.sessions.records import (
     write_record,
 )
 from offload_core.errors import ConfigError, NotFoundError, UsageError
+from offload_proto.v1.builds_service_pb2 import Build, BuildState
 from offload_proto.v1.sessions_service_pb2 import Session, SessionSpec
 
 if TYPE_CHECKING:
@@ -225,3 +227,29 @@ def test_docker_hears_of_a_session_in_use_that_ends_soon(invocation: Invocation)
         assert answer["type"] == 0
         assert answer["template"].startswith("The session ends with everything in it in ")
     assert "no helper" in hook_answer()
+
+
+def test_images_at_hand_are_those_of_the_owner_on_the_node_of_the_session() -> None:
+    ready = BuildState.BUILD_STATE_SUCCEEDED
+    builds = [
+        Build(build_id="b5", name="app", state=BuildState.BUILD_STATE_RUNNING),
+        Build(
+            build_id="b4", name="app", member="ann", node_id="n1", image_digest="d4", state=ready
+        ),
+        Build(
+            build_id="b3", name="web", member="ben", node_id="n1", image_digest="d3", state=ready
+        ),
+        Build(
+            build_id="b2", name="job", member="ann", node_id="n2", image_digest="d2", state=ready
+        ),
+        Build(
+            build_id="b1", name="app", member="ann", node_id="n1", image_digest="d1", state=ready
+        ),
+        Build(build_id="b0", name="out", member="ann", node_id="n1", state=ready),
+    ]
+    assert [one.build_id for one in with_images(builds, older=False)] == ["b4", "b3", "b2"]
+    assert [one.build_id for one in with_images(builds, older=True)] == ["b4", "b3", "b2", "b1"]
+    session = Session(node_id="n1", owner="ann")
+    found = [image_row(one, session)["AtHand"] for one in with_images(builds, older=False)]
+    assert found == ["yes", "no", "no"]
+    assert image_row(builds[1], None)["AtHand"] == "-"
