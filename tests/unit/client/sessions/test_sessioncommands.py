@@ -230,22 +230,19 @@ def test_docker_hears_of_a_session_in_use_that_ends_soon(invocation: Invocation)
 
 
 def test_images_at_hand_are_those_of_the_owner_on_the_node_of_the_session() -> None:
-    ready = BuildState.BUILD_STATE_SUCCEEDED
+    def build(build_id: str, name: str, member: str, node: str, digest: str = "d") -> Build:
+        return Build(
+            build_id=build_id, name=name, member=member, node_id=node, image_digest=digest,
+            state=BuildState.BUILD_STATE_SUCCEEDED,
+        )  # fmt: skip
+
     builds = [
         Build(build_id="b5", name="app", state=BuildState.BUILD_STATE_RUNNING),
-        Build(
-            build_id="b4", name="app", member="ann", node_id="n1", image_digest="d4", state=ready
-        ),
-        Build(
-            build_id="b3", name="web", member="ben", node_id="n1", image_digest="d3", state=ready
-        ),
-        Build(
-            build_id="b2", name="job", member="ann", node_id="n2", image_digest="d2", state=ready
-        ),
-        Build(
-            build_id="b1", name="app", member="ann", node_id="n1", image_digest="d1", state=ready
-        ),
-        Build(build_id="b0", name="out", member="ann", node_id="n1", state=ready),
+        build("b4", "app", "ann", "n1"),
+        build("b3", "web", "ben", "n1"),
+        build("b2", "job", "ann", "n2"),
+        build("b1", "app", "ann", "n1"),
+        build("b0", "out", "ann", "n1", ""),
     ]
     assert [one.build_id for one in with_images(builds, older=False)] == ["b4", "b3", "b2"]
     assert [one.build_id for one in with_images(builds, older=True)] == ["b4", "b3", "b2", "b1"]
