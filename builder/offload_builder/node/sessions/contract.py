@@ -169,7 +169,7 @@ class SessionPlace:
     trust_domain: str
 
 
-class EngineConnection(Protocol):
+class EngineStream(Protocol):
     """One connection to the API of an engine; one task reads and one writes at a time."""
 
     async def write(self, data: bytes) -> None:
@@ -199,7 +199,7 @@ class EngineConnection(Protocol):
 class EngineDoor(Protocol):
     """Where connections to the engine of one session begin."""
 
-    async def open(self) -> EngineConnection:
+    async def open(self) -> EngineStream:
         """Connect.
 
         Raises:
