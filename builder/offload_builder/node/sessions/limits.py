@@ -1,0 +1,200 @@
+"""What a session gets of its node: what it asks for, within the node's bounds."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from offload_builder.node.sessions.contract import EngineLimits
+from offload_builder.node.sessions.settings import MIN_CPUS, MIN_DISK_BYTES, MIN_MEMORY_BYTES
+from offload_core.errors import InvalidValueError, QuotaExceededError
+from offload_core.units import format_duration, format_memory
+from offload_proto.v1.sessions_service_pb2 import SessionLimits, SessionSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from google.protobuf.duration_pb2 import Duration
+
+    from offload_builder.node.sessions.settings import SessionOptions
+
+DEFAULT_CPUS = 2.0
+DEFAULT_MEMORY_BYTES = 2 << 30
+DEFAULT_DISK_BYTES = 20 << 30
+MIN_IDLE_SECONDS = 5.0
+MIN_TTL_SECONDS = 10.0
+_NO_LIMIT = 1 << 60
+"""Control groups without a limit say a number near 2^63."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a machine has.
+
+    Attributes:
+        cpus: processors that this process may use.
+        memory_bytes: of memory, or what this process' control group may have of it.
+    """
+
+    cpus: float
+    memory_bytes: int
+
+    @classmethod
+    def here(cls) -> Machine:
+        """Return what this machine has."""
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return cls(float(len(os.sched_getaffinity(0))), min([memory, *_group_memory()]))
+
+
+def _group_memory() -> list[int]:
+    found = []
+    # A container has its own group at the root; both versions of control groups.
+    for file in ("memory/memory.limit_in_bytes", "memory.max"):
+        try:
+            with open(f"/sys/fs/cgroup/{file}", encoding="ascii") as opened:
+                text = opened.read().strip()
+        except OSError:
+            continue
+        if text.isdigit() and int(text) < _NO_LIMIT:
+            found.append(int(text))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class GivenLimits:
+    """What one session has got; times in seconds.
+
+    Attributes:
+        engine: of the engine with everything in it.
+        idle_seconds: paused after so long without use.
+        grace_seconds: removed after so long in pause.
+        ttl_seconds: ended after so long.
+    """
+
+    engine: EngineLimits
+    idle_seconds: float
+    grace_seconds: float
+    ttl_seconds: float
+
+    def message(self) -> SessionLimits:
+        """Return them as gateway and clients hear them."""
+        return SessionLimits(
+            cpu_millis=self.engine.cpu_millis,
+            memory_bytes=self.engine.memory_bytes,
+            disk_bytes=self.engine.disk_bytes,
+            idle_timeout=timedelta(seconds=self.idle_seconds),
+            grace=timedelta(seconds=self.grace_seconds),
+            ttl=timedelta(seconds=self.ttl_seconds),
+        )
+
+
+class SessionBounds:
+    """What sessions can have at a node.
+
+    Args:
+        options: of the node.
+        machine: what there is.
+    """
+
+    def __init__(self, options: SessionOptions, machine: Machine) -> None:
+        self._options = options
+        self.max_cpus = min(options.session_cpus_max or machine.cpus, machine.cpus)
+        self.memory_all = options.session_memory_all or machine.memory_bytes * 3 // 4
+        self.max_memory = min(options.session_memory_max or self.memory_all, self.memory_all)
+
+    def most(self, free_disk: int) -> GivenLimits:
+        """Return the most that one session can have, given how much disk is free."""
+        options = self._options
+        disk = min(options.session_disk_max or free_disk, free_disk)
+        return GivenLimits(
+            EngineLimits(
+                round(self.max_cpus * 1000), self.max_memory, disk, options.session_pids
+            ),
+            options.session_idle_max,
+            options.session_grace,
+            options.session_ttl_max,
+        )
+
+    def give(self, spec: SessionSpec, *, free_disk: int, slots_left: int) -> GivenLimits:
+        """Return what a session gets.
+
+        Args:
+            spec: what is asked for.
+            free_disk: bytes that sessions can still be given.
+            slots_left: sessions that can still come, this one included.
+
+        Raises:
+            InvalidValueError: it asks for more, or less, than any session has here.
+            QuotaExceededError: the disk is too full.
+        """
+        options, shares = self._options, max(1, slots_left)
+        cpus = spec.cpu_millis / 1000 or options.session_cpus or DEFAULT_CPUS
+        if spec.cpu_millis:
+            _within("processors", cpus, MIN_CPUS, self.max_cpus, "{:g}".format)
+        memory = spec.memory_bytes or options.session_memory
+        if spec.memory_bytes:
+            _within("memory", memory, MIN_MEMORY_BYTES, self.max_memory, format_memory)
+        if not memory:
+            memory = min(DEFAULT_MEMORY_BYTES, self.memory_all // max(1, options.session_slots))
+        disk = spec.disk_bytes or options.session_disk
+        if spec.disk_bytes:
+            largest = options.session_disk_max or _NO_LIMIT
+            _within("disk", disk, MIN_DISK_BYTES, largest, format_memory)
+        if not disk:
+            disk = min(
+                DEFAULT_DISK_BYTES, options.session_disk_max or _NO_LIMIT, free_disk // shares
+            )
+            if disk < MIN_DISK_BYTES:
+                raise QuotaExceededError(
+                    f"the node's disk is full: {format_memory(max(0, free_disk))} are free for "
+                    f"{shares} sessions, and each needs {format_memory(MIN_DISK_BYTES)}"
+                )
+        idle, ttl = options.session_idle, options.session_ttl
+        if spec.HasField("idle_timeout"):
+            idle, most = _seconds(spec.idle_timeout), options.session_idle_max
+            _within("idle timeout", idle, MIN_IDLE_SECONDS, most, format_duration)
+        if spec.HasField("ttl"):
+            ttl, most = _seconds(spec.ttl), options.session_ttl_max
+            _within("time to live", ttl, MIN_TTL_SECONDS, most, format_duration)
+        engine = EngineLimits(
+            round(min(cpus, self.max_cpus) * 1000),
+            min(memory, self.max_memory),
+            disk,
+            options.session_pids,
+        )
+        return GivenLimits(
+            engine,
+            idle,
+            options.session_grace,
+            ttl,
+        )
+
+
+def _seconds(duration: Duration) -> float:
+    return duration.seconds + duration.nanos / 1e9
+
+
+def _within(
+    what: str, value: float, least: float, most: float, write: Callable[[float], str]
+) -> float:
+    if value > most:
+        raise InvalidValueError(
+            f"the {what} of a session can be at most {write(most)} at this node, "
+            f"not {write(value)}",
+            hint="ask for less, or for another node with --node-label",
+        )
+    if value < least:
+        raise InvalidValueError(
+            f"the {what} of a session must be {write(least)} or more, not {write(value)}"
+        )
+    return value
+
+
+def free_disk(data: Path, reserve: int) -> int:
+    """Return the free bytes below a directory, less what is to be left."""
+    found = shutil.disk_usage(data)
+    return max(0, found.free - min(reserve, found.total // 10))
