@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offload_builder.node.sessions.contract import EngineLimits
@@ -16,7 +17,6 @@ from offload_proto.v1.sessions_service_pb2 import SessionLimits, SessionSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from google.protobuf.duration_pb2 import Duration
 
@@ -27,6 +27,7 @@ DEFAULT_MEMORY_BYTES = 2 << 30
 DEFAULT_DISK_BYTES = 20 << 30
 MIN_IDLE_SECONDS = 5.0
 MIN_TTL_SECONDS = 10.0
+_GROUPS = Path("/sys/fs/cgroup")
 _NO_LIMIT = 1 << 60
 """Control groups without a limit say a number near 2^63."""
 
@@ -55,8 +56,7 @@ def _group_memory() -> list[int]:
     # A container has its own group at the root; both versions of control groups.
     for file in ("memory/memory.limit_in_bytes", "memory.max"):
         try:
-            with open(f"/sys/fs/cgroup/{file}", encoding="ascii") as opened:
-                text = opened.read().strip()
+            text = (_GROUPS / file).read_text("ascii").strip()
         except OSError:
             continue
         if text.isdigit() and int(text) < _NO_LIMIT:
@@ -111,9 +111,7 @@ class SessionBounds:
         options = self._options
         disk = min(options.session_disk_max or free_disk, free_disk)
         return GivenLimits(
-            EngineLimits(
-                round(self.max_cpus * 1000), self.max_memory, disk, options.session_pids
-            ),
+            EngineLimits(round(self.max_cpus * 1000), self.max_memory, disk, options.session_pids),
             options.session_idle_max,
             options.session_grace,
             options.session_ttl_max,

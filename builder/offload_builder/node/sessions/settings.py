@@ -100,18 +100,20 @@ class SessionOptions:
             value = getattr(self, name)
             if value < 0 or not math.isfinite(value):
                 raise ConfigError(f"{name} must not be negative; 0 {zero}")
-        for name, least in (("session_memory", MIN_MEMORY_BYTES), ("session_disk", MIN_DISK_BYTES)):
-            for key in (name, f"{name}_max"):
-                if 0 < getattr(self, key) < least:
-                    raise ConfigError(f"{key} must be {format_memory(least)} or more, or 0")
-        for key in ("session_cpus", "session_cpus_max"):
-            if 0 < getattr(self, key) < MIN_CPUS:
-                raise ConfigError(f"{key} must be {MIN_CPUS} or more, or 0")
+        least: dict[str, float] = {
+            "session_memory": MIN_MEMORY_BYTES,
+            "session_disk": MIN_DISK_BYTES,
+            "session_cpus": MIN_CPUS,
+        }
+        for name, bound in least.items():
+            value, most = getattr(self, name), getattr(self, f"{name}_max")
+            shown = format_memory(bound) if bound > 1 else f"{bound:g}"
+            if 0 < value < bound or 0 < most < bound:
+                raise ConfigError(f"{name} and {name}_max must be {shown} or more, or 0")
+            if 0 < most < value:
+                raise ConfigError(f"{name} must not be more than {name}_max")
         if self.session_pids < MIN_PIDS:
             raise ConfigError(f"session_pids must be {MIN_PIDS} or more")
-        for name in ("session_cpus", "session_memory", "session_disk"):
-            if 0 < getattr(self, f"{name}_max") < getattr(self, name):
-                raise ConfigError(f"{name} must not be more than {name}_max")
         for name in ("session_idle", "session_ttl"):
             most = getattr(self, f"{name}_max")
             if not 0 < getattr(self, name) <= most:
