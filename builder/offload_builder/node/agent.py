@@ -35,6 +35,8 @@ from offload_builder.node.projectlimits import LimitBook
 from offload_builder.node.projectpool import ProjectPool
 from offload_builder.node.registries import Registries
 from offload_builder.node.savedimages import SavedImages
+from offload_builder.node.sessions.nodesessions import REMOVE_SECONDS
+from offload_builder.node.sessions.opening import open_sessions
 from offload_builder.node.slots import Slots
 from offload_builder.node.steprights import StepRights
 from offload_builder.node.tickets import TicketVerifier
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
     from offload_builder.node.config import NodeConfig
     from offload_builder.node.enrolment import NodeIdentity
     from offload_builder.node.project import ProjectRuntime
+    from offload_builder.node.sessions.nodesessions import NodeSessions
     from offload_cache.mirror.connection import Endpoint
     from offload_proto.v1.builds_service_pb2 import Ticket
     from offload_proto.v1.node_service_pb2 import Start
@@ -99,6 +102,7 @@ class NodeAgent:
         self.ended: EndedBuilds
         self.saved: SavedImages
         self.isolation: Isolation
+        self.sessions: NodeSessions
         self._ends: BuildEnds
         self._projects: ProjectPool
 
@@ -143,6 +147,15 @@ class NodeAgent:
                 )
             )
             self.facts.firewall = self.isolation.firewall is not None
+            self.sessions = await stack.enter_async_context(
+                open_sessions(
+                    self.config,
+                    self.isolation,
+                    self._registry_server,
+                    self.link,
+                    lambda: self._devices.found,
+                )
+            )
             bases, place = partial(registries.serve, mirrors), self.isolation.place
             self._projects = await stack.enter_async_context(
                 ProjectPool(self.config, self._store, bases, place)
@@ -197,7 +210,9 @@ class NodeAgent:
 
     def hello(self) -> Hello:
         """Introduce the node."""
-        return self.facts.hello()
+        hello = self.facts.hello()
+        self.sessions.introduce(hello)
+        return hello
 
     def heartbeat(self) -> Heartbeat:
         """Describe the node now."""
@@ -211,6 +226,7 @@ class NodeAgent:
         beat.egress_problem = refused or policies
         if not refused:
             beat.egress_versions.update(self._policies.versions_in_force())
+        self.sessions.describe(beat)
         return beat
 
     def gauges(self) -> NodeGauges:
@@ -449,6 +465,9 @@ class NodeAgent:
         self.slots.drain()
         self._ends.changed()
         log.info("node.draining", builds=len(self.slots.builds))
+        sessions = self._background.start(
+            self.sessions.drain(self.config.drain_timeout), name="sessions.drain"
+        )
         try:
             async with asyncio.timeout(self.config.drain_timeout):
                 await self.slots.empty.wait()
@@ -461,5 +480,7 @@ class NodeAgent:
             async with asyncio.timeout(LEAVE_SECONDS):
                 await self.slots.empty.wait()
         await self._ends.concluded(LEAVE_SECONDS)
+        # Bounded by its own time, and what is left then by that of removing engines.
+        await asyncio.wait((sessions,), timeout=REMOVE_SECONDS)
         await self.link.flush(LEAVE_SECONDS)
         log.info("node.drained")

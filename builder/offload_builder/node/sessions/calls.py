@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from offload_core.aio import stop
 from offload_core.errors import QuotaExceededError
 
 if TYPE_CHECKING:
     from collections import Counter
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Coroutine, Iterator
 
     from offload_core.errors import OffloadError
+
+T = TypeVar("T")
 
 MAX_CALLS = 1024
 """Of one member at a node, and of one session, at a time."""
@@ -27,12 +30,15 @@ class SessionCall:
         member: who calls.
         counts: it is use of the session.
         error: why it is ended by the node.
+        ended: set when the node ends it.
     """
 
     def __init__(self, member: str, changed: Callable[[], None], *, counts: bool) -> None:
         self.member = member
         self.counts = counts
         self.error: OffloadError | None = None
+        self.ended = asyncio.Event()
+        self._never = False
         self._changed = changed
         self._cut: Callable[[], None] | None = None
         self._task = asyncio.current_task()
@@ -40,9 +46,13 @@ class SessionCall:
 
     def count(self) -> None:
         """Take it for use from now on."""
-        if not self.counts:
+        if not (self.counts or self._never):
             self.counts = True
             self._changed()
+
+    def never_count(self) -> None:
+        """Never take it for use."""
+        self._never = True
 
     def on_end(self, cut: Callable[[], None]) -> None:
         """Set what lets pending reads come to their end when the call is ended."""
@@ -55,11 +65,26 @@ class SessionCall:
         if self.error is not None:
             return
         self.error = error
+        self.ended.set()
         if self._cut is not None:
             self._cut()
         if self._task is not None:
             # Also where it waits for a client that takes nothing.
             self._timer = asyncio.get_running_loop().call_later(END_SECONDS, self._task.cancel)
+
+    async def unless_ended(self, waiting: Coroutine[Any, Any, T]) -> T:
+        """Wait for something, but not beyond the end of the call.
+
+        Raises:
+            OffloadError: the node has ended it.
+        """
+        both = [asyncio.ensure_future(waiting), asyncio.ensure_future(self.ended.wait())]
+        try:
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            self.check()
+            return both[0].result()  # type: ignore[return-value]
+        finally:
+            await stop(*both, expected=(Exception,))
 
     def check(self) -> None:
         """Raise the error that the call was ended with, if it was."""

@@ -53,7 +53,7 @@ async def carry(
     queue: asyncio.Queue[bytes] = asyncio.Queue(QUEUED_PIECES)
     taking = loop.create_task(_take(call, pieces, stream, count))
     # What cannot be written to any more is not read to the end either.
-    taking.add_done_callback(lambda done: _failed(done) and stream.cut())
+    taking.add_done_callback(lambda done: stream.cut() if _failed(done) else None)
     reading = loop.create_task(_read(stream, queue))
     call.on_end(stream.cut)
     try:

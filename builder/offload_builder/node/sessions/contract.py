@@ -100,6 +100,7 @@ class Engine(Protocol):
         version: of the docker engine.
         root: its root file system, as this process reaches it.
         devices: fully qualified.
+        log: file with what the engine says, for people who look for a fault.
         ended: done when the engine ends without being asked to, with one sentence.
     """
 
@@ -107,6 +108,7 @@ class Engine(Protocol):
     id_base: int
     version: str
     devices: tuple[str, ...]
+    log: Path
     ended: asyncio.Future[str]
 
     @property

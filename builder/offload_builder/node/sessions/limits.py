@@ -5,20 +5,19 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from google.protobuf.duration_pb2 import Duration
+
 from offload_builder.node.sessions.contract import EngineLimits
 from offload_builder.node.sessions.settings import MIN_CPUS, MIN_DISK_BYTES, MIN_MEMORY_BYTES
-from offload_core.errors import InvalidValueError, QuotaExceededError
+from offload_core.errors import InvalidValueError
 from offload_core.units import format_duration, format_memory
 from offload_proto.v1.sessions_service_pb2 import SessionLimits, SessionSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from google.protobuf.duration_pb2 import Duration
 
     from offload_builder.node.sessions.settings import SessionOptions
 
@@ -86,9 +85,9 @@ class GivenLimits:
             cpu_millis=self.engine.cpu_millis,
             memory_bytes=self.engine.memory_bytes,
             disk_bytes=self.engine.disk_bytes,
-            idle_timeout=timedelta(seconds=self.idle_seconds),
-            grace=timedelta(seconds=self.grace_seconds),
-            ttl=timedelta(seconds=self.ttl_seconds),
+            idle_timeout=duration(self.idle_seconds),
+            grace=duration(self.grace_seconds),
+            ttl=duration(self.ttl_seconds),
         )
 
 
@@ -98,13 +97,31 @@ class SessionBounds:
     Args:
         options: of the node.
         machine: what there is.
+        free_disk: bytes that sessions can have together, at the node's start.
     """
 
-    def __init__(self, options: SessionOptions, machine: Machine) -> None:
+    def __init__(self, options: SessionOptions, machine: Machine, free_disk: int) -> None:
         self._options = options
         self.max_cpus = min(options.session_cpus_max or machine.cpus, machine.cpus)
         self.memory_all = options.session_memory_all or machine.memory_bytes * 3 // 4
         self.max_memory = min(options.session_memory_max or self.memory_all, self.memory_all)
+        shares = max(1, options.session_slots)
+        # Fixed from the start, so that engines that are made ready fit most sessions.
+        self.default = EngineLimits(
+            round(min(options.session_cpus or DEFAULT_CPUS, self.max_cpus) * 1000),
+            min(
+                options.session_memory or min(DEFAULT_MEMORY_BYTES, self.memory_all // shares),
+                self.max_memory,
+            ),
+            options.session_disk
+            or min(
+                DEFAULT_DISK_BYTES,
+                options.session_disk_max or DEFAULT_DISK_BYTES,
+                max(MIN_DISK_BYTES, free_disk // shares),
+            ),
+            options.session_pids,
+        )
+        """What a session gets that asks for nothing."""
 
     def most(self, free_disk: int) -> GivenLimits:
         """Return the most that one session can have, given how much disk is free."""
@@ -117,40 +134,23 @@ class SessionBounds:
             options.session_ttl_max,
         )
 
-    def give(self, spec: SessionSpec, *, free_disk: int, slots_left: int) -> GivenLimits:
-        """Return what a session gets.
-
-        Args:
-            spec: what is asked for.
-            free_disk: bytes that sessions can still be given.
-            slots_left: sessions that can still come, this one included.
+    def give(self, spec: SessionSpec) -> GivenLimits:
+        """Return what a session gets, if there is enough left.
 
         Raises:
             InvalidValueError: it asks for more, or less, than any session has here.
-            QuotaExceededError: the disk is too full.
         """
-        options, shares = self._options, max(1, slots_left)
-        cpus = spec.cpu_millis / 1000 or options.session_cpus or DEFAULT_CPUS
+        options, default = self._options, self.default
+        cpus = spec.cpu_millis or default.cpu_millis
         if spec.cpu_millis:
-            _within("processors", cpus, MIN_CPUS, self.max_cpus, "{:g}".format)
-        memory = spec.memory_bytes or options.session_memory
+            _within("processors", cpus / 1000, MIN_CPUS, self.max_cpus, "{:g}".format)
+        memory = spec.memory_bytes or default.memory_bytes
         if spec.memory_bytes:
             _within("memory", memory, MIN_MEMORY_BYTES, self.max_memory, format_memory)
-        if not memory:
-            memory = min(DEFAULT_MEMORY_BYTES, self.memory_all // max(1, options.session_slots))
-        disk = spec.disk_bytes or options.session_disk
+        disk = spec.disk_bytes or default.disk_bytes
         if spec.disk_bytes:
             largest = options.session_disk_max or _NO_LIMIT
             _within("disk", disk, MIN_DISK_BYTES, largest, format_memory)
-        if not disk:
-            disk = min(
-                DEFAULT_DISK_BYTES, options.session_disk_max or _NO_LIMIT, free_disk // shares
-            )
-            if disk < MIN_DISK_BYTES:
-                raise QuotaExceededError(
-                    f"the node's disk is full: {format_memory(max(0, free_disk))} are free for "
-                    f"{shares} sessions, and each needs {format_memory(MIN_DISK_BYTES)}"
-                )
         idle, ttl = options.session_idle, options.session_ttl
         if spec.HasField("idle_timeout"):
             idle, most = _seconds(spec.idle_timeout), options.session_idle_max
@@ -158,22 +158,19 @@ class SessionBounds:
         if spec.HasField("ttl"):
             ttl, most = _seconds(spec.ttl), options.session_ttl_max
             _within("time to live", ttl, MIN_TTL_SECONDS, most, format_duration)
-        engine = EngineLimits(
-            round(min(cpus, self.max_cpus) * 1000),
-            min(memory, self.max_memory),
-            disk,
-            options.session_pids,
-        )
-        return GivenLimits(
-            engine,
-            idle,
-            options.session_grace,
-            ttl,
-        )
+        engine = EngineLimits(cpus, memory, disk, default.pids)
+        return GivenLimits(engine, idle, options.session_grace, ttl)
 
 
-def _seconds(duration: Duration) -> float:
-    return duration.seconds + duration.nanos / 1e9
+def duration(seconds: float) -> Duration:
+    """Return a time as messages have it, exact to a millisecond."""
+    made = Duration()
+    made.FromMilliseconds(max(0, round(seconds * 1000)))
+    return made
+
+
+def _seconds(given: Duration) -> float:
+    return given.seconds + given.nanos / 1e9
 
 
 def _within(

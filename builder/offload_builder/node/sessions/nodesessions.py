@@ -12,7 +12,7 @@ import structlog
 
 from offload_builder.node.sessions.contract import EngineSpec
 from offload_builder.node.sessions.lifetime import Lifetime
-from offload_builder.node.sessions.limits import Machine, SessionBounds, free_disk
+from offload_builder.node.sessions.limits import duration, free_disk
 from offload_builder.node.sessions.records import SessionRecord, SessionRecords
 from offload_builder.node.sessions.reporting import Reporting
 from offload_builder.node.sessions.reservations import Reservations
@@ -27,7 +27,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from offload_builder.node.config import NodeConfig
-    from offload_builder.node.sessions.contract import EngineHost, OpenEngineDoor, SessionPlace
+    from offload_builder.node.sessions.contract import (
+        EngineHost,
+        OpenEngineDoor,
+        SessionNetworks,
+        SessionPlace,
+    )
+    from offload_builder.node.sessions.limits import SessionBounds
     from offload_builder.node.sessions.reporting import SessionReports
     from offload_proto.v1.nodes_service_pb2 import Heartbeat, Hello, NodeDevices
     from offload_proto.v1.sessions_service_pb2 import SessionSpec
@@ -51,7 +57,9 @@ class NodeSessions:
 
     Args:
         config: of the node.
+        bounds: of its sessions.
         host: makes engines; None where there can be none.
+        networks: of engines.
         open_door: makes what stands between members and an engine.
         reports: the way to the gateway.
         devices: returns what devices the node has; None while that is not known.
@@ -64,7 +72,9 @@ class NodeSessions:
     def __init__(
         self,
         config: NodeConfig,
+        bounds: SessionBounds,
         host: EngineHost | None,
+        networks: SessionNetworks,
         open_door: OpenEngineDoor,
         reports: SessionReports,
         devices: Callable[[], NodeDevices | None],
@@ -77,7 +87,8 @@ class NodeSessions:
         self._open_door = open_door
         self._reporting = Reporting(reports)
         self._devices = devices
-        self.bounds = SessionBounds(config, Machine.here())
+        self._networks = networks
+        self.bounds = bounds
         slots = config.session_slots if host is not None else 0
         self._slots = slots
         self.reserved = Reservations(slots, self.bounds.memory_all)
@@ -100,13 +111,14 @@ class NodeSessions:
         for record in await asyncio.to_thread(self._records.take_all):
             # What was theirs has gone, or goes when engines of before are removed.
             log.warning("session.lost", session_id=record.session_id, reason=RESTARTED)
-            update = SessionUpdate(
-                session_id=record.session_id,
-                state=SessionState.SESSION_STATE_LOST,
-                reason=RESTARTED,
+            self._reporting.over(
+                SessionUpdate(
+                    session_id=record.session_id,
+                    state=SessionState.SESSION_STATE_ENDED,
+                    reason=RESTARTED,
+                    used=duration(record.used_seconds),
+                )
             )
-            update.used.FromMilliseconds(round(record.used_seconds * 1000))
-            self._reporting.over(update)
         if self._slots:
             self._tasks.start(self._tell_all(), name="sessions.tell")
         return self
@@ -218,7 +230,7 @@ class NodeSessions:
             raise QuotaExceededError("the node is draining")
         self.reserved.check_slot()
         free = self._free_disk()
-        limits = self.bounds.give(spec, free_disk=free, slots_left=self.reserved.slots_left)
+        limits = self.bounds.give(spec)
         devices = self.reserved.choose(spec.devices, gpu=spec.gpu, found=self._devices())
         self.reserved.take(place.session_id, limits.engine, devices, free_disk=free)
         session = NodeSession(place, limits, devices, self._calls_of_members, self._session_changed)
@@ -250,6 +262,7 @@ class NodeSessions:
             try:
                 async with asyncio.timeout(START_SECONDS):
                     engine = session.engine = await self._the_host.create(spec)
+                    await self._networks.assign(engine.engine_id, place.project_id)
             except TimeoutError as error:
                 raise NodeLostError(
                     f"the docker engine was not ready within {START_SECONDS:.0f} s"
@@ -396,7 +409,9 @@ class NodeSessions:
         self.ends[state_word(state)] += 1
         del self._sessions[session_id]
         session.set_state(state, reason)
-        self._reporting.over(session.update())
+        if state == SessionState.SESSION_STATE_ENDED:
+            # Who has asked for one that could not be made hears so in the answer.
+            self._reporting.over(session.update())
         if not self._sessions:
             self._empty.set()
 

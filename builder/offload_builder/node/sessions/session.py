@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from offload_builder.node.sessions.calls import OpenCalls
 from offload_builder.node.sessions.dialing import PortDialer
+from offload_builder.node.sessions.limits import duration
 from offload_core.errors import AccessDeniedError, NodeLostError
 from offload_proto.v1.nodes_service_pb2 import SessionUpdate, StartedSession
 from offload_proto.v1.session_node_service_pb2 import SessionNews
@@ -28,6 +29,7 @@ NEWS_SECONDS = 15.0
 _GATHER_SECONDS = 0.1
 """Changes of what a session does are told together; those of its state at once."""
 _WARNINGS_KEPT = 8
+UNSHARED = "this session is not shared with you any more"
 OVER = (
     SessionState.SESSION_STATE_ENDED,
     SessionState.SESSION_STATE_LOST,
@@ -102,7 +104,7 @@ class NodeSession:
         """Say anew who may use it beside its owner; open calls of others are ended."""
         self._shared = frozenset(members)
         self.calls.end(
-            AccessDeniedError("this session is not shared with you any more"),
+            AccessDeniedError(UNSHARED),
             of=lambda member: not self.may_use(member),
         )
         self.tell()
@@ -175,7 +177,7 @@ class NodeSession:
             state=self.state,
             reason=self.reason,
             activity=self.activity(),
-            used=timedelta(seconds=self.used_seconds()),
+            used=duration(self.used_seconds()),
         )
 
     def started(self) -> StartedSession:
@@ -197,15 +199,20 @@ class NodeSession:
         news, self._news = self._news, asyncio.Event()
         news.set()
 
-    async def follow(self) -> AsyncGenerator[SessionNews, None]:
+    async def follow(self, member: str) -> AsyncGenerator[SessionNews, None]:
         """Yield the news at once, at every change and at least every `NEWS_SECONDS`.
 
         The last one says that the session is over.
+
+        Raises:
+            AccessDeniedError: the member may use it no more.
         """
         heard = self._said
         self.followers += 1
         try:
             while True:
+                if not self.may_use(member):
+                    raise AccessDeniedError(UNSHARED)
                 changed, warning, state = self._news, "", self.state
                 for number, sentence in self._warnings:
                     if number > heard:
@@ -231,7 +238,7 @@ class NodeSession:
         )
         if self.life is not None and self.state not in OVER:
             left = self.life.ends_at - asyncio.get_running_loop().time()
-            news.remaining.FromTimedelta(timedelta(seconds=max(0.0, left)))
+            news.remaining.CopyFrom(duration(left))
         return news
 
 

@@ -75,9 +75,7 @@ class SessionTasks:
             )
             return SessionTaskReply(error=error.message, error_reason=error.reason)
         except Exception as error:
-            log.error(
-                "session.task.broken", kind=kind, session_id=task.session_id, exc_info=error
-            )
+            log.error("session.task.broken", kind=kind, session_id=task.session_id, exc_info=error)
             return SessionTaskReply(
                 error="the node failed at this task; its log says why",
                 error_reason=InternalError.reason,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path  # noqa: TC003 - part of a dataclass
 
 from offload_core.config import option
 from offload_core.errors import ConfigError
@@ -41,6 +42,9 @@ class SessionOptions:
     sessions_ready: int = option(
         1, "engines that are kept ready for the next sessions; 0 makes each when it is wanted"
     )
+    sessions_dockerd: Path | None = option(
+        None, "path of the dockerd of sessions, 28 or newer; searched when not set"
+    )
     session_cpus: float = option(
         0.0, "processors of a session that asks for none; 0 for 2, or all of a smaller machine"
     )
@@ -64,8 +68,8 @@ class SessionOptions:
     )
     session_disk: int = option(
         0,
-        "disk of a session that asks for none; 0 for 20GiB, or its share of what is free where "
-        "that is less",
+        "disk of a session that asks for none; 0 for 20GiB, or its share of what is free when the "
+        "node starts, where that is less",
         unit="size",
     )
     session_disk_max: int = option(

@@ -91,7 +91,8 @@ class Upkeep:
             watching.cancel()
             await asyncio.wait((watching,))
         if ended.done() and not ended.cancelled():
-            self._end(f"its docker engine ended: {ended.result()}")
+            # The lines after the first are of its log, which is for administrators.
+            self._end(f"its docker engine ended: {ended.result().partition(chr(10))[0]}")
         elif not watching.cancelled():
             watching.result()
 
