@@ -72,8 +72,14 @@ class SessionNetwork(Protocol):
 class SessionNetworks(Protocol):
     """Gives engines their networks."""
 
-    def attach(self, key: str) -> AbstractAsyncContextManager[SessionNetwork]:
-        """Make a network from which nothing can be reached yet.
+    def attach(
+        self, key: str, users: Path | None = None
+    ) -> AbstractAsyncContextManager[SessionNetwork]:
+        """Make a network from which nothing can be reached yet, while the context is open.
+
+        Args:
+            key: names it.
+            users: path of the user namespace whose root may set it up; None for this process's.
 
         Raises:
             ConfigError: the machine does not allow it.
