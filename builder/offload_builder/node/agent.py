@@ -35,6 +35,7 @@ from offload_builder.node.projectlimits import LimitBook
 from offload_builder.node.projectpool import ProjectPool
 from offload_builder.node.registries import Registries
 from offload_builder.node.savedimages import SavedImages
+from offload_builder.node.sessions.nodeimages import NodeImages
 from offload_builder.node.sessions.nodesessions import REMOVE_SECONDS
 from offload_builder.node.sessions.opening import open_sessions
 from offload_builder.node.slots import Slots
@@ -147,15 +148,6 @@ class NodeAgent:
                 )
             )
             self.facts.firewall = self.isolation.firewall is not None
-            self.sessions = await stack.enter_async_context(
-                open_sessions(
-                    self.config,
-                    self.isolation,
-                    self._registry_server,
-                    self.link,
-                    lambda: self._devices.found,
-                )
-            )
             bases, place = partial(registries.serve, mirrors), self.isolation.place
             self._projects = await stack.enter_async_context(
                 ProjectPool(self.config, self._store, bases, place)
@@ -180,6 +172,25 @@ class NodeAgent:
                 exports=self.config.slots,
             )
             stack.push_async_callback(self._ends.close)
+            images = NodeImages(
+                self._store,
+                self.registry,
+                self.slots,
+                self.ended,
+                registries,
+                mirrors,
+                self.isolation,
+            )
+            self.sessions = await stack.enter_async_context(
+                open_sessions(
+                    self.config,
+                    self.isolation,
+                    self._registry_server,
+                    self.link,
+                    images,
+                    lambda: self._devices.found,
+                )
+            )
             self._background.start(self._projects.reap(), name="projects.reap")
             self._background.start(self._bounds.run(), name="node.bounds")
             watch = DiskWatch(self.config.data, self.config.disk_reserve, self._watched)

@@ -78,13 +78,14 @@ class SessionCall:
         Raises:
             OffloadError: the node has ended it.
         """
-        both = [asyncio.ensure_future(waiting), asyncio.ensure_future(self.ended.wait())]
+        wanted = asyncio.ensure_future(waiting)
+        ended = asyncio.ensure_future(self.ended.wait())
         try:
-            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((wanted, ended), return_when=asyncio.FIRST_COMPLETED)
             self.check()
-            return both[0].result()  # type: ignore[return-value]
+            return wanted.result()
         finally:
-            await stop(*both, expected=(Exception,))
+            await stop(wanted, ended, expected=(Exception,))
 
     def check(self) -> None:
         """Raise the error that the call was ended with, if it was."""

@@ -114,7 +114,6 @@ class Engine(Protocol):
     id_base: int
     version: str
     devices: tuple[str, ...]
-    log: Path
     ended: asyncio.Future[str]
 
     @property
@@ -125,6 +124,9 @@ class Engine(Protocol):
 
     @property
     def root(self) -> Path: ...  # noqa: D102
+
+    @property
+    def log(self) -> Path: ...  # noqa: D102
 
     def disk_used(self) -> int:
         """Return how many bytes of this machine's disk it has."""

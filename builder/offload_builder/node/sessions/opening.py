@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from offload_builder.node.sessions.contract import MODELS_VOLUME
 from offload_builder.node.sessions.engine.host import EngineHost
 from offload_builder.node.sessions.engine.settings import EngineSettings
+from offload_builder.node.sessions.guard.door import Doors
 from offload_builder.node.sessions.limits import Machine, SessionBounds, free_disk
 from offload_builder.node.sessions.network import SessionNetworks
 from offload_builder.node.sessions.nodesessions import NodeSessions
 from offload_builder.node.sessions.sessiontasks import SessionTasks
-from offload_builder.node.sessions.socketstream import DirectDoor
 from offload_builder.provider.process import tools_directory
+from offload_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -22,10 +24,21 @@ if TYPE_CHECKING:
     from offload_builder.node.config import NodeConfig
     from offload_builder.node.gatewaylink import GatewayLink
     from offload_builder.node.isolation import Isolation
+    from offload_builder.node.sessions.contract import Engine, SessionPlace
+    from offload_builder.node.sessions.guard.images import ImageSources
     from offload_cache.registry.server import RegistryServer
     from offload_proto.v1.nodes_service_pb2 import NodeDevices
 
 log = structlog.get_logger(__name__)
+
+
+class NoModels:
+    """Of a node that keeps no files of models."""
+
+    async def prepare(self, engine: Engine, place: SessionPlace) -> None:
+        """Refuse: an empty volume would look as if it was kept."""
+        del engine, place
+        raise ConfigError(f"this node keeps no files of models; do not mount {MODELS_VOLUME}")
 
 
 @asynccontextmanager
@@ -34,6 +47,7 @@ async def open_sessions(
     isolation: Isolation,
     registry: RegistryServer,
     link: GatewayLink,
+    images: ImageSources,
     devices: Callable[[], NodeDevices | None],
 ) -> AsyncIterator[NodeSessions]:
     """Take sessions while the context is open; all of them end with it.
@@ -45,6 +59,7 @@ async def open_sessions(
         isolation: of it, open already.
         registry: of it.
         link: to the gateway.
+        images: that the node has for engines.
         devices: returns what devices the node has; None while that is not known.
     """
     networks = SessionNetworks(isolation, registry)
@@ -75,7 +90,7 @@ async def open_sessions(
                 bounds,
                 host if takes and not problem else None,
                 networks,
-                DirectDoor,
+                Doors(images, NoModels(), networks.registry_of),
                 link,
                 devices,
                 problem=problem,

@@ -24,9 +24,7 @@ _UNKNOWN = 1000
 FIRST_ID = 0x7000_0000
 """systemd gives users up to the one before to containers (docs/UIDS-GIDS.md)."""
 
-READY_LIMITS = EngineLimits(
-    cpu_millis=2000, memory_bytes=2 << 30, disk_bytes=20 << 30, pids=4096
-)
+READY_LIMITS = EngineLimits(cpu_millis=2000, memory_bytes=2 << 30, disk_bytes=20 << 30, pids=4096)
 
 
 @dataclass(frozen=True, kw_only=True)
