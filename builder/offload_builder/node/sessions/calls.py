@@ -108,6 +108,11 @@ class OpenCalls:
         self._calls: set[SessionCall] = set()
 
     @property
+    def open_calls(self) -> int:
+        """How many there are."""
+        return len(self._calls)
+
+    @property
     def counting(self) -> int:
         """How many open calls are use."""
         return sum(call.counts for call in self._calls)

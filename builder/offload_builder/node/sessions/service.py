@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import AsyncExitStack, aclosing, contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, aclosing, contextmanager, nullcontext, suppress
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from grpc.aio import AbortError
 
@@ -22,7 +23,8 @@ from offload_proto.v1.session_node_service_pb2_grpc import SessionNodeServiceSer
 from offload_proto.v1.sessions_service_pb2 import SessionState
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Iterator
+    from contextlib import AbstractAsyncContextManager
 
     from offload_builder.node.sessions.calls import SessionCall
     from offload_builder.node.sessions.contract import Engine as DockerEngine
@@ -42,6 +44,7 @@ MAX_FOLLOWERS = 64
 """Of one session."""
 DIAGNOSE_SECONDS = 20.0
 
+T = TypeVar("T")
 Context = Any  # grpc.aio.ServicerContext with its two type parameters
 
 
@@ -78,8 +81,9 @@ class SessionNode(SessionNodeServiceServicer):
     ) -> AsyncIterator[Piece]:
         """Carry one connection to the engine; see the .proto file."""
         unattended = bool(_metadata(context, UNATTENDED_KEY))
-        pieces = aiter(request_iterator)
-        with self._call(context, counts=False) as (session, call):
+        async with AsyncExitStack() as stack:
+            session, call = stack.enter_context(self._call(context, counts=False))
+            pieces = await stack.enter_async_context(_closing(request_iterator))
             if session.state == SessionState.SESSION_STATE_PAUSED:
                 # One that is kept ready wakes nobody, and neither does one that only looks on.
                 if unattended:
@@ -89,7 +93,7 @@ class SessionNode(SessionNodeServiceServicer):
                     if first is None:
                         return
                     call.count()
-                    pieces = _again(first, pieces)
+                    pieces = await stack.enter_async_context(aclosing(_again(first, pieces)))
             stream = await self._open_engine(session)
             if unattended:
                 call.never_count()
@@ -115,12 +119,14 @@ class SessionNode(SessionNodeServiceServicer):
         self, request_iterator: AsyncIterator[PortRequest], context: Context
     ) -> AsyncIterator[Piece]:
         """Carry one connection to a TCP port; see the .proto file."""
-        with self._call(context, counts=True) as (session, call):
-            requests = aiter(request_iterator)
+        async with AsyncExitStack() as stack:
+            session, call = stack.enter_context(self._call(context, counts=True))
+            requests = await stack.enter_async_context(_closing(request_iterator))
             wish = await _open(requests)
             engine = await self._awake(session)
             connection = await session.dialer.tcp(engine, wish.host, wish.port)
-            answers = carry(call, _pieces(requests), SocketStream(connection), session.carried)
+            pieces = await stack.enter_async_context(aclosing(_pieces(requests)))
+            answers = carry(call, pieces, SocketStream(connection), session.carried)
             async with aclosing(_told(answers, call, context)) as messages:
                 async for message in messages:
                     yield message
@@ -129,12 +135,14 @@ class SessionNode(SessionNodeServiceServicer):
         self, request_iterator: AsyncIterator[PortRequest], context: Context
     ) -> AsyncIterator[Piece]:
         """Carry the datagrams of one peer; see the .proto file."""
-        with self._call(context, counts=True) as (session, call):
-            requests = aiter(request_iterator)
+        async with AsyncExitStack() as stack:
+            session, call = stack.enter_context(self._call(context, counts=True))
+            requests = await stack.enter_async_context(_closing(request_iterator))
             wish = await _open(requests)
             engine = await self._awake(session)
             connection = await session.dialer.udp(engine, wish.host, wish.port)
-            answers = DatagramPeer(call, connection, session.carried).carry(_pieces(requests))
+            pieces = await stack.enter_async_context(aclosing(_pieces(requests)))
+            answers = DatagramPeer(call, connection, session.carried).carry(pieces)
             async with aclosing(_told(answers, call, context)) as messages:
                 async for message in messages:
                     yield message
@@ -155,6 +163,12 @@ class SessionNode(SessionNodeServiceServicer):
 def _metadata(context: Context, key: str) -> str:
     value = dict(context.invocation_metadata() or ()).get(key, "")
     return value if isinstance(value, str) else ""
+
+
+def _closing(requests: AsyncIterator[T]) -> AbstractAsyncContextManager[AsyncIterator[T]]:
+    """Read requests in a block; grpc's iterator is a generator, and complains if left open."""
+    found = aiter(requests)
+    return aclosing(found) if isinstance(found, AsyncGenerator) else nullcontext(found)
 
 
 async def _woken(session: NodeSession) -> None:

@@ -67,12 +67,15 @@ async def node(tmp_path, **options):
     gateway, networks = Gateway(), NoNetworks()
     async with (
         StandInHost(tmp_path) as host,
-        NodeSessions(
-            config, bounds, host, networks, DirectDoor, gateway, lambda: None
-        ) as sessions,
+        NodeSessions(config, bounds, host, networks, DirectDoor, gateway, lambda: None) as sessions,
     ):
         sessions.networks_of_test = networks
         yield sessions, host, gateway
+
+
+async def follow(session, news):
+    async for item in session.follow("ann"):
+        news.append(item)
 
 
 async def until(condition, seconds=20.0):
@@ -188,12 +191,7 @@ async def test_the_death_of_an_engine_ends_its_session_with_the_reason(tmp_path)
     async with node(tmp_path) as (sessions, host, gateway):
         session = await sessions.start(PLACE, SessionSpec())
         news = []
-
-        async def follow():
-            async for item in session.follow("ann"):
-                news.append(item)
-
-        following = asyncio.ensure_future(follow())
+        following = asyncio.ensure_future(follow(session, news))
         await until(lambda: news)
         host.engines["e1"].ended.set_result("dockerd was killed\nlast words")
         await asyncio.wait_for(following, 20)
@@ -206,14 +204,9 @@ async def test_the_end_of_its_time_ends_a_session_after_a_warning(tmp_path):
     options = {"session_ttl": 61.0}
     async with node(tmp_path, **options) as (sessions, _, _gateway):
         session = await sessions.start(PLACE, SessionSpec())
-        warnings = []
-
-        async def follow():
-            async for item in session.follow("ann"):
-                warnings.append(item.warning)
-
-        following = asyncio.ensure_future(follow())
-        await until(lambda: any("its time is over" in item for item in warnings))
+        news = []
+        following = asyncio.ensure_future(follow(session, news))
+        await until(lambda: any("its time is over" in item.warning for item in news))
         session.life.ready_at -= 60.0
         session.tell()
         session._use_changed()

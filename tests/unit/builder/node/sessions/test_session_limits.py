@@ -108,7 +108,7 @@ def test_a_gpu_is_given_to_one_session_only():
     assert held.choose((), gpu=True, found=GPUS) == ("nvidia.com/gpu=0",)
     held.take("a", SMALL, ("nvidia.com/gpu=0",), free_disk=GIB)
     assert held.choose((), gpu=True, found=GPUS) == ("nvidia.com/gpu=1",)
-    with pytest.raises(QuotaExceededError, match="other sessions have nvidia.com/gpu=0"):
+    with pytest.raises(QuotaExceededError, match=r"other sessions have nvidia\.com/gpu=0"):
         held.choose(["nvidia.com/gpu=0"], gpu=False, found=GPUS)
     with pytest.raises(QuotaExceededError):
         held.choose(["nvidia.com/gpu=all"], gpu=False, found=GPUS)
@@ -123,7 +123,7 @@ def test_devices_are_found_by_name_and_kind():
     assert held.choose(["acme.com/fpga"], gpu=False, found=GPUS) == ("acme.com/fpga=x",)
     chosen = held.choose(["nvidia.com/gpu=all"], gpu=True, found=GPUS)
     assert chosen == ("nvidia.com/gpu=all",)
-    with pytest.raises(DeviceUnavailableError, match="no device acme.com/other"):
+    with pytest.raises(DeviceUnavailableError, match=r"no device acme\.com/other"):
         held.choose(["acme.com/other=1"], gpu=False, found=GPUS)
     with pytest.raises(DeviceUnavailableError, match="no GPU"):
         held.choose((), gpu=True, found=None)
