@@ -219,9 +219,9 @@ class NodeSession:
                         heard, warning = number, sentence
                         break
                 yield self._message(warning)
-                if self.state in OVER:
+                if state in OVER:
                     return
-                if heard == self._said:
+                if heard == self._said and state == self.state:
                     try:
                         async with asyncio.timeout(NEWS_SECONDS):
                             await changed.wait()

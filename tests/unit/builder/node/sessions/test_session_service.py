@@ -193,6 +193,8 @@ async def test_sharing_lets_a_member_in_and_its_end_cuts_open_calls(tmp_path, mo
 
 
 async def test_the_end_of_a_session_ends_calls_that_take_nothing(tmp_path, monkeypatch):
+    for module in (calls, service):
+        monkeypatch.setattr(module, "END_SECONDS", 0.3)
     async with world(tmp_path, monkeypatch) as there:
         call = there.stub.Engine(metadata=there.metadata())
         await call.write(Piece(data=b"FLOOD\n"))
