@@ -105,6 +105,7 @@ class FirewalledPlaces:
         self._changing = asyncio.Lock()
         self._rules: dict[str, PlaceRules] = {}
         self._closed: set[str] = set()
+        self._cut: set[str] = set()
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -147,6 +148,7 @@ class FirewalledPlaces:
                 )
                 self._closed.add(key)
                 stack.callback(self._closed.discard, key)
+                stack.callback(self._cut.discard, key)
             yield network
 
     @asynccontextmanager
@@ -220,6 +222,9 @@ class FirewalledPlaces:
         rules.before(policy)
         await self._apply(key, policy)
         rules.after(policy)
+        if key in self._cut:
+            await self.firewall.mend(key)
+            self._cut.discard(key)
         self._closed.discard(key)
 
     async def _apply(self, key: str, policy: EffectivePolicy) -> None:
@@ -238,6 +243,7 @@ class FirewalledPlaces:
             await self._apply(key, _NOTHING)
         except OffloadError as error:
             _log.error("egress.place.not_shut", place=key, error=error.message)
+            self._cut.add(key)
             await self.firewall.cut(key)
         self._closed.add(key)
 

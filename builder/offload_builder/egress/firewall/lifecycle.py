@@ -298,14 +298,24 @@ class EgressFirewall:
             found.book.commit(plan)
 
     async def cut(self, key: str) -> None:
-        """Take the way out from a project for good, where its rules cannot be changed any more.
+        """Let nothing of a project pass where its rules cannot be changed, until `mend`.
 
         Raises:
             NotFoundError: the project is not attached.
             ConfigError: it cannot be done.
         """
-        await self.router.delete_link(self._found(key).network.addresses.device)
+        await self._found(key).network.cut()
         _log.error("egress.project.cut", project_id=key)
+
+    async def mend(self, key: str) -> None:
+        """Undo `cut`.
+
+        Raises:
+            NotFoundError: the project is not attached.
+            ConfigError: it cannot be done.
+        """
+        await self._found(key).network.mend()
+        _log.info("egress.project.mended", project_id=key)
 
     def policy(self, key: str) -> EffectivePolicy:
         """Return the policy in force.

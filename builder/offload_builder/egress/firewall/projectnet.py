@@ -140,6 +140,36 @@ class ProjectNetwork:
         finally:
             self._inside.close()
 
+    async def cut(self) -> None:
+        """Let nothing pass, whatever the rules say, until `mend`.
+
+        Raises:
+            ConfigError: it cannot be done.
+        """
+        await self._router.add_links([f"link set {self.addresses.device} down"])
+
+    async def mend(self) -> None:
+        """Undo `cut`; the kernel has forgotten what led through the device.
+
+        Raises:
+            ConfigError: it cannot be done.
+        """
+        one = self.addresses
+        await self._router.add_links(
+            [
+                f"link set {one.device} up",
+                f"address replace {one.gateway_v6}/64 dev {one.device} nodad",
+                *self._routes("replace"),
+            ]
+        )
+
+    def _routes(self, verb: str) -> list[str]:
+        one = self.addresses
+        return [
+            f"route {verb} {one.steps_v4} via {one.daemon_v4} dev {one.device}",
+            f"route {verb} {one.steps_v6} via {one.daemon_v6} dev {one.device}",
+        ]
+
     def _router_links(self) -> list[str]:
         one = self.addresses
         peer = f"peer name {DAEMON_DEVICE} mtu {self.mtu} netns {self.namespace}"
@@ -148,8 +178,7 @@ class ProjectNetwork:
             f"address add {one.gateway_v4}/30 dev {one.device}",
             f"address add {one.gateway_v6}/64 dev {one.device} nodad",
             f"link set {one.device} up",
-            f"route add {one.steps_v4} via {one.daemon_v4} dev {one.device}",
-            f"route add {one.steps_v6} via {one.daemon_v6} dev {one.device}",
+            *self._routes("add"),
         ]
 
     def _set_up(self) -> None:

@@ -156,7 +156,7 @@ class SessionImages:
                 )
                 if source is None:
                     return False
-                progress = _Progress(exchange, source, familiar_reference(name))
+                progress = _Progress(exchange, source, name)
                 await self._fetch(source, platform, progress)
                 await self._rename(source, name)
             except OffloadError as error:
@@ -224,9 +224,14 @@ class _Progress:
 
     def __init__(self, exchange: Exchange | None, source: Source, name: str) -> None:
         self._exchange = exchange
-        self._inside = f"{source.repository}:{source.tag}"
-        self._repository = source.repository
-        self._name = name
+        self._names = {
+            f"{source.repository}:{source.tag}": familiar_reference(name),
+            source.repository: familiar_reference(name).rpartition(":")[0],
+            # Docker calls it by its path.
+            source.repository.partition("/")[2]: name.partition("/")[2].rpartition(":")[0],
+        }
+        self._tags = source.tag, name.rpartition(":")[2]
+        self._name = familiar_reference(name)
         self._last: Any = None
         self.begun = False
 
@@ -235,11 +240,13 @@ class _Progress:
         if not isinstance(line, dict):
             return
         status = str(line.get("status", ""))
-        if self._inside in status:
-            line["status"] = status.replace(self._inside, self._name)
-        elif self._repository in status:
-            line["status"] = status.replace(self._repository, self._name.rpartition(":")[0])
-        if str(line.get("status", "")).startswith("Status: "):
+        for inside, name in self._names.items():
+            status = status.replace(inside, name)
+        if "status" in line:
+            line["status"] = status
+        if line.get("id") == self._tags[0]:
+            line["id"] = self._tags[1]
+        if status.startswith("Status: "):
             # The last word, once the image has its name.
             self._last = line
             return

@@ -69,7 +69,7 @@ def test_a_device_by_its_name_passes_and_all_are_those_of_the_session():
     ],
 )
 def test_devices_of_others_are_refused_with_what_there_is(wanted):
-    with pytest.raises(DeviceUnavailableError, match="nvidia.com/gpu=0") as caught:
+    with pytest.raises(DeviceUnavailableError, match=r"nvidia\.com/gpu=0") as caught:
         read_creation(wish(DeviceRequests=[wanted]), GPUS)
     assert "--gpu" in caught.value.hint
 
