@@ -35,6 +35,7 @@ from offload_builder.node.projectlimits import LimitBook
 from offload_builder.node.projectpool import ProjectPool
 from offload_builder.node.registries import Registries
 from offload_builder.node.savedimages import SavedImages
+from offload_builder.node.sessions.models import SessionModels
 from offload_builder.node.sessions.nodeimages import NodeImages
 from offload_builder.node.sessions.nodesessions import REMOVE_SECONDS
 from offload_builder.node.sessions.opening import open_sessions
@@ -183,6 +184,12 @@ class NodeAgent:
                 mirrors,
                 self.isolation,
             )
+            models = SessionModels(
+                self._store,
+                self.config.data / "session-models",
+                node=self.identity.node_id,
+                max_bytes=self.config.session_models_max,
+            )
             self.sessions = await stack.enter_async_context(
                 open_sessions(
                     self.config,
@@ -190,6 +197,7 @@ class NodeAgent:
                     self._registry_server,
                     self.link,
                     images,
+                    models,
                     lambda: self._devices.found,
                 )
             )

@@ -221,3 +221,13 @@ class OpenEngineDoor(Protocol):
     """Makes the door to an engine, once it is known whose it is."""
 
     def __call__(self, engine: Engine, place: SessionPlace) -> EngineDoor: ...  # noqa: D102
+
+
+class KeptModels(Protocol):
+    """The model files of sessions, which go on to the next ones."""
+
+    async def keep(self, engine: Engine, place: SessionPlace) -> None:
+        """Store the files of an engine that runs, while no container uses them."""
+
+    def forget(self, engine_id: str) -> None:
+        """Hear that an engine is gone."""

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from offload_builder.node.config import NodeConfig
     from offload_builder.node.sessions.contract import (
         EngineHost,
+        KeptModels,
         OpenEngineDoor,
         SessionNetworks,
         SessionPlace,
@@ -43,6 +44,8 @@ log = structlog.get_logger(__name__)
 START_SECONDS = 60.0
 REMOVE_SECONDS = 60.0
 REMOVE_TRIES = 3
+KEEP_SECONDS = 300.0
+"""For model files that are new, at the end of a session that was not paused before."""
 TELL_SECONDS = 15.0
 """At least so often the gateway hears of each session."""
 RECORD_SECONDS = 60.0
@@ -61,6 +64,7 @@ class NodeSessions:
         host: makes engines; None where there can be none.
         networks: of engines.
         open_door: makes what stands between members and an engine.
+        models: that sessions leave to the next ones.
         reports: the way to the gateway.
         devices: returns what devices the node has; None while that is not known.
         problem: why there can be no sessions here; empty when there can.
@@ -76,6 +80,7 @@ class NodeSessions:
         host: EngineHost | None,
         networks: SessionNetworks,
         open_door: OpenEngineDoor,
+        models: KeptModels,
         reports: SessionReports,
         devices: Callable[[], NodeDevices | None],
         *,
@@ -85,6 +90,7 @@ class NodeSessions:
         self._config = config
         self._host = host
         self._open_door = open_door
+        self._models = models
         self._reporting = Reporting(reports)
         self._devices = devices
         self._networks = networks
@@ -283,7 +289,9 @@ class NodeSessions:
         session.life = Lifetime(session.limits, asyncio.get_running_loop().time())
         session.set_state(SessionState.SESSION_STATE_RUNNING)
         end = partial(self.end, session)
-        upkeep = self._upkeep[place.session_id] = Upkeep(session, engine, self._the_host, end)
+        upkeep = self._upkeep[place.session_id] = Upkeep(
+            session, engine, self._the_host, self._models, end
+        )
         upkeep.begin()
         log.info(
             "session.started",
@@ -345,6 +353,7 @@ class NodeSessions:
                 await asyncio.wait((making,))
                 if session_id not in self._sessions:
                     return
+            running = session.running.is_set()
             if session.life is not None:
                 # Time that counts ends here.
                 session.life.pause(asyncio.get_running_loop().time())
@@ -352,6 +361,10 @@ class NodeSessions:
             session.end_calls()
             if (upkeep := self._upkeep.pop(session_id, None)) is not None:
                 await upkeep.close()
+            if running and session.engine is not None and not session.containers:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(KEEP_SECONDS):
+                        await self._models.keep(session.engine, session.place)
             try:
                 await self._remove(session)
             except NodeLostError as error:
@@ -401,6 +414,8 @@ class NodeSessions:
         left: bool = False,
     ) -> None:
         session_id = session.session_id
+        if session.engine is not None:
+            self._models.forget(session.engine.engine_id)
         if not left:
             self.reserved.give_back(session_id)
             removing = asyncio.to_thread(self._records.remove, session_id)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from offload_builder.node.sessions.contract import MODELS_VOLUME
 from offload_builder.node.sessions.engine.host import EngineHost
 from offload_builder.node.sessions.engine.settings import EngineSettings
 from offload_builder.node.sessions.guard.door import Doors
@@ -16,7 +15,6 @@ from offload_builder.node.sessions.network import SessionNetworks
 from offload_builder.node.sessions.nodesessions import NodeSessions
 from offload_builder.node.sessions.sessiontasks import SessionTasks
 from offload_builder.provider.process import tools_directory
-from offload_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -24,21 +22,12 @@ if TYPE_CHECKING:
     from offload_builder.node.config import NodeConfig
     from offload_builder.node.gatewaylink import GatewayLink
     from offload_builder.node.isolation import Isolation
-    from offload_builder.node.sessions.contract import Engine, SessionPlace
     from offload_builder.node.sessions.guard.images import ImageSources
+    from offload_builder.node.sessions.models import SessionModels
     from offload_cache.registry.server import RegistryServer
     from offload_proto.v1.nodes_service_pb2 import NodeDevices
 
 log = structlog.get_logger(__name__)
-
-
-class NoModels:
-    """Of a node that keeps no files of models."""
-
-    async def prepare(self, engine: Engine, place: SessionPlace) -> None:
-        """Refuse: an empty volume would look as if it was kept."""
-        del engine, place
-        raise ConfigError(f"this node keeps no files of models; do not mount {MODELS_VOLUME}")
 
 
 @asynccontextmanager
@@ -48,6 +37,7 @@ async def open_sessions(
     registry: RegistryServer,
     link: GatewayLink,
     images: ImageSources,
+    models: SessionModels,
     devices: Callable[[], NodeDevices | None],
 ) -> AsyncIterator[NodeSessions]:
     """Take sessions while the context is open; all of them end with it.
@@ -60,6 +50,7 @@ async def open_sessions(
         registry: of it.
         link: to the gateway.
         images: that the node has for engines.
+        models: of projects.
         devices: returns what devices the node has; None while that is not known.
     """
     networks = SessionNetworks(isolation, registry)
@@ -90,7 +81,8 @@ async def open_sessions(
                 bounds,
                 host if takes and not problem else None,
                 networks,
-                Doors(images, NoModels(), networks.registry_of),
+                Doors(images, models, networks.registry_of),
+                models,
                 link,
                 devices,
                 problem=problem,

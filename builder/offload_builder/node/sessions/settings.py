@@ -26,6 +26,7 @@ _MEANING_OF_ZERO = {
     "session_memory_all": "is three quarters of the machine's",
     "session_disk": "gives 20 GiB, or a share of what is free",
     "session_disk_max": "is what is free",
+    "session_models_max": "keeps none",
     "session_grace": "removes sessions as soon as they are idle",
 }
 
@@ -74,6 +75,12 @@ class SessionOptions:
     )
     session_disk_max: int = option(
         0, "most disk that a session can have; 0 for what is free", unit="size"
+    )
+    session_models_max: int = option(
+        100 * 1024**3,
+        "bytes of model files of a project up to which they are kept in the shared store for its "
+        "next sessions; 0 keeps none",
+        unit="size",
     )
     session_pids: int = option(4096, "processes and threads of everything in a session")
     session_idle: float = option(

@@ -18,7 +18,7 @@ from offload_proto.v1.sessions_service_pb2 import SessionState
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from offload_builder.node.sessions.contract import Engine, EngineHost
+    from offload_builder.node.sessions.contract import Engine, EngineHost, KeptModels
     from offload_builder.node.sessions.lifetime import Lifetime
     from offload_builder.node.sessions.session import NodeSession
 
@@ -39,6 +39,7 @@ class Upkeep:
         session: the session, with a life.
         engine: of it.
         host: of the engine.
+        models: that the session leaves to the next ones.
         end: begins to end the session, with a reason.
 
     Attributes:
@@ -50,6 +51,7 @@ class Upkeep:
         session: NodeSession,
         engine: Engine,
         host: EngineHost,
+        models: KeptModels,
         end: Callable[[str], object],
     ) -> None:
         if session.life is None:
@@ -59,6 +61,7 @@ class Upkeep:
         self._life: Lifetime = session.life
         self._engine = engine
         self._host = host
+        self._models = models
         self._end = end
         self._tasks = TaskSet(_crashed)
         self._turn = asyncio.Lock()
@@ -129,6 +132,8 @@ class Upkeep:
             try:
                 # Its events may be late, or their stream broken.
                 session.set_containers(await running_containers(self._engine))
+                if life.due(asyncio.get_running_loop().time()) is Due.PAUSE:
+                    await self._models.keep(self._engine, session.place)
             except OffloadError as error:
                 log.warning(
                     "session.pause.unsure", session_id=session.session_id, cause=error.message

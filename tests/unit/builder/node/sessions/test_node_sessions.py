@@ -26,7 +26,7 @@ from offload_proto.v1.nodes_service_pb2 import (
     WakeTask,
 )
 from offload_proto.v1.sessions_service_pb2 import SessionSpec, SessionState
-from tests.fixtures.standinengine import NoNetworks, StandInHost
+from tests.fixtures.standinengine import NoModels, NoNetworks, StandInHost
 
 PLACE = SessionPlace("a" * 16, "shop", "ann", "member", "shop")
 RUNNING, PAUSED, ENDED = (
@@ -64,12 +64,14 @@ async def node(tmp_path, **options):
     settings = {"session_slots": 2, "session_disk": GIB, "session_memory": GIB, **options}
     config = NodeConfig(gateway="g:1", data=tmp_path, disk_reserve=0, **settings)
     bounds = SessionBounds(config, Machine(2.0, 16 * GIB), 100 * GIB)
-    gateway, networks = Gateway(), NoNetworks()
+    gateway, networks, models = Gateway(), NoNetworks(), NoModels()
     async with (
         StandInHost(tmp_path) as host,
-        NodeSessions(config, bounds, host, networks, DirectDoor, gateway, lambda: None) as sessions,
+        NodeSessions(
+            config, bounds, host, networks, DirectDoor, models, gateway, lambda: None
+        ) as sessions,
     ):
-        sessions.networks_of_test = networks
+        sessions.networks_of_test, sessions.models_of_test = networks, models
         yield sessions, host, gateway
 
 
@@ -99,6 +101,8 @@ async def test_a_session_is_made_told_found_by_its_owner_and_stopped(tmp_path):
         assert [item.session_id for item in hello.sessions] == [PLACE.session_id]
         await sessions.stop(PLACE.session_id, "its owner wanted it")
         assert host.engines == {}
+        models = sessions.models_of_test
+        assert (models.kept, models.forgotten) == (["e1"], ["e1"])
         assert gateway.updates[-1].reason == "its owner wanted it"
         assert gateway.states()[-2:] == [SessionState.SESSION_STATE_STOPPING, ENDED]
         hello = Hello()
