@@ -15,6 +15,9 @@ from tests.fixtures.cdi import write_specification
 from tests.fixtures.engine import DockerEngine
 from tests.fixtures.guardedengine import PLACE, PlainEngine, at_door, busybox_archive, write_runtime
 from tests.fixtures.node import NodePool, RawClient
+from tests.fixtures.registry import PASSWORD, USER, DockerRegistry
+from tests.fixtures.registrybuilds import write_registries
+from tests.fixtures.tokenserver import TokenServer
 
 RUN = ("run", "--rm", "--network", "none")
 
@@ -109,15 +112,7 @@ async def test_the_volume_with_models_is_made_ready_before_it_is_mounted(session
 async def test_what_a_member_has_built_runs_at_once_and_newer_when_built_again(engine):
     async with NodePool() as pool:
         agent = await pool.start_node(ended_keep=600.0)
-        images = NodeImages(
-            agent._store,
-            agent.registry,
-            agent.slots,
-            agent.ended,
-            agent._registries,
-            agent._mirrors,
-            agent.isolation,
-        )
+        images = node_images(agent)
         client = await built(pool, "one")
         place = replace(PLACE, owner=agent.ended.find(client.assigned.build_id).member)
         address = agent._registry_server.address
@@ -144,6 +139,18 @@ async def test_what_a_member_has_built_runs_at_once_and_newer_when_built_again(e
         assert not images.built(replace(place, owner="somebody"), "docker.io/team/app:v1")
 
 
+def node_images(agent) -> NodeImages:
+    return NodeImages(
+        agent._store,
+        agent.registry,
+        agent.slots,
+        agent.ended,
+        agent._registries,
+        agent._mirrors,
+        agent.isolation,
+    )
+
+
 async def built(pool: NodePool, text: str) -> RawClient:
     assigned = await pool.assigned()
     client = RawClient(await pool.channel(assigned), assigned, f"RUN echo {text} > /made\n")
@@ -157,3 +164,42 @@ async def built(pool: NodePool, text: str) -> RawClient:
         while pool._running["one"][0].agent.ended.find(assigned.build_id) is None:
             await asyncio.sleep(0.02)
     return client
+
+
+async def test_private_registries_are_reached_with_logins_that_the_engine_never_sees(
+    engine, tmp_path
+):
+    with (
+        TokenServer(tmp_path / "tokens") as tokens,
+        DockerRegistry(tmp_path / "registry", auth=tokens.auth) as registry,
+    ):
+        (tmp_path / "password").write_text(PASSWORD)
+        login = [f'username = "{USER}"', f'password_file = "{tmp_path / "password"}"']
+        lines = ("http = true", *login, 'push = ["team/app"]')
+        file = write_registries(tmp_path, registry.address, *lines)
+        name = f"{registry.address}/team/app:1"
+        async with NodePool() as pool:
+            agent = await pool.start_node(registry_config=file)
+            address = agent._registry_server.address
+            doors = Doors(node_images(agent), NoModels(), lambda _: address)
+            async with at_door(doors(PlainEngine(engine), PLACE)) as cli:
+                assert (await cli("tag", "busybox", name))[0] == 0
+                code, text = await cli("push", name)
+                assert code == 0, text
+                scopes = [scope for asked in tokens.asked for scope in asked.scopes]
+                assert set(scopes) == {"repository:team/app:pull,push"}
+                # Where the pool's login may not push, nobody's does.
+                other = f"{registry.address}/team/other:1"
+                assert (await cli("tag", "busybox", other))[0] == 0
+                assert (await cli("push", other))[0] == 1
+                assert (await cli("rmi", name, other))[0] == 0
+                code, text = await cli("pull", name)
+                assert code == 0, text
+                assert "team/app:1" in text
+                code, text = await cli(*RUN, name, "echo", "from-private")
+                assert (code, text) == (0, "from-private\n")
+                # Without trust there is no login of the pool.
+                assert (await cli("rmi", name))[0] == 0
+            stranger = replace(PLACE, trust_domain="untrusted-eve", role="untrusted")
+            async with at_door(doors(PlainEngine(engine), stranger)) as cli:
+                assert (await cli("pull", name))[0] == 1

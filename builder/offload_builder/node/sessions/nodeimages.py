@@ -16,6 +16,7 @@ from offload_cache.contributions import Writer
 from offload_cache.mirror.challenges import parse_challenges
 from offload_cache.mirror.connection import new_session
 from offload_cache.mirror.errors import UpstreamError
+from offload_cache.mirror.handlers import host_in_name
 from offload_cache.mirror.tokens import TokenWish, fetch_token
 from offload_cache.mirror.upstream import origin_address
 from offload_cache.registry.grants import IMAGE, Grant
@@ -145,7 +146,7 @@ class NodeImages:
         )
         mirrors = bases.registries[host].mirrors if host in bases.registries else ()
         own = next((mirror for mirror in mirrors if mirror.startswith(f"{registry}/")), "")
-        return Source(f"{own}/{path}", tag) if own else None
+        return Source(f"{own.removesuffix(host)}{host_in_name(host)}/{path}", tag) if own else None
 
     def _connected(self, project_id: str, host: str) -> bool:
         try:

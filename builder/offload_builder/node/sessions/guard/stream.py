@@ -193,8 +193,10 @@ class GuardedStream:
         """Let go of it; nobody reads or writes any more."""
         self.cut()
         self._pump.cancel()
-        await asyncio.wait((self._pump,))
-        self._socket.close()
+        try:
+            await asyncio.wait((self._pump,))
+        finally:
+            self._socket.close()
 
     # The engine's side, for exchanges.
 
