@@ -35,7 +35,7 @@ async def carry(
     """Yield what a connection says, and give it what the client sends, until both have ended.
 
     Whoever is slow holds up the other side: at most a few pieces are on their way. The connection
-    is closed at the end, however it comes.
+    is of no use afterwards, and whoever has opened it closes it.
 
     Args:
         call: of the client; when the node ends it, the connection is cut.
@@ -73,7 +73,6 @@ async def carry(
     finally:
         stream.cut()
         await stop(taking, reading, expected=(Exception,))
-        await stream.close()
 
 
 def _failed(task: asyncio.Task[None]) -> bool:

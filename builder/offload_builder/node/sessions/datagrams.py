@@ -29,7 +29,7 @@ class DatagramPeer:
 
     Args:
         call: of the client.
-        connection: connected socket, this object's from now on.
+        connection: connected socket; whoever has opened it closes it.
         count: hears of bytes from the client, and to it.
     """
 
@@ -49,8 +49,6 @@ class DatagramPeer:
 
     async def carry(self, pieces: AsyncIterator[Piece]) -> AsyncGenerator[Piece, None]:
         """Yield datagrams of the port and send it the client's, until neither says anything.
-
-        The socket is closed at the end.
 
         Raises:
             UsageError: the client sends what is too long for a datagram.
@@ -79,7 +77,6 @@ class DatagramPeer:
         finally:
             self._end()
             await stop(taking, reading, expected=(Exception,))
-            self._connection.close()
 
     async def _take(self, pieces: AsyncIterator[Piece]) -> None:
         async for piece in pieces:

@@ -95,6 +95,7 @@ class SessionNode(SessionNodeServiceServicer):
                     call.count()
                     pieces = await stack.enter_async_context(aclosing(_again(first, pieces)))
             stream = await self._open_engine(session)
+            stack.push_async_callback(stream.close)
             if unattended:
                 call.never_count()
             answers = carry(call, pieces, stream, session.carried, end_seconds=ENGINE_END_SECONDS)
@@ -124,9 +125,10 @@ class SessionNode(SessionNodeServiceServicer):
             requests = await stack.enter_async_context(_closing(request_iterator))
             wish = await _open(requests)
             engine = await self._awake(session)
-            connection = await session.dialer.tcp(engine, wish.host, wish.port)
+            stream = SocketStream(await session.dialer.tcp(engine, wish.host, wish.port))
+            stack.push_async_callback(stream.close)
             pieces = await stack.enter_async_context(aclosing(_pieces(requests)))
-            answers = carry(call, pieces, SocketStream(connection), session.carried)
+            answers = carry(call, pieces, stream, session.carried)
             async with aclosing(_told(answers, call, context)) as messages:
                 async for message in messages:
                     yield message
@@ -141,6 +143,7 @@ class SessionNode(SessionNodeServiceServicer):
             wish = await _open(requests)
             engine = await self._awake(session)
             connection = await session.dialer.udp(engine, wish.host, wish.port)
+            stack.callback(connection.close)
             pieces = await stack.enter_async_context(aclosing(_pieces(requests)))
             answers = DatagramPeer(call, connection, session.carried).carry(pieces)
             async with aclosing(_told(answers, call, context)) as messages:
