@@ -223,8 +223,12 @@ class FirewalledPlaces:
         await self._apply(key, policy)
         rules.after(policy)
         if key in self._cut:
-            await self.firewall.mend(key)
             self._cut.discard(key)
+            try:
+                await self.firewall.mend(key)
+            except OffloadError as error:
+                # Who owns the namespace can take its device away, from nobody but themselves.
+                _log.warning("egress.place.not_mended", place=key, error=error.message)
         self._closed.discard(key)
 
     async def _apply(self, key: str, policy: EffectivePolicy) -> None:
@@ -244,7 +248,12 @@ class FirewalledPlaces:
         except OffloadError as error:
             _log.error("egress.place.not_shut", place=key, error=error.message)
             self._cut.add(key)
-            await self.firewall.cut(key)
+            try:
+                await self.firewall.cut(key)
+            except OffloadError as cause:
+                # There is no device any more, or the next attempt cuts it off.
+                _log.error("egress.place.not_cut", place=key, error=cause.message)
+                return
         self._closed.add(key)
 
     def _policy_at(self, key: str) -> EffectivePolicy:

@@ -87,6 +87,15 @@ async def test_archives_pass_both_ways(session, tmp_path):
     assert "busybox" in text
 
 
+async def test_images_are_built_in_the_session(session, tmp_path):
+    (tmp_path / "Dockerfile").write_text("FROM busybox\nCOPY file /file\n")
+    (tmp_path / "file").write_text("from the context")
+    code, text = await session("build", "-t", "made-here", str(tmp_path))
+    assert code == 0, text
+    code, text = await session(*RUN, "made-here", "cat", "/file")
+    assert (code, text) == (0, "from the context")
+
+
 async def test_directories_of_other_machines_are_refused_with_a_sentence(session):
     code, text = await session(*RUN, "-v", "/etc:/x", "busybox", "true")
     assert code == 125
@@ -133,7 +142,11 @@ async def test_what_a_member_has_built_runs_at_once_and_newer_when_built_again(e
             assert (code, text) == (0, "mine\n")
             names = (await cli("images", "--format", "{{.Repository}}:{{.Tag}}"))[1]
             # What had a name before is without one now, as anywhere.
-            assert set(names.split()) - {"<none>:<none>"} == {"busybox:latest", "team/app:v1"}
+            assert set(names.split()) - {"<none>:<none>"} == {
+                "busybox:latest",
+                "made-here:latest",
+                "team/app:v1",
+            }
         assert not agent.registry.capabilities()
         assert images.built(place, "docker.io/team/app:v1")
         assert not images.built(replace(place, owner="somebody"), "docker.io/team/app:v1")
