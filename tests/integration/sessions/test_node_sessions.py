@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import sys
 import tempfile
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -15,6 +16,7 @@ import pytest
 from cryptography import x509
 
 from offload_builder.node.sessions.limits import duration
+from offload_builder.node.sessions.nodesessions import RESTARTED
 from offload_builder.node.sessions.service import SESSION_KEY
 from offload_builder.node.sessions.sessiontasks import SessionTasks
 from offload_core.errors import NodeLostError
@@ -276,6 +278,62 @@ async def test_a_node_that_stops_ends_its_sessions(world):
     assert session.reason == "the node stops"
     assert not children(pid)
     assert not [path for path in folder.iterdir() if path.is_dir()]
+
+
+KILLED = """
+import asyncio, sys
+from pathlib import Path
+from offload_builder.node.config import NodeConfig
+from offload_builder.node.server import NodeServer
+from offload_builder.node.sessions.contract import SessionPlace
+from offload_proto.v1.sessions_service_pb2 import SessionSpec
+
+async def main():
+    address, data, session_id = sys.argv[1:]
+    config = NodeConfig(gateway=address, data=Path(data), listen="127.0.0.1:0",
+                        isolation="netns", session_slots=1, sessions_ready=0)
+    async with NodeServer(config) as server:
+        place = SessionPlace(session_id, "default", "ann", "member", "")
+        spec = SessionSpec(memory_bytes=1 << 30, disk_bytes=2 << 30)
+        session = await server.agent.sessions.start(place, spec)
+        print(session.engine.pid, session.engine.engine_id, flush=True)
+        await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+async def test_a_node_that_was_killed_has_nothing_left_of_its_sessions_after_its_next_start(
+    tmp_path,
+):
+    async with NodePool() as pool:
+        options = {"isolation": "netns", "session_slots": 1}
+        agent = await pool.start_node(**options)
+        data = agent.config.data
+        await pool.stop_node()
+        log = (tmp_path / "log").open("wb")
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", KILLED, pool.link.address, str(data), ID,
+            stdout=asyncio.subprocess.PIPE, stderr=log,
+        )  # fmt: skip
+        try:
+            line = await asyncio.wait_for(process.stdout.readline(), WAIT_SECONDS)
+            while line and not line.split()[0].isdigit():
+                line = await asyncio.wait_for(process.stdout.readline(), WAIT_SECONDS)
+            assert line, (tmp_path / "log").read_text()
+            pid, engine_id = line.decode().split()
+            assert children(pid)
+        finally:
+            log.close()
+            process.kill()
+            await process.communicate()
+        assert (data / "sessions" / engine_id).is_dir()
+        agent = await pool.start_node(**options)
+        assert not children(pid)
+        assert not [path for path in (data / "sessions").iterdir() if path.is_dir()]
+        assert not list((data / "session-records").iterdir())
+        (update,) = agent.hello().sessions
+        assert (update.session_id, update.state, update.reason) == (ID, ENDED, RESTARTED)
 
 
 async def test_a_node_without_a_firewall_takes_no_sessions_and_says_why():
