@@ -168,6 +168,11 @@ class NodeSessions:
                         await asyncio.to_thread(self._records.write, _record(session))
                 self._reporting.tell(session)
 
+    def tell(self, session_id: str) -> None:
+        """Tell the gateway of a session now, if it is here."""
+        if (session := self._sessions.get(session_id)) is not None:
+            self._reporting.tell(session)
+
     # Who is here.
 
     def open_sessions(self) -> list[NodeSession]:

@@ -61,6 +61,9 @@ class SessionTasks:
         if not await self._replies.send(AttachRequest(session_task_reply=reply)):
             # The gateway learns how things are when it is attached to again.
             log.info("session.task.unanswered", session_id=task.session_id)
+        elif reply.HasField("started"):
+            # What was told of it before the answer was of a session that begins.
+            self._sessions.tell(task.session_id)
 
     async def _reply(self, task: SessionTask) -> SessionTaskReply:
         kind = task.WhichOneof("task") or ""

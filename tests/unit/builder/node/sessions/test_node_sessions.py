@@ -289,6 +289,7 @@ async def test_tasks_of_the_gateway_are_answered(tmp_path):
         started = (await ask(start=start)).started
         assert started.limits.cpu_millis == 2000
         assert started.limits.idle_timeout.seconds == 300
+        assert gateway.updates[-1].activity.HasField("pauses_at")
         assert (await ask(share=ShareTask(members=["bob"]))).error == ""
         assert sessions.find(PLACE.session_id, "bob")
         assert (await ask(wake=WakeTask())).error == ""
