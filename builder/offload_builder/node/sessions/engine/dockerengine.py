@@ -19,6 +19,7 @@ from offload_builder.node.sessions.engine.groups import EngineGroups
 from offload_builder.node.sessions.engine.idranges import COUNT, IdRange, take_range
 from offload_builder.node.sessions.engine.process import EngineProcess
 from offload_builder.node.sessions.engine.record import DISK, LOG, ROOT, EngineRecord
+from offload_core.aio import finish
 from offload_core.errors import NodeLostError
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ _BLOCK_BYTES = 512
 _FORMAT_SECONDS = 60.0
 _STOP_SECONDS = content.STOP_SECONDS + 4.0
 _DETACH_SECONDS = 20.0
+_END_SECONDS = 15.0
 
 
 class DockerEngine:
@@ -263,26 +265,32 @@ class DockerEngine:
             return self._network_plan(self._network)
 
         async with self._turn:
-            if self._process is not None:
+            if self.pid:
                 return
+            await self._end()
+            if self.ended.done():
+                self.ended = asyncio.get_running_loop().create_future()
             # Twice in use, the file system would break.
             await self._released()
             try:
                 await self._deadline(self._start(str(self._users_path()), network))
-            except BaseException as error:
-                process, self._process = self._process, None
-                if process is not None:
-                    await process.kill()
-                if isinstance(error, OSError):
-                    raise NodeLostError(f"the docker engine did not start: {error}") from error
+            except OSError as error:
+                await finish(self._end(), _END_SECONDS)
+                raise NodeLostError(f"the docker engine did not start: {error}") from error
+            except BaseException:
+                await finish(self._end(), _END_SECONDS)
                 raise
+
+    async def _end(self) -> None:
+        """Kill everything in it."""
+        process, self._process = self._process, None
+        if process is not None:
+            await process.kill()
 
     async def close(self) -> None:
         """Remove everything of it."""
         async with self._turn:
-            process, self._process = self._process, None
-            if process is not None:
-                await process.kill()
+            await self._end()
             if self._users >= 0:
                 os.close(self._users)
                 self._users = -1

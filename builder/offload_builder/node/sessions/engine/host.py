@@ -93,7 +93,11 @@ class EngineHost:
 
     async def sweep(self) -> None:
         """Remove everything of engines that this object does not have."""
-        await asyncio.to_thread(sweep_engines, self._settings.data, frozenset(self._engines))
+        kept = frozenset(self._engines)
+        await asyncio.to_thread(sweep_engines, self._settings.data, kept)
+        for path in self._sockets.glob("*.sock"):
+            if path.stem not in kept:
+                path.unlink(missing_ok=True)
 
     def _look(self) -> str:
         """Find the programs; return why there can be no engines. Blocks."""

@@ -179,6 +179,11 @@ def _finish(plan: Plan, network: NetworkPlan, root: Root, told: int, waiting: in
     first = int(line)
     _say(pid=first)
     kernel.enter(network["namespace"], kernel.CLONE_NEWNET)
+    for family in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"):
+        # With its own rules for nftables the engine does not do so itself, and wants it done.
+        if os.path.exists(f"/proc/sys/net/{family}"):
+            with open(f"/proc/sys/net/{family}", "w", encoding="ascii") as file:
+                file.write("1")
     root.mount_sys()
     root.add_groups()
     kernel.enter(f"/proc/{first}/ns/pid", kernel.CLONE_NEWPID)
@@ -208,7 +213,6 @@ def _begin(plan: Plan, waiting: int) -> None:
     # As on other machines: mounts that containers share reach each other, but nobody else.
     kernel.mount("", "/", flags=kernel.MS_REC | kernel.MS_SHARED)
     quiet = kernel.MS_NOSUID | kernel.MS_NODEV
-    kernel.mount("tmpfs", "/run", "tmpfs", quiet, "mode=755")
     kernel.mount("tmpfs", "/dev/shm", "tmpfs", quiet | kernel.MS_NOEXEC, "mode=1777")
     kernel.mount("mqueue", "/dev/mqueue", "mqueue", quiet | kernel.MS_NOEXEC)
     terminals = "newinstance,ptmxmode=0666,mode=0620,gid=5"

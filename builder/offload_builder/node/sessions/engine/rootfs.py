@@ -19,12 +19,12 @@ PROGRAMS = "/offload/bin"
 DATA = "/var/lib/docker"
 BINDS = "/offload/binds"
 _DISK = "/.disk"
-_SIZE = "32m"
+_SIZE = "64m"
 _FOLDERS = (
     "/dev/pts", "/dev/shm", "/dev/mqueue", "/etc", "/mnt", "/opt", "/proc", "/root", "/run",
     "/srv", "/sys", "/tmp", "/usr", "/var/lib/docker", "/offload/bin", "/offload/binds", _DISK,
 )  # fmt: skip
-_ON_DISK = (("docker", DATA, 0o710), ("binds", BINDS, 0o755), ("tmp", "/tmp", 0o1777))
+_ON_DISK = (("docker", DATA, 0o710), ("binds", BINDS, 0o755))
 _NODES = (
     ("/dev/null", 1, 3), ("/dev/zero", 1, 5), ("/dev/full", 1, 7),
     ("/dev/random", 1, 8), ("/dev/urandom", 1, 9), ("/dev/tty", 5, 0),
@@ -61,6 +61,7 @@ class Root:
         )
         for folder in _FOLDERS:
             self._folder(folder)
+        os.chmod(self._at("/tmp"), 0o1777)  # noqa: S103 - as everywhere
         for place, target in (*_LINKS, *plan["links"]):
             os.symlink(target, self._at(place))
         for source in plan["binds"]:
