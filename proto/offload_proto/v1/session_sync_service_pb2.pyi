@@ -269,21 +269,27 @@ class SyncOpened(_message.Message):
 
     PATH_FIELD_NUMBER: _builtins.int
     STATE_ID_FIELD_NUMBER: _builtins.int
+    TREE_ID_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     """Where the directory, or the one file, is in the session."""
     state_id: _builtins.str
     """Names what the node remembers. It is as in SyncOpen when the changes since `sequence` follow;
     otherwise everything follows, and what does not is not there.
     """
+    tree_id: _builtins.str
+    """Names the node's copy. Another one than before knows nothing of what was there: what is missing
+    in it was not deleted.
+    """
     def __init__(
         self,
         *,
         path: _builtins.str = ...,
         state_id: _builtins.str = ...,
+        tree_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["path", b"path", "state_id", b"state_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["path", b"path", "state_id", b"state_id", "tree_id", b"tree_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -469,27 +475,21 @@ class SyncApplied(_message.Message):
 
     ID_FIELD_NUMBER: _builtins.int
     RESULTS_FIELD_NUMBER: _builtins.int
-    OTHERS_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     """Of the SyncApply."""
     @_builtins.property
     def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___SyncResult]:
         """One for each operation, in their order."""
 
-    @_builtins.property
-    def others(self) -> _containers.RepeatedCompositeFieldContainer[Global___SyncEntry]:
-        """Other paths that changed by it, such as what was set aside."""
-
     def __init__(
         self,
         *,
         id: _builtins.int = ...,
         results: _abc.Iterable[Global___SyncResult] | None = ...,
-        others: _abc.Iterable[Global___SyncEntry] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "others", b"others", "results", b"results"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "results", b"results"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
