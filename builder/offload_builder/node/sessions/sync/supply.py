@@ -36,10 +36,7 @@ class Supply:
         self._store = store
 
     async def missing(self, want: SyncWant) -> tuple[SyncWant | None, list[SyncPart]]:
-        """Return what only the client has, and what is here.
-
-        What is here is leased; `found` ends that.
-        """
+        """Return what only the client has, and what is here."""
         store = self._store
         if store is None:
             return want, []
@@ -53,7 +50,6 @@ class Supply:
         here = [part for part in want.parts if part.sha256 not in missing]
         if not here:
             return want, []
-        store.lease([part.sha256 for part in here])
         rest = [part for part in want.parts if part.sha256 in missing]
         return (SyncWant(parts=rest) if rest else None), here
 
@@ -62,6 +58,7 @@ class Supply:
         store = self._store
         if store is None:
             return
+        store.lease([part.sha256 for part in parts])
         try:
             content = SyncContent()
             pieces: list[bytes] = []
