@@ -44,6 +44,7 @@ class Plan:
         settled: paths where both sides are the same, and what is there.
         conflicts: paths of which two versions are kept.
         blocked: paths that cannot be synchronised because of what is there.
+        later: paths that are to be compared again once this was done.
     """
 
     here: list[Operation] = field(default_factory=list)
@@ -51,6 +52,7 @@ class Plan:
     settled: dict[str, Entry] = field(default_factory=dict)
     conflicts: list[str] = field(default_factory=list)
     blocked: list[str] = field(default_factory=list)
+    later: list[str] = field(default_factory=list)
 
 
 def decide(
@@ -84,6 +86,7 @@ def decide(
         else:
             to_there[path] = _aside(path, theirs)
     _keep_parents(to_here, to_there, here, there)
+    plan.later = _leave_moved(to_here, to_there)
     plan.here = _ordered(to_here)
     plan.there = _ordered(to_there)
     plan.conflicts = [operation.path for operation in plan.there if operation.aside]
@@ -122,12 +125,19 @@ def _keep_parents(
             to_here[path] = Operation(path, theirs, mine)
         else:
             to_there[path] = _aside(path, theirs)
-    # What is below something that gets another name moves with it, and is looked at then.
+
+
+def _leave_moved(to_here: dict[str, Operation], to_there: dict[str, Operation]) -> list[str]:
+    """Take out what is below something that gets another name: it moves with it."""
     moved = {path for path, operation in to_there.items() if operation.aside}
+    left: list[str] = []
     if moved:
         for side in (to_here, to_there):
-            for path in [path for path in side if _has_parent_in(path, moved)]:
+            below = [path for path in side if _has_parent_in(path, moved)]
+            left += below
+            for path in below:
                 del side[path]
+    return left
 
 
 def _parents(operations: dict[str, Operation]) -> list[str]:

@@ -105,6 +105,14 @@ class LiveReplica:
         """Return the entries that have changed since the last time, with `ABSENT` for none."""
         return await self.thread.run(self.take_now)
 
+    async def take_all(self) -> Listing:
+        """Return all entries; for whoever may have missed a change."""
+        return await self.thread.run(self._all)
+
+    def _all(self) -> Listing:
+        self.replica.changed.clear()
+        return dict(self.replica.entries)
+
     async def take_kept(self) -> list[str]:
         """Return where versions were kept that somebody wrote while they were replaced."""
         kept, self.replica.kept = self.replica.kept, []

@@ -147,8 +147,14 @@ class SyncedDirectory:
         Raises:
             OffloadError: the directory is not synchronised any more, or the connection is lost.
         """
-        if self._ended is not None:
-            raise self._ended
+        while not await self._flushed(there=there):
+            # Once more, for the connection was lost meanwhile.
+            await asyncio.sleep(_FIRST_WAIT_SECONDS / 2)
+        same = self._same()
+        self._wake.set()
+        await same
+
+    async def _flushed(self, *, there: bool) -> bool:
         try:
             async with asyncio.timeout(_RECONNECT_SECONDS):
                 await self._connected.wait()
@@ -156,14 +162,18 @@ class SyncedDirectory:
             raise NodeLostError(
                 f"{self.source.path} is not up to date: the connection to the session is lost"
             ) from error
+        if self._ended is not None:
+            raise self._ended
         live, link = self._live, self._link
-        if live is not None:
-            await live.flush()
-        if there and link is not None:
-            await link.flush()
-        same = self._same()
-        self._wake.set()
-        await same
+        if live is None or link is None:
+            return False
+        await live.flush()
+        if there:
+            try:
+                await link.flush()
+            except NodeLostError:
+                return False
+        return True
 
     async def aclose(self) -> None:
         """Stop; harmless when done twice."""
@@ -225,14 +235,12 @@ class SyncedDirectory:
             live = LiveReplica(self.source.root, rules, self._settings.limits, known=known)
             async with live:
                 self._live = live
-                self._merging.here = {}
                 self._merging.base = {
                     path: entry
                     for path, entry in self._merging.base.items()
                     if rules.wanted(path, is_directory=entry.is_directory)
                 }
                 live.follow(self._wake.set, failed)
-                self._merging.note_here(await live.take())
                 await self._connect_again(live, broken)
         finally:
             self._live = None
@@ -333,6 +341,8 @@ class SyncedDirectory:
             # This copy never had what is missing in it: nothing is deleted here because of it.
             self._merging.base = {}
         self._tree_id = opened.tree_id
+        # All of it, for the end of the connection before may have taken some changes along.
+        self._merging.here = await live.take_all()
         self._merging.compare_all()
         self.path = opened.path
         self._link = link

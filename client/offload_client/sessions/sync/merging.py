@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from offload_core.treesync.decisions import Operation, Plan, decide
-from offload_core.treesync.entries import ABSENT, Entry, Listing, update
+from offload_core.treesync.entries import ABSENT, Entry, Listing, parent_of, update
 from offload_proto.v1.session_sync_service_pb2 import (
     SYNC_OUTCOME_CHANGED,
     SYNC_OUTCOME_DONE,
@@ -81,8 +81,10 @@ class Merging:
         paths, self.dirty = self.dirty, set()
         if self._only:
             paths = self._without_deletion(paths)
+        paths = self._with_kin(paths)
         plan = decide(paths, self.base, self.here, self.there, two_way=self.two_way)
         update(self.base, plan.settled)
+        self.dirty.update(plan.later)
         for path in plan.settled:
             self._resting.pop(path, None)
         both = [path for path in plan.blocked if path in self.here and path in self.there]
@@ -94,6 +96,35 @@ class Merging:
         plan.here = [item for item in plan.here if not self._rests(item.path)]
         plan.there = [item for item in plan.there if not self._rests(item.path)]
         return plan
+
+    def _with_kin(self, paths: set[str]) -> set[str]:
+        """Return paths with those that are decided together with them.
+
+        These are the directories above them, and what is below a directory that is to go.
+        """
+        found = set(paths)
+        for path in paths:
+            parent = parent_of(path)
+            while parent and parent not in found:
+                found.add(parent)
+                parent = parent_of(parent)
+        going = {path for path in found if self._is_going(path)}
+        if going:
+            for path in {*self.here, *self.there, *self.base}:
+                parent = parent_of(path)
+                while parent:
+                    if parent in going:
+                        found.add(path)
+                        break
+                    parent = parent_of(parent)
+        return found
+
+    def _is_going(self, path: str) -> bool:
+        """Return whether a path is a directory on one side, and was or is something else."""
+        here, there = self._state(path)
+        if here.is_directory == there.is_directory:
+            return False
+        return path in self.base or ABSENT not in (here, there)
 
     def _without_deletion(self, paths: set[str]) -> set[str]:
         """A container keeps a file that is mounted by itself, as with every docker engine."""
