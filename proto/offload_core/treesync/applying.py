@@ -33,7 +33,7 @@ from offload_proto.v1.session_sync_service_pb2 import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from offload_core.treesync.decisions import Operation
     from offload_core.treesync.replica import Replica
@@ -95,8 +95,12 @@ class Applying:
         for number in range(len(self.operations)):
             self._attempt(number, partial(self._start, number))
 
-    def content(self, sha256: bytes, data: bytes | None) -> None:
-        """Use content that has come; None when it cannot be had."""
+    def contents(self, found: Iterable[tuple[bytes, bytes | None]]) -> None:
+        """Use content that has come, by digest; None for what cannot be had."""
+        for sha256, data in found:
+            self._content(sha256, data)
+
+    def _content(self, sha256: bytes, data: bytes | None) -> None:
         for number in self._waiting.pop(sha256, []):
             if self.results[number] is not None:
                 continue

@@ -136,14 +136,18 @@ class Exchange:
         """
         self.received_bytes += len(message.data)
         found = await self._thread.run(unpack, message)
+        work: dict[_Job, list[tuple[bytes, bytes | None]]] = {}
         for sha256, data in found:
-            jobs = self._jobs.pop(sha256, [])
-            for job in jobs:
+            for job in self._jobs.pop(sha256, []):
                 self._outstanding -= job.costs.pop(sha256, 0)
-                await self._thread.run(job.applying.content, sha256, data)
-                self._enqueue(job)
-                if job.applying.done and not job.finished.done():
-                    job.finished.set_result(None)
+                work.setdefault(job, []).append((sha256, data))
+        # What is asked for next comes while this is written.
+        self._queued.set()
+        for job, contents in work.items():
+            await self._thread.run(job.applying.contents, contents)
+            self._enqueue(job)
+            if job.applying.done and not job.finished.done():
+                job.finished.set_result(None)
 
     def _enqueue(self, job: _Job) -> None:
         self._queue.extend((job, part) for part in job.applying.wants)

@@ -91,6 +91,7 @@ class SyncedDirectory:
         self._waiting: list[asyncio.Future[None]] = []
         self._ended: OffloadError | None = None
         self._tasks = TaskSet(self._failed)
+        self._break: Callable[[BaseException], None] = lambda _: None
         self._traffic = [0, 0]
 
     @property
@@ -167,7 +168,11 @@ class SyncedDirectory:
         live, link = self._live, self._link
         if live is None or link is None:
             return False
-        await live.flush()
+        try:
+            await live.flush()
+        except OffloadError as error:
+            self._break(error)
+            raise
         if there:
             try:
                 await link.flush()
@@ -231,6 +236,7 @@ class SyncedDirectory:
             if not broken.done():
                 broken.set_result(error)
 
+        self._break = failed
         try:
             live = LiveReplica(self.source.root, rules, self._settings.limits, known=known)
             async with live:
