@@ -195,6 +195,8 @@ class Applying:
             if status is not None and status.st_size == now.size_bytes:
                 replica.note_written(path, wanted, status)
             return Result(replica.entry(path), SYNC_OUTCOME_DONE)
+        # Before the first byte is written: a chunk list can name one piece a million times.
+        replica.check_room(wanted.size_bytes - now.size_bytes)
         if not wanted.size_bytes:
             return self._finish_small(number, b"")
         if is_chunked(wanted.size_bytes):

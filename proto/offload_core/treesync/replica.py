@@ -374,14 +374,22 @@ class Replica:
         self._bytes += entry.size_bytes - (former.size_bytes if former is not None else 0)
         self._check_limits()
 
-    def _check_limits(self) -> None:
+    def check_room(self, more_bytes: int) -> None:
+        """Look whether a file may come.
+
+        Raises:
+            QuotaExceededError: the tree would hold more than it may.
+        """
+        self._check_limits(more_bytes)
+
+    def _check_limits(self, more_bytes: int = 0) -> None:
         if len(self.entries) > self._limits.files:
             raise QuotaExceededError(
                 f"the directory {self.tree.path} has more than {self._limits.files} files",
                 hint="list what containers do not need in its .offloadignore, or raise "
                 "session_sync_files in config.toml",
             )
-        if self._bytes > self._limits.size_bytes:
+        if self._bytes + more_bytes > self._limits.size_bytes:
             raise QuotaExceededError(
                 f"the files of {self.tree.path} have more than {self._limits.size_bytes >> 20} MiB",
                 hint="list what containers do not need in its .offloadignore, or raise "

@@ -16,7 +16,7 @@ import pytest
 from offload_core.errors import ContextError, QuotaExceededError
 from offload_core.treesync.replica import Limits
 from tests.fixtures.syncpair import SyncPair
-from tests.fixtures.syncservice import until
+from tests.fixtures.syncservice import names, until
 
 
 @pytest.fixture
@@ -28,10 +28,10 @@ async def pair(tmp_path: Path) -> AsyncIterator[SyncPair]:
 async def test_everything_travels_as_it_is(pair: SyncPair) -> None:
     (pair.here / "empty" / "deep").mkdir(parents=True)
     (pair.here / "program").write_text("#!/bin/sh")
-    os.chmod(pair.here / "program", 0o750)
+    (pair.here / "program").chmod(0o750)
     os.utime(pair.here / "program", ns=(1, 1_600_000_000_123_456_789))
     os.link(pair.here / "program", pair.here / "hard")
-    os.symlink("/nowhere/../x", pair.here / "dangling")
+    (pair.here / "dangling").symlink_to("/nowhere/../x")
     odd = os.fsdecode(b"odd \xff\n name")
     (pair.here / odd).write_text("")
     await pair.start()
@@ -40,7 +40,7 @@ async def test_everything_travels_as_it_is(pair: SyncPair) -> None:
     assert stat.S_IMODE(status.st_mode) == 0o750
     assert status.st_mtime_ns == 1_600_000_000_123_456_789
     assert (pair.there / "hard").stat().st_nlink == 1
-    assert os.readlink(pair.there / "dangling") == "/nowhere/../x"
+    assert str((pair.there / "dangling").readlink()) == "/nowhere/../x"
     assert (pair.there / odd).exists()
 
 
@@ -115,7 +115,7 @@ async def test_deletion_does_not_win_over_a_change(pair: SyncPair) -> None:
     pair.reachable = True
     await pair.settle()
     for side in (pair.here, pair.there):
-        assert os.listdir(side / "d") == ["one"]
+        assert names(side / "d") == ["one"]
         assert (side / "d" / "one").read_text() == "changed"
 
 
@@ -126,7 +126,7 @@ async def test_read_only_directory_takes_nothing_from_the_session(tmp_path: Path
         (pair.there / "file").write_text("theirs")
         (pair.there / "new").write_text("theirs")
         await pair.settle()
-        assert os.listdir(pair.here) == ["file"]
+        assert names(pair.here) == ["file"]
         assert (pair.here / "file").read_text() == "mine"
         assert (pair.there / "file").read_text() == "mine"
 
@@ -138,7 +138,7 @@ async def test_ignored_files_stay_where_they_are(pair: SyncPair) -> None:
     (pair.here / "a.log").write_text("")
     (pair.here / "keep.log").write_text("")
     await pair.start()
-    assert sorted(os.listdir(pair.there)) == [".offloadignore", "keep.log"]
+    assert names(pair.there) == [".offloadignore", "keep.log"]
     (pair.there / "node_modules").mkdir()
     (pair.there / "node_modules" / "x").write_text("there")
     await pair.settle()
@@ -161,8 +161,8 @@ async def test_directory_with_ignored_files_is_not_deleted(pair: SyncPair) -> No
     (pair.there / "d" / "made.o").write_text("")
     shutil.rmtree(pair.here / "d")
     await pair.settle()
-    assert os.listdir(pair.there / "d") == ["made.o"]
-    assert os.listdir(pair.here / "d") == []
+    assert names(pair.there / "d") == ["made.o"]
+    assert names(pair.here / "d") == []
 
 
 async def test_root_that_vanishes_is_not_a_deletion(pair: SyncPair) -> None:
@@ -200,7 +200,7 @@ async def test_lost_connection_loses_nothing(pair: SyncPair) -> None:
         pair.cut()
     await pair.settle()
     expected = sorted(f"{side}{number}" for side in "ht" for number in range(20))
-    assert sorted(os.listdir(pair.here)) == sorted(os.listdir(pair.there)) == expected
+    assert names(pair.here) == names(pair.there) == expected
     assert pair.calls > 1
 
 
@@ -219,7 +219,7 @@ async def test_link_in_place_of_a_directory_leads_nobody_out(
     shutil.rmtree(pair.there / "d")
     (pair.there / "d").symlink_to(link)
     await pair.settle()
-    assert os.readlink(pair.here / "d") == link
+    assert str((pair.here / "d").readlink()) == link
     # This side does the same to the session's.
     (pair.here / "d").unlink()
     (pair.here / "d").mkdir()
@@ -227,7 +227,7 @@ async def test_link_in_place_of_a_directory_leads_nobody_out(
     (pair.here / "d" / "new").write_text("new")
     await pair.settle()
     assert (pair.there / "d" / "new").read_text() == "new"
-    assert os.listdir(outside) == ["file"]
+    assert names(outside) == ["file"]
     assert (outside / "file").read_text() == "safe"
 
 
@@ -237,7 +237,7 @@ async def test_sockets_and_pipes_are_left_out(pair: SyncPair) -> None:
         listener.bind(str(pair.here / "sock"))
         (pair.here / "file").write_text("")
         await pair.start()
-    assert os.listdir(pair.there) == ["file"]
+    assert names(pair.there) == ["file"]
 
 
 async def test_too_large_directory_is_refused_with_a_sentence(tmp_path: Path) -> None:
@@ -254,7 +254,16 @@ async def test_session_that_makes_too_many_files_does_not_fill_this_disk(tmp_pat
         for number in range(50):
             (pair.there / f"f{number}").write_text("")
         await until(lambda: bool(pair.warnings))
-        assert len(os.listdir(pair.here)) <= 10
+        assert len(names(pair.here)) <= 10
+
+
+async def test_session_with_a_file_too_large_does_not_fill_this_disk(tmp_path: Path) -> None:
+    async with SyncPair(tmp_path, limits=Limits(10, 8 << 20)) as pair:
+        await pair.start()
+        with (pair.there / "sparse").open("wb") as file:
+            file.truncate(1 << 30)
+        await until(lambda: bool(pair.warnings))
+        assert names(pair.here) == []
 
 
 async def test_malformed_ignore_file_is_refused(pair: SyncPair) -> None:
@@ -274,4 +283,4 @@ async def test_file_that_grows_all_the_time_does_not_hold_up_the_others(pair: Sy
             await asyncio.sleep(0.003)
     await pair.settle()
     assert (pair.there / "log").read_text() == log.read_text()
-    assert len(os.listdir(pair.there)) == 51
+    assert len(names(pair.there)) == 51

@@ -60,7 +60,7 @@ class Actor:
     def discard(self, path: Path) -> None:
         gone = self.trash / f"gone{next(self.numbers)}"
         try:
-            os.rename(path, gone)
+            path.rename(gone)
         except FileNotFoundError:
             return
         found = gone.rglob("*") if gone.is_dir() and not gone.is_symlink() else [gone]
@@ -98,13 +98,13 @@ class Actor:
                     self.rename(path, target)
             elif kind == "chmod":
                 if not path.is_symlink():
-                    os.chmod(path, rest[0])  # type: ignore[arg-type]
+                    path.chmod(rest[0])  # type: ignore[arg-type]
             elif kind == "touch":
                 if path.is_file() and not path.is_symlink():
                     os.utime(path, ns=(0, rest[0] * 1_000_003))  # type: ignore[operator]
             else:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                os.symlink(str(rest[0]), path)
+                path.symlink_to(str(rest[0]))
 
 
 def listed(root: Path) -> dict[str, tuple[object, ...]]:
@@ -116,7 +116,7 @@ def listed(root: Path) -> dict[str, tuple[object, ...]]:
             key = str(path.relative_to(root))
             assert TEMPORARY not in key
             if stat.S_ISLNK(status.st_mode):
-                found[key] = ("link", os.readlink(path))
+                found[key] = ("link", str((path).readlink()))
             elif stat.S_ISDIR(status.st_mode):
                 found[key] = ("directory", stat.S_IMODE(status.st_mode))
             else:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from offload_core.errors import InvalidValueError, NotFoundError
-from tests.fixtures.syncservice import ID_BASE, Namespaces, SyncServer, until
+from tests.fixtures.syncservice import ID_BASE, Namespaces, SyncServer, names, until
 
 IDS = (1000, 1001)
 
@@ -30,9 +30,7 @@ def project(tmp_path: Path) -> Path:
     return folder
 
 
-async def test_files_belong_to_the_member_in_the_session(
-    server: SyncServer, project: Path
-) -> None:
+async def test_files_belong_to_the_member_in_the_session(server: SyncServer, project: Path) -> None:
     (project / "src").mkdir()
     (project / "src" / "main.py").write_text("print()")
     (project / "link").symlink_to("src/main.py")
@@ -42,7 +40,7 @@ async def test_files_belong_to_the_member_in_the_session(
     for name in (".", "src", "src/main.py", "link"):
         status = (there / name).lstat()
         assert (status.st_uid, status.st_gid) == (ID_BASE + 1000, ID_BASE + 1001), name
-    assert os.readlink(there / "link") == "src/main.py"
+    assert str((there / "link").readlink()) == "src/main.py"
 
 
 async def test_what_a_container_writes_is_here_after_its_exit(
@@ -51,13 +49,14 @@ async def test_what_a_container_writes_is_here_after_its_exit(
     path = await server.mounts.prepare(str(project), read_only=False)
     server.namespaces.do(
         f"os.mkdir('{path}/out'); made = Path('{path}/out/result'); made.write_text('42'); "
-        "made.chmod(0o4755)"
+        f"made.chmod(0o4755); Path('{path}/large').write_bytes(b'0123456789' * 600_000)"
     )
     await server.mounts.after_exit()
     status = (project / "out" / "result").stat()
     assert (project / "out" / "result").read_text() == "42"
     assert (status.st_uid, status.st_gid) == (os.getuid(), os.getgid())
     assert stat.S_IMODE(status.st_mode) == 0o755
+    assert (project / "large").read_bytes() == b"0123456789" * 600_000
 
 
 async def test_what_a_build_has_sent_does_not_travel_again(
@@ -85,7 +84,7 @@ async def test_worker_sees_nothing_of_the_node(server: SyncServer, project: Path
         f"os.symlink('{secret.parent}', '{path}/escape'); os.symlink('/etc', '{path}/etc')"
     )
     await server.mounts.after_exit()
-    assert os.readlink(project / "etc") == "/etc"
+    assert str((project / "etc").readlink()) == "/etc"
     (project / "etc").unlink()
     (project / "etc").mkdir()
     (project / "etc" / "engine").write_text("changed")
@@ -124,15 +123,13 @@ async def test_directory_below_another_one_shares_its_copy(
     assert (project / "sub" / "made").read_text() == "1"
 
 
-async def test_file_alone_keeps_its_inode_in_the_session(
-    server: SyncServer, project: Path
-) -> None:
+async def test_file_alone_keeps_its_inode_in_the_session(server: SyncServer, project: Path) -> None:
     (project / "conf").write_text("1")
     (project / "other").write_text("1")
     path = await server.mounts.prepare(str(project / "conf"), read_only=False)
     there = server.there(path)
     inode = there.stat().st_ino
-    assert sorted(os.listdir(there.parent)) == ["conf"]
+    assert names(there.parent) == ["conf"]
     replacement = project / "new"
     replacement.write_text("22")
     replacement.rename(project / "conf")
@@ -150,7 +147,7 @@ async def test_full_disk_is_a_warning_and_recovers(tmp_path: Path, project: Path
             (project / "large").write_bytes(os.urandom(3 << 20))
             path = await server.mounts.prepare(str(project), read_only=False)
             assert (server.there(path) / "small").read_text() == "1"
-            assert sorted(os.listdir(server.there(path))) == ["small"]
+            assert names(server.there(path)) == ["small"]
             assert any("disk of the session is full" in text for text in server.warnings)
             (project / "large").write_bytes(b"fits")
             await server.mounts.before_start()

@@ -148,8 +148,10 @@ class SyncedDirectory:
         Raises:
             OffloadError: the directory is not synchronised any more, or the connection is lost.
         """
-        while not await self._flushed(there=there):
-            # Once more, for the connection was lost meanwhile.
+        while True:
+            if await self._flushed(there=there):
+                break
+            # Once more, for the connection was lost meanwhile, which is heard of a little later.
             await asyncio.sleep(_FIRST_WAIT_SECONDS / 2)
         same = self._same()
         self._wake.set()
@@ -290,7 +292,13 @@ class SyncedDirectory:
 
     async def _connect(self, live: LiveReplica, broken: asyncio.Future[BaseException]) -> None:
         loop = asyncio.get_running_loop()
-        link = SyncLink(self._open_call(), live, opened=self._told_opened, changes=self._told, warn=self._warn_there)
+        link = SyncLink(
+            self._open_call(),
+            live,
+            opened=self._told_opened,
+            changes=self._told,
+            warn=self._warn_there,
+        )
         self._listed.clear()
         reading = loop.create_task(link.run())
         merging = loop.create_task(self._merge(live, link))

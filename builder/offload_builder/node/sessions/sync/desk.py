@@ -112,9 +112,11 @@ class SyncDesk:
                 async with aclosing(relay.run(first, requests)) as responses:
                     async for response in responses:
                         yield response
-            except NodeLostError:
-                self._forget(place.session_id, first.open.root_id, kept)
-                await kept.stack.aclose()
+            except OffloadError:
+                if not relay.taken_over:
+                    # Its process has ended, or is not to be trusted with what comes next.
+                    self._forget(place.session_id, first.open.root_id, kept)
+                    await kept.stack.aclose()
                 raise
             finally:
                 kept.call = None
@@ -153,6 +155,7 @@ class _Relay:
     def __init__(self, worker: SyncWorker, supply: Supply) -> None:
         self._worker = worker
         self._supply = supply
+        self.taken_over = False
         self._outgoing: asyncio.Queue[SyncResponse] = asyncio.Queue(_QUEUED)
         self.task: asyncio.Task[object] = asyncio.get_running_loop().create_task(
             _forever(), name="sync-call"
@@ -179,6 +182,7 @@ class _Relay:
                     yield taking.result()
                     continue
                 if self.task.done():
+                    self.taken_over = True
                     raise QuotaExceededError("another call has taken over this directory")
                 for end in (from_worker, to_worker):
                     if end.done():

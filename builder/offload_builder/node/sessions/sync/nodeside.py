@@ -43,6 +43,8 @@ FILES = "files"
 TREE_ID = "tree-id"
 _ENTRIES_PER_MESSAGE = 1000
 _MAX_OPERATIONS = 2000
+_MAX_FILES = 1_000_000
+"""Whatever the client allows: some 500 MB of this process's memory."""
 
 
 class NodeSide:
@@ -119,7 +121,7 @@ class NodeSide:
         await self.disconnected()
         only = check_path(message.only) if message.only else ""
         patterns = [os.fsdecode(pattern) for pattern in message.ignored]
-        limits = Limits(message.max_files, message.max_bytes)
+        limits = Limits(min(message.max_files, _MAX_FILES), message.max_bytes)
         described = (only, *patterns, limits, message.user_id, message.group_id)
         if self._live is None or described != self._described:
             await self._start(Rules(patterns, only), limits, (message.user_id, message.group_id))
@@ -296,12 +298,12 @@ def _prepare(place: Path, files: Path, owner: tuple[int, int]) -> str:
         (place / TREE_ID).unlink(missing_ok=True)
     kept = place / TREE_ID
     try:
-        if found := kept.read_text():
-            return found
+        if found := kept.read_bytes():
+            return found.decode("ascii", "replace")
     except FileNotFoundError:
         pass
     name = secrets.token_hex(16)
-    kept.write_text(name)
+    kept.write_bytes(name.encode())
     return name
 
 
@@ -314,7 +316,7 @@ def _usable_owner(owner: tuple[int, int]) -> tuple[int, int] | None:
 
 def _mapped(kind: str, number: int) -> int:
     try:
-        lines = Path(f"/proc/self/{kind}_map").read_text().splitlines()
+        lines = Path(f"/proc/self/{kind}_map").read_bytes().splitlines()
     except OSError:
         return number if number < _ENGINE_IDS else 0
     for line in lines:
