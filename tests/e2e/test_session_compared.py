@@ -71,7 +71,9 @@ def session_docker() -> Iterator[tuple[str, list[str]]]:
 
 
 @pytest.fixture(scope="module")
-def contest(session_docker: tuple[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Contest]:
+def contest(
+    session_docker: tuple[str, list[str]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Contest]:
     """Both sides, each with a folder and a home of its own."""
     archive: Path = box_archive(tmp_path_factory.mktemp("box") / "box.tar")
     with (
@@ -82,9 +84,7 @@ def contest(session_docker: tuple[str, list[str]], tmp_path_factory: pytest.Temp
         yield Contest(ours, theirs)
 
 
-@pytest.mark.parametrize(
-    ("group", "row"), ROWS, ids=[f"{group}-{row.name}" for group, row in ROWS]
-)
+@pytest.mark.parametrize(("group", "row"), ROWS, ids=[f"{group}-{row.name}" for group, row in ROWS])
 def test_does_the_same_in_a_session(contest: Contest, group: str, row: Row) -> None:
     ours, theirs = contest.outcomes(group, row)
     found = differences(row, ours, theirs)
