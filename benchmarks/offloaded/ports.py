@@ -31,14 +31,14 @@ REQUESTS = 300
 SECONDS = 60.0
 REQUEST = b"GET / HTTP/1.1\r\nHost: box\r\n\r\n"
 BODY_BYTES = 1024
-SEND = f"while :; do nc -l -p 80 -e dd if=/dev/zero bs=1M count={BLOCKS}; done"
+SEND = f"exec nc -ll -p 80 -e dd if=/dev/zero bs=1M count={BLOCKS}"
 # A server that keeps connections, of what a busybox has.
 ANSWER = (
     "cat > /s <<'END'\n#!/bin/sh\nend=$(printf '\\r')\n"
     f"body=$(head -c {BODY_BYTES} /dev/zero | tr '\\0' x)\n"
     'while read -r line; do [ "$line" = "$end" ] && printf '
     f"'HTTP/1.1 200 OK\\r\\nContent-Length: {BODY_BYTES}\\r\\n\\r\\n%s' \"$body\"; done\n"
-    "END\nchmod 755 /s; exec nc -lk -p 80 -e /s"
+    "END\nchmod 755 /s; exec nc -ll -p 80 -e /s"
 )
 
 
@@ -111,20 +111,14 @@ def _connected(place: AbstractContextManager[object], host: str, port: int) -> s
 
 def _bulk(connect: Callable[[], socket.socket]) -> Callable[[int], float]:
     def measure(_: int) -> float:
-        while True:
-            with connect() as connection:
-                # The server listens anew after each connection; one that came too early is cut.
-                first = connection.recv(1)
-                if not first:
-                    time.sleep(0.05)
-                    continue
-                began = time.perf_counter()
-                count = len(first)
-                while data := connection.recv(1 << 20):
-                    count += len(data)
-                if count != BYTES:
-                    raise BenchmarkError(f"{count} of {BYTES} bytes came")
-                return time.perf_counter() - began
+        with connect() as connection:
+            began = time.perf_counter()
+            count = 0
+            while data := connection.recv(1 << 20):
+                count += len(data)
+            if count != BYTES:
+                raise BenchmarkError(f"{count} of {BYTES} bytes came")
+            return time.perf_counter() - began
 
     return measure
 
