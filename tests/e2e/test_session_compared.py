@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import pytest
 
 from tests.fixtures import sessionrows as containers
 from tests.fixtures import sessionrowsobjects as objects
+from tests.fixtures.pool import Pool
 from tests.fixtures.sessionengine import DirectEngine
 from tests.fixtures.sessionrow import Outcome, Row, differences
 from tests.fixtures.sessionside import Side, box_archive
@@ -20,6 +22,12 @@ if TYPE_CHECKING:
 # The first row of a group runs all of the group, on both sides.
 pytestmark = pytest.mark.timeout(600)
 LEAST = 110
+# The other engine has all of the machine too.
+NODE = {
+    "OFFLOAD_NODE_ISOLATION": "netns",
+    "OFFLOAD_NODE_SESSIONS_READY": "0",
+    "OFFLOAD_NODE_SESSION_IDLE": "1h",
+}
 GROUPS: Mapping[str, tuple[Row, ...]] = {
     "engine": containers.ENGINE,
     "run": containers.RUNNING,
@@ -64,21 +72,28 @@ def _run(side: Side, rows: tuple[Row, ...]) -> list[Outcome]:
 
 
 @pytest.fixture(scope="module")
-def session_docker() -> Iterator[tuple[str, list[str]]]:
-    """Return the address of a session's engine, and where commands for it run."""
-    with DirectEngine() as engine:
-        yield engine.host, engine.place
+def session_docker() -> Iterator[str]:
+    """Start a session in a pool; return the address of its engine, as docker's context has it."""
+    with Pool(1, environment=NODE) as pool:
+        member = pool.member()
+        started = member.offload("start", "--progress", "plain")
+        assert started.returncode == 0, started.stdout + started.stderr + pool.tails()
+        host = subprocess.run(
+            ["docker", "context", "inspect", "docker-offload", "-f", "{{.Endpoints.docker.Host}}"],
+            env=member.environment, capture_output=True, text=True, check=True, timeout=60,
+        )  # fmt: skip
+        yield host.stdout.strip()
+        stopped = member.offload("stop", "--force")
+        assert stopped.returncode == 0, stopped.stdout + stopped.stderr + pool.tails()
 
 
 @pytest.fixture(scope="module")
-def contest(
-    session_docker: tuple[str, list[str]], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Contest]:
+def contest(session_docker: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Contest]:
     """Both sides, each with a folder and a home of its own."""
     archive: Path = box_archive(tmp_path_factory.mktemp("box") / "box.tar")
     with (
         DirectEngine() as engine,
-        Side(session_docker[0], archive, session_docker[1]) as ours,
+        Side(session_docker, archive) as ours,
         Side(engine.host, archive, engine.place) as theirs,
     ):
         yield Contest(ours, theirs)
