@@ -11,7 +11,7 @@ import contextlib
 import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakKeyDictionary
 
 from offload_client.bytepipe import in_thread
@@ -58,13 +58,17 @@ class _Kept:
 class Connections:
     """Channels by address, server name and identity."""
 
-    def __init__(self, *, persistent: bool = False) -> None:
+    def __init__(
+        self, *, persistent: bool = False, options: Sequence[tuple[str, Any]] = ()
+    ) -> None:
         """Start without any.
 
         Args:
             persistent: they outlive a command, so one may be found dead at its next use.
+            options: of gRPC, for all channels.
         """
         self.persistent = persistent
+        self._options = options
         self._channels: dict[tuple[str, str, str], _Kept] = {}
         self._retired: set[aio.Channel] = set()
         self._closing = TaskSet()
@@ -221,7 +225,11 @@ class Connections:
                 kept = None
         if kept is None:
             channel = open_channel(
-                address, server_name, ca_pem=identity.keys.ca_pem, keys=identity.keys
+                address,
+                server_name,
+                ca_pem=identity.keys.ca_pem,
+                keys=identity.keys,
+                options=self._options,
             )
             self._targets[channel] = address, server_name, identity
             kept = _Kept(channel, 0.0)
@@ -312,6 +320,13 @@ class Connections:
         kept = self._channels.pop((address, server_name, identity.cache_key()), None)
         if kept is not None:
             self._retire(kept.channel)
+
+    def discard(self, channel: aio.Channel) -> None:
+        """Forget a channel of ours; calls on it may end first."""
+        kept = next((key for key, kept in self._channels.items() if kept.channel is channel), None)
+        if kept is not None:
+            del self._channels[kept]
+            self._retire(channel)
 
     def _retire(self, channel: aio.Channel) -> None:
         self._retired.add(channel)

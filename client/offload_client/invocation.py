@@ -65,6 +65,11 @@ class Invocation:
         base = self.environment.get("XDG_CONFIG_HOME")
         return (Path(base) if base else self.home() / ".config") / "offload"
 
+    def state_dir(self) -> Path:
+        """Return where data lives that belongs to this machine: XDG's place."""
+        base = self.environment.get("XDG_STATE_HOME")
+        return (Path(base) if base else self.home() / ".local" / "state") / "offload"
+
     def cache_dir(self) -> Path:
         """Return where data lives that can be made again."""
         base = self.environment.get("XDG_CACHE_HOME")

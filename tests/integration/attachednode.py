@@ -104,7 +104,14 @@ class AttachedNode:
         while True:
             await asyncio.sleep(0.1)
             if self.beats:
-                self.send(heartbeat=nodes_pb.Heartbeat(running=self.running))
+                self.send(heartbeat=self.heartbeat())
+
+    def heartbeat(self) -> nodes_pb.Heartbeat:
+        """Return its state."""
+        return nodes_pb.Heartbeat(running=self.running)
+
+    def take_session_task(self, task: nodes_pb.SessionTask) -> None:
+        """Take work on a session; this node does none."""
 
     async def _read(self) -> None:
         try:
@@ -129,6 +136,8 @@ class AttachedNode:
                         reply = self.answer(message.cache_task)
                         reply.task_id = message.cache_task.task_id
                         self.send(cache_task_reply=reply)
+                elif kind == "session_task":
+                    self.take_session_task(message.session_task)
         except grpc.aio.AioRpcError as error:
             self.ended = error
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from offload_builder.gateway.egresspolicies import EgressPolicies
     from offload_builder.gateway.members import Members
     from offload_builder.gateway.projectbounds import BoundsTable
+    from offload_builder.gateway.sessions.table import SessionsTable
     from offload_builder.gateway.store import Store
 
 F = TypeVar("F", bound="Callable[..., Any]")
@@ -129,6 +130,24 @@ async def gateway_policies(
     async with AsyncExitStack() as stack:
         _, store, members = await open_members(config, stack)
         yield members, EgressPolicies(store), AuditLog(store)
+
+
+@asynccontextmanager
+async def gateway_sessions(
+    config: GatewayConfig,
+) -> AsyncIterator[tuple[Members, SessionsTable, AuditLog]]:
+    """Do as `gateway_records`, with the sessions.
+
+    Raises:
+        ConfigError: it cannot be opened.
+    """
+    from offload_builder.gateway.app import open_members
+    from offload_builder.gateway.audit import AuditLog
+    from offload_builder.gateway.sessions.table import SessionsTable
+
+    async with AsyncExitStack() as stack:
+        _, store, members = await open_members(config, stack)
+        yield members, SessionsTable(store), AuditLog(store)
 
 
 @asynccontextmanager

@@ -16,6 +16,7 @@ COMMANDS = {
     "token": "Create, list and revoke tokens.",
     "project": "Create and list projects.",
     "policy": "Say what builds may reach: check, apply, explain, compare.",
+    "session": "Look at the sessions of members, and end them.",
     "audit": "Show who did what: logins, tokens, builds, caches.",
     "ca": "Replace the certificate authority without an outage.",
     "identity": "Check and try the rules for identity providers.",

@@ -92,8 +92,8 @@ class Admission:
         self._turns = 0
         self._stopping = False
         self._offers = Offers(config, builds, self.wake, self._accepted)
-        self._platforms = PoolPlatforms(nodes, config.restart_grace)
-        self._devices = PoolDevices(nodes, self._platforms)
+        self.platforms = PoolPlatforms(nodes, config.restart_grace)
+        self._devices = PoolDevices(nodes, self.platforms)
 
     def wake(self) -> None:
         """Look at the queue again soon."""
@@ -161,10 +161,10 @@ class Admission:
             ),
             devices=tuple(plain_line(item, MAX_DEVICE_NAME) for item in request.devices),
         )
-        if record.network_policy and (refusal := self._platforms.no_firewall(record.project_id)):
+        if record.network_policy and (refusal := self.platforms.no_firewall(record.project_id)):
             raise refusal
         if problem := (
-            self._platforms.refusal(record.project_id, record.platforms)
+            self.platforms.refusal(record.project_id, record.platforms)
             or self._devices.refusal(record.project_id, record.devices, record.platforms, node_id)
         ):
             raise problem
@@ -339,7 +339,7 @@ class Admission:
 
     async def run(self) -> None:
         """Hand out builds until cancelled."""
-        self._platforms.begin(self.wake)
+        self.platforms.begin(self.wake)
         try:
             while True:
                 await self._wake.wait()
@@ -394,9 +394,9 @@ class Admission:
         record = build.record
         problem: OffloadError | None = None
         if record.network_policy:
-            problem = self._platforms.no_firewall(record.project_id)
-        if problem is None and self._platforms.is_far(record.project_id, build.platforms):
-            problem = self._platforms.refusal(record.project_id, record.platforms)
+            problem = self.platforms.no_firewall(record.project_id)
+        if problem is None and self.platforms.is_far(record.project_id, build.platforms):
+            problem = self.platforms.refusal(record.project_id, record.platforms)
         far = build.only_node or self._devices.is_far(
             record.project_id, record.devices, build.platforms
         )
@@ -419,13 +419,13 @@ class Admission:
             PlatformUnavailableError: no node of the pool builds one of them.
         """
         _check_platforms(platforms)
-        return self._platforms.groups(project_id, platforms)
+        return self.platforms.groups(project_id, platforms)
 
     def _views(self) -> list[NodeView]:
         return [node.view(self._builds.load(node.node_id)) for node in self._nodes.connected()]
 
     def _why_waiting(self, build: ActiveBuild, item: QueuedBuild, views: list[NodeView]) -> str:
-        away = self._platforms.awaited(item, views) or self._devices.awaited(item, views)
+        away = self.platforms.awaited(item, views) or self._devices.awaited(item, views)
         return away or _reason(build, waiting_reason(item, views))
 
     def node_changed(self, node_id: str) -> None:

@@ -54,6 +54,8 @@ from offload_builder.gateway.projectbounds import BoundsFeed, BoundsTable
 from offload_builder.gateway.ratelimits import LoginLimits
 from offload_builder.gateway.revocationfeed import RevocationFeed
 from offload_builder.gateway.scheduler import QueuedBuild, waiting_reason
+from offload_builder.gateway.sessions.service import SessionsService
+from offload_builder.gateway.sessions.sessions import Sessions
 from offload_builder.gateway.steptimes import StepTimes
 from offload_builder.gateway.store import Store, default_url
 from offload_builder.gateway.tracking import BuildTracking
@@ -81,6 +83,7 @@ from offload_proto.v1.identity_service_pb2_grpc import (
     add_IdentityServiceServicer_to_server,
 )
 from offload_proto.v1.nodes_service_pb2_grpc import add_NodesServiceServicer_to_server
+from offload_proto.v1.sessions_service_pb2_grpc import add_SessionsServiceServicer_to_server
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -201,12 +204,17 @@ class Gateway:
         )
         nodes.listen(tracking)
         await tracking.restore()
+        sessions = Sessions(config, store, nodes, admission.platforms, members)
+        stack.callback(sessions.active.close)
+        await sessions.tracking.restore()
         credentials = RenewingCredentials(authority)
         retention = LogRetention(
             store, keep_bytes=config.logs_keep, retention_seconds=config.logs_retention
         )
-        housekeeping = Housekeeping(config, credentials, members, nodes, history, retention, audit)
-        revocations = RevocationFeed(config, store, nodes, admission)
+        housekeeping = Housekeeping(
+            config, credentials, members, nodes, history, retention, audit, sessions
+        )
+        revocations = RevocationFeed(config, store, nodes, admission, sessions.ending)
         await revocations.refresh()
         authorities = CaKeeper(authority, credentials, nodes, audit)
         bounds = BoundsFeed(BoundsTable(store), nodes)
@@ -221,6 +229,7 @@ class Gateway:
         tasks.start(nodes.watch(), name="node-watch")
         tasks.start(admission.run(), name="admission")
         tasks.start(housekeeping.run(), name="housekeeping")
+        sessions.start(tasks)
 
         exchange = Exchange(config, members, audit)
         tasks.start(exchange.run(), name="identity-rules")
@@ -270,8 +279,12 @@ class Gateway:
                 history,
                 NodeAdmission(config, authority, access, members, admission, builds_service.place),
                 board,
+                sessions.tracking,
             ),
             api,
+        )
+        add_SessionsServiceServicer_to_server(
+            SessionsService(config, access, members, nodes, sessions, builds_service.endpoints), api
         )
         add_CacheServiceServicer_to_server(
             CacheService(config, access, members, store, history, CacheWork(nodes)), api
@@ -293,6 +306,7 @@ class Gateway:
 
         def stop_admission() -> None:
             admission.stop()
+            sessions.queue.stop()
             logs.stop()
             nodes.close()
             connectors.close()
@@ -306,7 +320,7 @@ class Gateway:
         front = self._front = await stack.enter_async_context(Front(config, self._route))
         stack.push_async_callback(stop_servers)
         stack.callback(stop_admission)
-        metrics = gateway_metrics(nodes, builds, egress.newest)
+        metrics = gateway_metrics(nodes, builds, egress.newest, sessions.active)
         self.metrics_port = await stack.enter_async_context(
             MetricsPort(config.metrics_address, metrics)
         )

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from offload_proto.v1 import egress_service_pb2 as egress_pb
     from offload_proto.v1 import identity_service_pb2 as identity_pb
     from offload_proto.v1 import nodes_service_pb2 as nodes_pb
+    from offload_proto.v1 import sessions_service_pb2 as sessions_pb
 
 Fields = dict[str, Any]
 """What is known about a call beyond who made it; names of `Event`."""
@@ -113,6 +114,37 @@ def _policy_again(request: egress_pb.RollbackPolicyRequest, _: object) -> Fields
     return {"project_id": request.project_id, "detail": f"version {request.version} again"}
 
 
+def _start_session(
+    request: sessions_pb.StartSessionRequest, response: sessions_pb.StartSessionResponse | None
+) -> Fields:
+    detail = request.spec.name
+    if response is not None:
+        kind = response.WhichOneof("state")
+        told = response.ready.session if kind == "ready" else getattr(response, kind or "queued")
+        detail = f"{told.session_id} {detail}"
+    return {"project_id": request.project_id, "detail": detail}
+
+
+def _stop_session(
+    request: sessions_pb.StopSessionRequest, response: sessions_pb.StopSessionResponse | None
+) -> Fields:
+    if response is None:
+        return {"detail": request.session_id[:16]}
+    session = response.session
+    return {
+        "project_id": session.project_id,
+        "detail": f"{session.session_id} {session.spec.name} of {session.owner}",
+    }
+
+
+def _share_session(
+    request: sessions_pb.ShareSessionRequest, response: sessions_pb.Session | None
+) -> Fields:
+    names = [f"+{name}" for name in request.add] + [f"-{name}" for name in request.remove]
+    found = {"detail": " ".join((request.session_id[:16], *names))}
+    return found if response is None else found | {"project_id": response.project_id}
+
+
 ACTIONS: dict[str, tuple[str, Callable[[Any, Any], Fields]]] = {
     "EnrollmentService/Login": ("login", _login),
     "EnrollmentService/Exchange": ("login.external", _exchange),
@@ -135,6 +167,9 @@ ACTIONS: dict[str, tuple[str, Callable[[Any, Any], Fields]]] = {
         "build.cancelled",
         lambda request, _: {"build_id": request.build_id},
     ),
+    "SessionsService/StartSession": ("session.started", _start_session),
+    "SessionsService/StopSession": ("session.stopped", _stop_session),
+    "SessionsService/ShareSession": ("session.shared", _share_session),
     "CacheService/Prune": ("cache.pruned", _prune),
     "CacheService/Promote": ("cache.promoted", _promote),
     "EgressService/ApplyPolicy": ("policy.applied", _policy),

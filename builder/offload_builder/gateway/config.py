@@ -10,6 +10,8 @@ from offload_core.errors import ConfigError
 from offload_core.trust import split_address
 
 ENVIRONMENT_PREFIX = "OFFLOAD_GATEWAY"
+MAX_CURRENCY = 12
+"""Characters."""
 _MEANING_OF_ZERO = {
     "history_retention": "keeps builds for ever",
     "logs_keep": "sets no bound",
@@ -18,6 +20,11 @@ _MEANING_OF_ZERO = {
     "login_attempts": "sets no bound",
     "login_failures": "sets no bound",
     "token_certificates": "sets no bound",
+    "sessions_per_member": "sets no bound",
+    "sessions_per_project": "sets no bound",
+    "session_retention": "keeps sessions for ever",
+    "cost_session_hour": "makes them free",
+    "cost_gpu_hour": "makes them free",
 }
 
 
@@ -48,10 +55,12 @@ class GatewayConfig:
     )
     client_grace: float = option(
         10.0,
-        "How long a waiting build keeps its place when its client's connection breaks.",
+        "How long a waiting build or session keeps its place when its client's connection breaks.",
         unit="duration",
     )
-    queue_timeout: float = option(3600.0, "How long a build may wait for a node.", unit="duration")
+    queue_timeout: float = option(
+        3600.0, "How long a build or a session may wait for a node.", unit="duration"
+    )
     max_queued_builds: int = option(1000, "Builds that may wait at once.")
     offer_timeout: float = option(
         3.0, "How long a node may take to accept or decline a build.", unit="duration"
@@ -126,6 +135,26 @@ class GatewayConfig:
         "TOML file of identity providers and rules for their tokens; identity.toml in data_dir "
         "unless set.",
     )
+    sessions_per_member: int = option(
+        3, "Sessions of one member that may be open at once; 0 for any number."
+    )
+    sessions_per_project: int = option(
+        50, "Sessions of one project that may be open at once; 0 for any number."
+    )
+    sessions_untrusted: bool = option(False, "Untrusted members may start sessions too.")
+    session_start_timeout: float = option(
+        60.0, "How long a node may take to make a session.", unit="duration"
+    )
+    session_retention: float = option(
+        30 * 86400.0, "How long ended sessions are kept; 0 for ever.", unit="duration"
+    )
+    cost_currency: str = option(
+        "", "Currency of the rates below, for example EUR; no cost is shown when empty."
+    )
+    cost_session_hour: float = option(
+        0.0, "Price of one hour of a session, for its processors, memory and disk."
+    )
+    cost_gpu_hour: float = option(0.0, "Price of one hour of each GPU of a session, beside that.")
     metrics_address: str = option(
         "",
         "Address HOST:PORT of counters for Prometheus, over plain HTTP and without login; none "
@@ -157,6 +186,7 @@ class GatewayConfig:
             "stop_timeout",
             "handshake_timeout",
             "audit_keep",
+            "session_start_timeout",
         )
         for name in positive:
             if getattr(self, name) <= 0:
@@ -164,6 +194,12 @@ class GatewayConfig:
         for name, zero in _MEANING_OF_ZERO.items():
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative; 0 {zero}")
+        if not self.cost_currency and (self.cost_session_hour or self.cost_gpu_hour):
+            raise ConfigError(
+                "cost_session_hour and cost_gpu_hour need cost_currency; set it, for example to EUR"
+            )
+        if len(self.cost_currency) > MAX_CURRENCY or not self.cost_currency.isprintable():
+            raise ConfigError(f"cost_currency has at most {MAX_CURRENCY} printable characters")
         if self.metrics_address:
             split_address(self.metrics_address)
         if self.log_level not in ("debug", "info", "warning", "error"):

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from offload_builder.gateway.sessions.table import OPEN_STATES, state_name
 from offload_builder.metricsport import policy_versions
 
 if TYPE_CHECKING:
@@ -18,15 +19,17 @@ if TYPE_CHECKING:
 
     from offload_builder.gateway.active_builds import ActiveBuilds
     from offload_builder.gateway.nodes import AttachedNode, NodeRegistry
+    from offload_builder.gateway.sessions.active import ActiveSessions
 
 
 class GatewayGauges(Collector):
-    """Nodes, builds and policies as the gateway knows them now.
+    """Nodes, builds, sessions and policies as the gateway knows them now.
 
     Args:
         nodes: of the pool.
         builds: that have not ended.
         versions: returns the newest versions of policies by scope.
+        sessions: that have not ended.
     """
 
     def __init__(
@@ -34,7 +37,9 @@ class GatewayGauges(Collector):
         nodes: NodeRegistry,
         builds: ActiveBuilds,
         versions: Callable[[], Mapping[str, int]],
+        sessions: ActiveSessions,
     ) -> None:
+        self._sessions = sessions
         self._nodes = nodes
         self._builds = builds
         self._versions = versions
@@ -63,14 +68,24 @@ class GatewayGauges(Collector):
         builds.add_metric(["queued"], sum(build.queued for build in found))
         builds.add_metric(["running"], sum(build.running for build in found))
         yield builds
+        sessions = GaugeMetricFamily(
+            "offload_sessions", "Sessions that have not ended, by state.", labels=["state"]
+        )
+        counts = self._sessions.states()
+        for state in sorted(map(state_name, OPEN_STATES)):
+            sessions.add_metric([state], counts[state])
+        yield sessions
 
 
 def gateway_metrics(
-    nodes: NodeRegistry, builds: ActiveBuilds, versions: Callable[[], Mapping[str, int]]
+    nodes: NodeRegistry,
+    builds: ActiveBuilds,
+    versions: Callable[[], Mapping[str, int]],
+    sessions: ActiveSessions,
 ) -> CollectorRegistry:
     """Return the registry of one gateway; a process may have several."""
     registry = CollectorRegistry()
-    registry.register(GatewayGauges(nodes, builds, versions))
+    registry.register(GatewayGauges(nodes, builds, versions, sessions))
     return registry
 
 

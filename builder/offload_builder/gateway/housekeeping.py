@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from offload_builder.gateway.logretention import LogRetention
     from offload_builder.gateway.members import Members
     from offload_builder.gateway.nodes import NodeRegistry
+    from offload_builder.gateway.sessions.sessions import Sessions
 
 log = structlog.get_logger(__name__)
 
@@ -39,7 +40,9 @@ class Housekeeping:
         history: History,
         log_retention: LogRetention,
         audit: AuditLog,
+        sessions: Sessions,
     ) -> None:
+        self._sessions = sessions
         self._config = config
         self._audit = audit
         self._credentials = credentials
@@ -58,6 +61,7 @@ class Housekeeping:
                     next_slow_turn = loop.time() + SLOW_TURN_SECONDS
                     await self._forget_old_builds()
                     await self._log_retention.sweep()
+                    await self._sessions.forget_old()
                     await self._members.external.forget_ended()
                     await self._audit.prune(
                         keep_bytes=self._config.audit_keep,

@@ -108,6 +108,13 @@ class Members:
         rows = await self._store.read(lambda db: db.execute(query).all())
         return [_token(row) for row in rows]
 
+    async def tokens_of(self, name: str) -> list[TokenRecord]:
+        """Return the tokens and the logins of a member, those that have ended as well."""
+        table = schema.tokens
+        query = sa.select(table).where(table.c.name == name, table.c.role != identity_pb.ROLE_NODE)
+        rows = await self._store.read(lambda db: db.execute(query).all())
+        return [_token(row) for row in rows] + await self.external.of_member(name)
+
     async def revoke_token(self, token_id: str) -> TokenRecord:
         """End a token; the time of the first revocation stays.
 

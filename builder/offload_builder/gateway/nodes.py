@@ -72,6 +72,10 @@ class AttachedNode:
     offers: dict[str, asyncio.Future[nodes_pb.OfferReply]] = field(default_factory=dict)
     tasks: dict[str, asyncio.Future[nodes_pb.CacheTaskReply]] = field(default_factory=dict)
     """Questions about the layer cache that are open, by task."""
+    session_tasks: dict[str, asyncio.Future[nodes_pb.SessionTaskReply]] = field(
+        default_factory=dict
+    )
+    """Work on sessions that is asked for, by task."""
 
     def post(self, message: nodes_pb.AttachResponse) -> bool:
         """Send a message soon; False when the node is not connected."""
@@ -88,15 +92,23 @@ class AttachedNode:
         for future in offers.values():
             if not future.done():
                 future.set_result(nodes_pb.OfferReply(reason="the connection to the node broke"))
+        broke = NodeLostError(f"the connection to node {self.node_id} broke; try again")
         for task in self.tasks.values():
             if not task.done():
-                task.set_exception(
-                    NodeLostError(f"the connection to node {self.node_id} broke; try again")
-                )
+                task.set_exception(broke)
+        for work in self.session_tasks.values():
+            if not work.done():
+                work.set_exception(broke)
 
     def take_reply(self, reply: nodes_pb.CacheTaskReply) -> None:
         """Hand an answer to the one who waits for it; one that comes too late is dropped."""
         future = self.tasks.get(reply.task_id)
+        if future is not None and not future.done():
+            future.set_result(reply)
+
+    def take_session_reply(self, reply: nodes_pb.SessionTaskReply) -> None:
+        """Do as `take_reply` for work on a session."""
+        future = self.session_tasks.get(reply.task_id)
         if future is not None and not future.done():
             future.set_result(reply)
 
@@ -184,12 +196,12 @@ class NodeRegistry:
         self.heartbeat_interval = heartbeat_interval
         self._reconnect_grace = reconnect_grace
         self._nodes: dict[str, AttachedNode] = {}
-        self._events: NodeEvents | None = None
+        self._events: list[NodeEvents] = []
         self._closed = False
 
     def listen(self, events: NodeEvents) -> None:
-        """Set who is told about changes."""
-        self._events = events
+        """Add who is told about changes."""
+        self._events.append(events)
 
     def attach(self, node_id: str, token: TokenRecord, hello: nodes_pb.Hello) -> AttachedNode:
         """Take a node in, or back.
@@ -213,7 +225,9 @@ class NodeRegistry:
         node.token, node.hello, node.platforms = token, hello, platforms
         # Its devices stay what they were until it says what they are now.
         node.emulated, node.surveyed = frozenset(), False
-        node.heartbeat = nodes_pb.Heartbeat(running=len(hello.running_build_ids))
+        node.heartbeat = nodes_pb.Heartbeat(
+            running=len(hello.running_build_ids), sessions=len(hello.sessions)
+        )
         node.connection = Connection()
         node.lost = False
         node.last_seen, node.last_seen_at = now, datetime.now(UTC)
@@ -249,10 +263,7 @@ class NodeRegistry:
         node.last_seen = asyncio.get_running_loop().time()
         node.last_seen_at = datetime.now(UTC)
         if heartbeat is not None:
-            changed = (heartbeat.running, heartbeat.draining) != (
-                node.heartbeat.running,
-                node.heartbeat.draining,
-            )
+            changed = _places(heartbeat) != _places(node.heartbeat)
             node.heartbeat = heartbeat
             if heartbeat.HasField("devices") and node.take_devices(heartbeat.devices):
                 changed = True
@@ -343,12 +354,12 @@ class NodeRegistry:
             node.connection.close(NodeLostError(f"the gateway gave this node up: {why}"))
             node.connection = None
         log.error("node.lost", node_id=node.node_id, why=why)
-        if self._events is not None:
-            self._events.node_lost(node.node_id, why)
+        for events in self._events:
+            events.node_lost(node.node_id, why)
 
     def _tell_changed(self, node: AttachedNode) -> None:
-        if self._events is not None:
-            self._events.node_changed(node.node_id)
+        for events in self._events:
+            events.node_changed(node.node_id)
 
     def close(self) -> None:
         """End all streams; nodes keep their builds and come back to the next gateway."""
@@ -356,6 +367,17 @@ class NodeRegistry:
         for node in self.connected():
             if node.connection is not None:
                 node.connection.close(_stopping())
+
+
+def _places(heartbeat: nodes_pb.Heartbeat) -> tuple[object, ...]:
+    """Return what says whether a node can take a build or a session more."""
+    return (
+        heartbeat.running,
+        heartbeat.draining,
+        heartbeat.sessions,
+        heartbeat.sessions_problem,
+        sorted(heartbeat.devices_in_sessions),
+    )
 
 
 def _shown(platforms: Iterable[str]) -> list[str]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from offload_builder.gateway.log_book import LogBook
     from offload_builder.gateway.nodeadmission import NodeAdmission
     from offload_builder.gateway.nodes import AttachedNode, Connection, NodeRegistry
+    from offload_builder.gateway.sessions.tracking import SessionTracking
     from offload_builder.gateway.tracking import BuildTracking
 
 log = structlog.get_logger(__name__)
@@ -55,6 +56,7 @@ class NodesService(NodesServiceServicer):
         history: History,
         admission: NodeAdmission,
         connectors: ConnectorBoard,
+        sessions: SessionTracking,
     ) -> None:
         self._ticket_public_pem = ticket_public_pem
         self._access = access
@@ -65,6 +67,7 @@ class NodesService(NodesServiceServicer):
         self._history = history
         self._admission = admission
         self._connectors = connectors
+        self._sessions = sessions
 
     async def Authorize(  # noqa: N802
         self, request: nodes_pb.AuthorizeRequest, context: aio.ServicerContext[Any, Any]
@@ -105,6 +108,7 @@ class NodesService(NodesServiceServicer):
             for feed in self._feeds:
                 await feed.greet(node)
             await self._tracking.attached(node)
+            await self._sessions.greet(node)
             readers.start(
                 self._read(request_iterator, node, connection), name=f"node-{node.node_id}"
             )
@@ -148,6 +152,10 @@ class NodesService(NodesServiceServicer):
             await self._take_log(node, request.build_log)
         elif kind == "cache_task_reply":
             node.take_reply(request.cache_task_reply)
+        elif kind == "session_task_reply":
+            node.take_session_reply(request.session_task_reply)
+        elif kind == "session_update":
+            await self._sessions.updated(node, request.session_update)
         elif kind == "connection_wish":
             self._connectors.wish(node, request.connection_wish)
         elif kind == "hello":

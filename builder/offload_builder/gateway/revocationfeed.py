@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from offload_builder.gateway.admission import Admission
     from offload_builder.gateway.config import GatewayConfig
     from offload_builder.gateway.nodes import AttachedNode, NodeRegistry
+    from offload_builder.gateway.sessions.ending import SessionEnding
     from offload_builder.gateway.store import Store
 
 log = structlog.get_logger(__name__)
@@ -37,6 +38,7 @@ class RevocationFeed:
         store: Store,
         nodes: NodeRegistry,
         admission: Admission,
+        sessions: SessionEnding,
     ) -> None:
         """Feed `taken`, which this process's own calls are checked against, and the nodes."""
         seconds = max(config.member_certificate_lifetime, config.node_certificate_lifetime)
@@ -44,6 +46,7 @@ class RevocationFeed:
         self._store = store
         self._nodes = nodes
         self._admission = admission
+        self._sessions = sessions
         self.taken = Revocations()
         self._told: dict[str, float] = {}
 
@@ -62,6 +65,8 @@ class RevocationFeed:
         for token_id in {build.record.token_id for build in self._admission.builds()}:
             if token_id in until:
                 self._admission.cancel_token(token_id, why=f"the token {token_id} was revoked")
+        for token_id in self._sessions.tokens() & until.keys():
+            self._sessions.stop_token(token_id, f"the token {token_id} was revoked")
         added = until.keys() - self._told.keys()
         changed, self._told = until != self._told, until
         for token_id in added:

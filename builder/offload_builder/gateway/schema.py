@@ -200,6 +200,42 @@ build_logs = sa.Table(
     sa.Column("batches", sa.LargeBinary, nullable=False),
 )
 
+# Docker engines of members on nodes. A table of its own, so that a database of before gets it.
+sessions = sa.Table(
+    "sessions",
+    metadata,
+    sa.Column("session_id", sa.String(16), primary_key=True),
+    sa.Column("request_id", sa.String(64), nullable=False),
+    sa.Column("project_id", sa.String(40), nullable=False),
+    sa.Column("owner", sa.String(64), nullable=False),
+    sa.Column("token_id", sa.String(12), nullable=False),
+    sa.Column("role", sa.Integer, nullable=False),
+    sa.Column("name", sa.String(40), nullable=False),
+    sa.Column("state", sa.Integer, nullable=False),
+    sa.Column("created_at", Instant, nullable=False),
+    # A serialised SessionSpec.
+    sa.Column("spec", sa.LargeBinary, nullable=False),
+    sa.Column("trust_domain", sa.String(80), nullable=False),
+    sa.Column("shared_with", sa.JSON, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("node_id", sa.String(40), nullable=False),
+    sa.Column("ready_at", Instant),
+    sa.Column("ended_at", Instant),
+    # A serialised SessionLimits, and a SessionActivity.
+    sa.Column("limits", sa.LargeBinary, nullable=False),
+    sa.Column("activity", sa.LargeBinary, nullable=False),
+    sa.Column("devices", sa.JSON, nullable=False),
+    sa.Column("engine_version", sa.String(40), nullable=False),
+    sa.Column("used_milliseconds", sa.BigInteger, nullable=False),
+    # The rate when it began, so that a new one changes no bill of before.
+    sa.Column("currency", sa.String(12), nullable=False),
+    sa.Column("micros_per_hour", sa.BigInteger, nullable=False),
+    sa.Column("stop_reason", sa.Text, nullable=False),
+    sa.UniqueConstraint("token_id", "request_id", name="one_session_per_request"),
+    sa.Index("sessions_by_time", "created_at", "session_id"),
+    sa.Index("sessions_by_state", "state"),
+)
+
 # Who has done what. Rows are only ever added, and the oldest removed.
 audit = sa.Table(
     "audit",

@@ -87,6 +87,12 @@ class ExternalLogins:
         row = await self._store.read(lambda db: db.execute(query).one_or_none())
         return None if row is None else _record(row)
 
+    async def of_member(self, name: str) -> list[TokenRecord]:
+        """Return the logins of a member that are remembered."""
+        table = schema.external_logins
+        query = sa.select(table).where(table.c.name == name)
+        return [_record(row) for row in await self._store.read(lambda db: db.execute(query).all())]
+
     async def list(self, limit: int = 200) -> list[TokenRecord]:
         """Return logins, newest first."""
         table = schema.external_logins

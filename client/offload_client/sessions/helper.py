@@ -1,0 +1,264 @@
+"""The helper of a session: a process that makes an engine on a node look like one of this machine.
+
+It serves the socket for docker clients and the one for our commands, holds the tunnel, listens at
+published ports and keeps directories the same. One runs for each session; it ends with it.
+Started as `python -m offload_client.sessions.helper DIRECTORY`, with the environment of the member.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import signal
+import sys
+import time
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from offload_client.connections import Connections
+from offload_client.invocation import Invocation
+from offload_client.sessions.access import LOCAL_POOL, GatewayAccess
+from offload_client.sessions.apiproxy import ApiProxy
+from offload_client.sessions.containers import KnownContainers
+from offload_client.sessions.controlserver import ControlServer
+from offload_client.sessions.helperlog import log_tail, open_log
+from offload_client.sessions.interception import Interception
+from offload_client.sessions.localports import LocalPorts
+from offload_client.sessions.records import (
+    LOG_FILE,
+    RECORD_FILE,
+    engine_socket,
+    helper_socket,
+    prepare_sockets,
+    read_record,
+)
+from offload_client.sessions.tunnel import Tunnel
+from offload_client.sessions.watching import Watching
+from offload_core.aio import TaskSet
+from offload_core.errors import OffloadError
+from offload_proto.v1.sessions_service_pb2 import SessionState
+
+if TYPE_CHECKING:
+    import logging
+    from collections.abc import Awaitable, Callable
+
+    from offload_client.sessions.bindmounts import BindMounts
+    from offload_client.sessions.records import SessionRecord
+
+    MakeMounts = Callable[[Tunnel, Path], Awaitable[BindMounts]]
+
+LOCK_FILE = "helper.lock"
+CONTAINERS_FILE = "containers.json"
+AWAY_SECONDS = 1800.0
+"""After so long without its node, a session is given up here."""
+LOOK_SECONDS = 2.0
+MAX_WARNINGS = 20
+
+
+class Helper:
+    """Everything of one session in this process."""
+
+    def __init__(
+        self,
+        directory: Path,
+        record: SessionRecord,
+        log: logging.Logger,
+        *,
+        make_mounts: MakeMounts | None = None,
+        away_seconds: float = AWAY_SECONDS,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            directory: of the session.
+            record: in it.
+            log: of this helper.
+            make_mounts: starts what synchronises directories; None where that is not possible.
+            away_seconds: ends after so long without the node.
+        """
+        self._directory = directory
+        self._record = record
+        self._log = log
+        self._make_mounts = make_mounts
+        self._away_seconds = away_seconds
+        self._stopping = asyncio.Event()
+        self._warnings: list[str] = []
+        self._started = time.time()
+
+    async def run(self) -> None:
+        """Serve until the session is over, or somebody says stop.
+
+        Raises:
+            OSError: the sockets cannot be made.
+        """
+        async with AsyncExitStack() as stack:
+            connections = await stack.enter_async_context(
+                Connections(persistent=True, options=LOCAL_POOL)
+            )
+            access = GatewayAccess(Invocation.of_process([]), connections, self._record)
+            tunnel = Tunnel(access, self._record.session_id, self._log)
+            tunnel.on_change(lambda: self._keep_warning(tunnel))
+            await stack.enter_async_context(tunnel)
+            ports = LocalPorts(tunnel, self._log)
+            stack.push_async_callback(ports.aclose)
+            known = KnownContainers(self._directory / CONTAINERS_FILE)
+            mounts = None
+            if self._make_mounts is not None:
+                mounts = await self._make_mounts(tunnel, self._directory)
+                stack.push_async_callback(mounts.aclose)
+            tasks = TaskSet(on_error=self._failed)
+            stack.push_async_callback(tasks.close)
+            watching = Watching(tunnel, known, ports, self._log)
+            tasks.start(watching.run(), name="watching")
+            if mounts is not None and known.sources():
+                tasks.start(self._resume(mounts, known), name="resume")
+            interception = Interception(tunnel, known, ports, mounts, self._log)
+            answers = {
+                "status": lambda: self._status(tunnel, ports),
+                "ports": lambda: self._ports(ports),
+                "stop": self._stop,
+                "diagnose": lambda: self._diagnose(tunnel),
+            }
+            await stack.enter_async_context(
+                ApiProxy(engine_socket(self._directory), tunnel, interception, self._log)
+            )
+            await stack.enter_async_context(
+                ControlServer(helper_socket(self._directory), answers, os.getuid())
+            )
+            self._log.info("serving session %s", self._record.session_id)
+            await self._until_over(tunnel)
+
+    def end(self) -> None:
+        """End soon."""
+        self._stopping.set()
+
+    async def _until_over(self, tunnel: Tunnel) -> None:
+        while not self._stopping.is_set() and not tunnel.ended.done():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_SECONDS):
+                    await self._stopping.wait()
+            try:
+                same = read_record(self._directory).session_id == self._record.session_id
+            except OffloadError:
+                same = False
+            if not same:
+                self._log.info("the record of the session is gone")
+                return
+            since = tunnel.reconnecting_since
+            if since is not None and time.time() - max(since, self._started) > self._away_seconds:
+                self._log.info("the session could not be reached for too long")
+                return
+
+    async def _resume(self, mounts: BindMounts, known: KnownContainers) -> None:
+        """Go on with the directories of containers that were there before this process."""
+        for source in known.sources():
+            try:
+                await mounts.prepare(source.path, read_only=source.read_only)
+            except OffloadError as error:
+                self._warn(f"{source.path} is not synchronised: {error.message}")
+
+    async def _status(self, tunnel: Tunnel, ports: LocalPorts) -> dict[str, Any]:
+        news = tunnel.news
+        told: dict[str, Any] = {
+            "session_id": self._record.session_id,
+            "pid": os.getpid(),
+            "started": self._started,
+            "state": _state_name(news.state) if news is not None else "connecting",
+            "reason": news.reason if news is not None else "",
+            "reconnecting_since": tunnel.reconnecting_since,
+            "problem": tunnel.problem,
+            "ports": ports.listing(),
+            "sent_bytes": tunnel.traffic.sent,
+            "received_bytes": tunnel.traffic.received,
+            "warnings": self._warnings,
+        }
+        if news is not None:
+            told["activity"] = _activity(news.activity)
+            if news.HasField("remaining"):
+                told["remaining_seconds"] = news.remaining.ToMilliseconds() / 1000
+        return told
+
+    async def _ports(self, ports: LocalPorts) -> dict[str, Any]:
+        return {"ports": ports.listing()}
+
+    async def _stop(self) -> dict[str, Any]:
+        self.end()
+        return {"stopping": True}
+
+    async def _diagnose(self, tunnel: Tunnel) -> dict[str, Any]:
+        texts = {"helper.log": log_tail(self._directory / LOG_FILE)}
+        try:
+            texts |= await tunnel.diagnose()
+        except OffloadError as error:
+            texts["node"] = error.message
+        return {"texts": texts}
+
+    def _keep_warning(self, tunnel: Tunnel) -> None:
+        if tunnel.news is not None and tunnel.news.warning:
+            self._warn(tunnel.news.warning)
+
+    def _warn(self, text: str) -> None:
+        if text not in self._warnings:
+            self._warnings.append(text)
+            del self._warnings[:-MAX_WARNINGS]
+            self._log.warning("%s", text)
+
+    def _failed(self, name: str, error: BaseException) -> None:
+        self._log.error("%s failed: %r", name, error)
+
+
+def _state_name(state: int) -> str:
+    return SessionState.Name(SessionState.ValueType(state)).removeprefix("SESSION_STATE_").lower()
+
+
+def _activity(activity: Any) -> dict[str, Any]:
+    told: dict[str, Any] = {
+        "running_containers": activity.running_containers,
+        "open_connections": activity.open_connections,
+        "received_bytes": activity.received_bytes,
+        "sent_bytes": activity.sent_bytes,
+        "disk_bytes": activity.disk_bytes,
+    }
+    for name in ("pauses_at", "removed_at"):
+        if activity.HasField(name):
+            told[name] = getattr(activity, name).ToMilliseconds() / 1000
+    return told
+
+
+async def serve(directory: Path, *, make_mounts: MakeMounts | None = None) -> int:
+    """Be the helper of a session; return an exit code, 0 also when there is one already."""
+    prepare_sockets(directory)
+    lock = os.open(directory / LOCK_FILE, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return 0
+    log = open_log(directory / LOG_FILE)
+    try:
+        helper = Helper(directory, read_record(directory), log, make_mounts=make_mounts)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, helper.end)
+        await helper.run()
+        log.info("the helper ends")
+    except (OffloadError, OSError) as error:
+        log.error("the helper cannot run: %s", error)
+        return 1
+    finally:
+        os.close(lock)
+    return 0
+
+
+def main() -> None:
+    """Run the helper of the session in a directory."""
+    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / RECORD_FILE).is_file():
+        sys.exit("usage: python -m offload_client.sessions.helper DIRECTORY")
+    sys.exit(asyncio.run(serve(Path(sys.argv[1]))))
+
+
+if __name__ == "__main__":
+    main()
