@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from offload_client.settings import Settings
     from offload_proto.v1.connector_service_pb2_grpc import ConnectorServiceAsyncStub
     from offload_proto.v1.egress_service_pb2_grpc import EgressServiceAsyncStub
+    from offload_proto.v1.sessions_service_pb2_grpc import SessionsServiceAsyncStub
 
 CALL_SECONDS = 15.0
 
@@ -47,6 +48,12 @@ class GatewayCalls:
         from offload_proto.v1.connector_service_pb2_grpc import ConnectorServiceStub
 
         return ConnectorServiceStub(self._channel)
+
+    def sessions(self) -> SessionsServiceAsyncStub:
+        """Return the calls about sessions."""
+        from offload_proto.v1.sessions_service_pb2_grpc import SessionsServiceStub
+
+        return SessionsServiceStub(self._channel)
 
     @classmethod
     async def open(

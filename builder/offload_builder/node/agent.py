@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from offload_builder.node.enrolment import NodeIdentity
     from offload_builder.node.project import ProjectRuntime
     from offload_cache.mirror.connection import Endpoint
+    from offload_cache.mirror.handlers import Mirrors
     from offload_proto.v1.builds_service_pb2 import Ticket
     from offload_proto.v1.node_service_pb2 import Start
     from offload_proto.v1.nodes_service_pb2 import CacheTask, CacheTaskReply, ProjectLimits
@@ -96,6 +97,7 @@ class NodeAgent:
         self._bounds: NodeBounds
         self._registry_server: RegistryServer
         self._registries: Registries
+        self._mirrors: Mirrors
         self.ended: EndedBuilds
         self.saved: SavedImages
         self.isolation: Isolation
@@ -127,7 +129,7 @@ class NodeAgent:
                 await stack.enter_async_context(
                     collection_loop(objects, self.config, self.limits, self.identity.node_id)
                 )
-            mirrors = await stack.enter_async_context(
+            mirrors = self._mirrors = await stack.enter_async_context(
                 registries.mirrors(self.config, self._store.database)
             )
             self._registry_server = await stack.enter_async_context(

@@ -11,7 +11,7 @@ import base64
 import contextlib
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 import orjson
@@ -58,6 +58,7 @@ class EndedRecord:
         stored: the shared store has the image.
         told: the gateway has its log and its end.
         network_policy: that it has brought, serialised, in base64; empty for none.
+        names: of the image, normalised.
     """
 
     build_id: str
@@ -72,6 +73,7 @@ class EndedRecord:
     publication: int = 0
     stored: bool = False
     network_policy: str = ""
+    names: list[str] = field(default_factory=list)
 
 
 class EndedBuild:
@@ -177,6 +179,7 @@ class EndedBuilds:
             saved=job.image_saved,
             publication=job.image.publication or 0,
             network_policy=base64.b64encode(job.network_policy).decode(),
+            names=job.image_names,
         )
         ended = EndedBuild(record, result, job.journal, job.image)
         ended.stats = job.stats
@@ -184,6 +187,19 @@ class EndedBuilds:
         self._hold(ended)
         self._write(record)
         return ended
+
+    def newest_image(self, project_id: str, member: str, name: str) -> str:
+        """Return the digest of the image that a member has built last under a name, or ""."""
+        return next(
+            (
+                ended.image_digest
+                for ended in reversed(self._builds.values())
+                if ended.image_digest
+                and name in ended.record.names
+                and (ended.record.project_id, ended.record.member) == (project_id, member)
+            ),
+            "",
+        )
 
     def told(self, build_id: str) -> None:
         """Note that the gateway has the log and the end of a build."""

@@ -6,13 +6,11 @@ import asyncio
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
 from functools import partial
-from ipaddress import ip_network
 from typing import TYPE_CHECKING, Self
 
 import structlog
 from prometheus_client import CollectorRegistry
 
-from offload_builder.egress.connectors.doors import ConnectorDoors
 from offload_builder.egress.connectors.tunnels import Tunnels
 from offload_builder.egress.firewall.daemonnet import (
     prepare_daemon,
@@ -21,27 +19,21 @@ from offload_builder.egress.firewall.lifecycle import EgressFirewall
 from offload_builder.egress.firewall.router import OUR_NAMESPACE
 from offload_builder.egress.policy.connections import allows_urls
 from offload_builder.egress.policy.merging import narrow
-from offload_builder.egress.policy.model import (
-    EffectivePolicy,
-    Policy,
-    Posture,
-    ProtectedRange,
-)
-from offload_builder.egress.resolver.metrics import ResolverMetrics
-from offload_builder.egress.resolver.service import ResolverService, ResolverSettings
+from offload_builder.egress.policy.model import EffectivePolicy, ProtectedRange
 from offload_builder.egress.resolver.upstreams import parse_server
 from offload_builder.egress.urls.locations import image_at
 from offload_builder.egress.urls.routeguard import RouteGuard
 from offload_builder.egress.urls.urlpolicy import OwnPlace, UrlPolicy
 from offload_builder.node.egressdesk import EgressDesk
 from offload_builder.node.egresstold import EgressTold, Told
+from offload_builder.node.firewalledplaces import FirewalledPlaces, PlaceRules
 from offload_builder.node.isolationmode import wanted
 from offload_builder.node.nodemetrics import EgressCounts
 from offload_builder.node.place import Place
 from offload_builder.node.registryaccess import RegistryJudge
 from offload_builder.node.registryrules import local_registries, registry_rules
 from offload_core.aio import TaskSet
-from offload_core.errors import ConfigError, NodeLostError, NotFoundError, OffloadError
+from offload_core.errors import ConfigError, NodeLostError, OffloadError
 from offload_core.trust import split_address
 
 if TYPE_CHECKING:
@@ -49,9 +41,9 @@ if TYPE_CHECKING:
 
     from offload_builder.buildkit.daemon_config import RegistrySettings
     from offload_builder.egress.connectors.tunnels import Arrival
-    from offload_builder.egress.firewall.projectnet import ProjectNetwork
     from offload_builder.egress.firewall.ruleset import Stage
     from offload_builder.egress.held import Held, HeldPolicies
+    from offload_builder.egress.policy.model import Policy
     from offload_builder.egress.policy.ofbuild import BuildPolicy
     from offload_builder.node.config import NodeConfig
     from offload_builder.node.trustdomain import TrustDomain
@@ -63,7 +55,6 @@ _log = structlog.get_logger(__name__)
 SETTLE_SECONDS = 15.0
 """Ten thousand rules take less than one to read and to apply."""
 RETRY_SECONDS = 2.0
-_NOTHING = EffectivePolicy(Policy(posture=Posture.ALLOWLIST, source="a place without rules yet"))
 NOT_NARROWED = (
     "this node cannot enforce the build's --network-policy: its builds are not behind a firewall "
     "(isolation is none)"
@@ -98,16 +89,9 @@ class Isolation:
         self._policies = policies
         self._rules = registry_rules(config.registry_config, registries or {})
         self._servers = tuple(parse_server(text) for text in config.dns_servers)
-        self._changing = asyncio.Lock()
-        self._places: dict[str, TrustDomain] = {}
-        self._closed: set[str] = set()
-        self._guards: dict[str, RouteGuard] = {}
         self._desks: dict[str, EgressDesk] = {}
         self._urls: dict[str, tuple[Policy, UrlPolicy]] = {}
-        self._guarded: tuple[ProtectedRange, ...] = ()
         self._stack = AsyncExitStack()
-        self._resolver: ResolverService
-        self._doors: ConnectorDoors
         self.told = EgressTold()
         self.told.listeners.append(self._hear)
         self.metrics = CollectorRegistry()
@@ -116,6 +100,8 @@ class Isolation:
         self.tunnels = Tunnels(send, self._uncarried)
         self.firewall: EgressFirewall | None = None
         """None where builds are on the machine's own network."""
+        self.places: FirewalledPlaces | None = None
+        """Those behind the firewall; None without one."""
 
     async def __aenter__(self) -> Self:
         """Open the firewall where builds are behind it.
@@ -137,51 +123,30 @@ class Isolation:
                         raise
                     _log.warning("egress.isolation.off", reason=error.message)
                 else:
-                    await self._serve_names(stack, firewall)
+                    places = FirewalledPlaces(
+                        firewall,
+                        self.told,
+                        self.counts,
+                        self.tunnels,
+                        servers=self._servers,
+                        metrics=self.metrics,
+                    )
+                    self.places = await stack.enter_async_context(places)
             self._policies.on_change(self._policies_changed)
             self._stack = stack.pop_all()
         return self
-
-    async def _serve_names(self, stack: AsyncExitStack, firewall: EgressFirewall) -> None:
-        self._guarded = tuple(
-            ProtectedRange("node", ip_network(address), "the node itself", openable=False)
-            for address in firewall.router.node_addresses
-        )
-        settings = ResolverSettings(servers=self._servers, guarded=self._guarded)
-        self._resolver = await stack.enter_async_context(
-            ResolverService(
-                settings,
-                book=firewall,
-                listener=self.told,
-                connected=self.told.connected.of,
-                metrics=ResolverMetrics(self.metrics),
-            )
-        )
-        tunnels = await stack.enter_async_context(self.tunnels)
-        self._doors = await stack.enter_async_context(
-            ConnectorDoors(
-                firewall, self.told.connected, self._policy_at, tunnels.carry, self._uncarried
-            )
-        )
 
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
 
     def take_served(self, message: AttachResponse) -> None:
         """Hear from the gateway what connectors serve."""
-        if self.firewall is not None:
-            self._doors.take_message(message)
+        if self.places is not None:
+            self.places.doors.take_message(message)
 
     def _uncarried(self, arrival: Arrival, reason: str) -> None:
-        if self.firewall is None:
-            return
-        try:
-            # The one that the firewall has: what was sorted for it is not sorted again for each.
-            policy = self.firewall.policy(arrival.place)
-        except NotFoundError:
-            # The place has gone meanwhile, and with it who would hear of this.
-            return
-        self.told.uncarried(arrival, policy, reason)
+        if self.places is not None:
+            self.places.uncarried(arrival, reason)
 
     def _hear(self, told: Told) -> None:
         if (desk := self._desks.get(told.place)) is not None:
@@ -201,10 +166,9 @@ class Isolation:
         base = self._policies.of_project(project_id).with_rules(self._rules)
         return narrow(base, narrowed.policy) if narrowed is not None else EffectivePolicy(base)
 
-    def _policy_at(self, key: str) -> EffectivePolicy:
-        """Return what holds now at a place."""
-        domain = self._places[key]
-        return self.policy_of(domain.project_id, domain.narrowed)
+    @property
+    def _guarded(self) -> tuple[ProtectedRange, ...]:
+        return () if self.places is None else self.places.guarded
 
     def judge(
         self, project_id: str, narrowed: BuildPolicy | None = None, *, place: str = ""
@@ -245,58 +209,67 @@ class Isolation:
         """
         if reason := self.why_refused():
             raise ConfigError(reason)
-        if self.firewall is None:
+        places = self.places
+        if places is None:
             if domain.narrowed is not None:
                 raise ConfigError(NOT_NARROWED)
             yield Place(self._registry.address)
             return
         root = domain.folder(self._config) / "buildkit"
         guard = RouteGuard(domain.folder(self._config) / "proxied-only")
+        key = domain.folder(self._config).name
         async with AsyncExitStack() as stack:
-            async with self._changing:
-                key = domain.folder(self._config).name
-                self._guards[key] = guard
-                stack.callback(self._guards.pop, key, None)
-                network = await self._attach(stack, domain)
-            listener = await self.firewall.open_registry(network.key)
+            guard.set(closed=True)
+            stack.callback(self._urls.pop, key, None)
+            network = await stack.enter_async_context(places.attach(key))
+            await stack.enter_async_context(places.obeying(key, self._rules_of(domain, guard)))
+            listener = await places.firewall.open_registry(key)
             address = await stack.enter_async_context(self._registry.at(listener))
             host, port = split_address(address)
             own = (OwnPlace(host, port),)
-            urls = partial(self._urls_of, network.key, domain, own)
+            urls = partial(self._urls_of, key, domain, own)
             desk = await stack.enter_async_context(
                 EgressDesk(lambda: self.policy_of(domain.project_id).base)
             )
             tasks = TaskSet(_crashed)
             stack.push_async_callback(tasks.close)
             # While BuildKit starts: ten thousand rules take as long as that.
-            tasks.start(self._open(key), name="egress.open")
+            tasks.start(places.open(key), name="egress.open")
             if domain.narrowed is not None:
-                tasks.start(self._follow(key, domain.narrowed), name="egress.expiry")
-            self._desks[network.key] = desk
-            stack.callback(self._desks.pop, network.key, None)
+                tasks.start(self._follow(places, key, domain.narrowed), name="egress.expiry")
+            self._desks[key] = desk
+            stack.callback(self._desks.pop, key, None)
             daemon = prepare_daemon(root, network)
             connected = partial(_connected, urls)
-            judge = self.judge(domain.project_id, domain.narrowed, place=network.key)
-            settled = partial(self._settled, key)
+            judge = self.judge(domain.project_id, domain.narrowed, place=key)
+            settled = partial(self.settled, key)
             yield Place(address, daemon, settled, urls, desk, guard, connected, judge)
 
-    async def _follow(self, key: str, narrowed: BuildPolicy) -> None:
+    def _rules_of(self, domain: TrustDomain, guard: RouteGuard) -> PlaceRules:
+        def before(policy: EffectivePolicy) -> None:
+            if allows_urls(policy.base):
+                # Before the servers of URLs are open, and until they are shut again.
+                guard.set(closed=True)
+
+        return PlaceRules(
+            domain.project_id,
+            lambda: self.policy_of(domain.project_id, domain.narrowed),
+            before,
+            lambda policy: guard.set(closed=allows_urls(policy.base)),
+        )
+
+    @staticmethod
+    async def _follow(places: FirewalledPlaces, key: str, narrowed: BuildPolicy) -> None:
         """Enforce the policy of builds anew whenever one of its rules ends."""
         while (end := narrowed.policy.next_change()) is not None:
             await asyncio.sleep((end - datetime.now(UTC)).total_seconds() + 0.001)
-            await self._expired(key)
-
-    async def _expired(self, key: str) -> None:
-        """Have a place obey without the rule that has ended; try until it does."""
-        while True:
-            try:
-                async with self._changing:
-                    await self._enforce(key)
-                    await self._doors.refresh()
-                return
-            except OffloadError as error:
-                _log.error("egress.expiry.not_enforced", place=key, error=error.message)
-            await asyncio.sleep(RETRY_SECONDS)
+            while True:
+                try:
+                    await places.enforce(key)
+                    break
+                except OffloadError as error:
+                    _log.error("egress.expiry.not_enforced", place=key, error=error.message)
+                await asyncio.sleep(RETRY_SECONDS)
 
     def _urls_of(
         self, key: str, domain: TrustDomain, own: tuple[OwnPlace, ...]
@@ -316,84 +289,30 @@ class Isolation:
             known = self._urls[key] = (base, policy)
         return known[1]
 
-    async def _open(self, key: str) -> None:
-        """Give a place that is closed yet the rules that hold for it."""
-        async with self._changing:
-            if key in self._closed:
-                await self._enforce(key)
+    async def settled(self, key: str) -> None:
+        """Wait until the newest policy holds at a place.
 
-    async def _settled(self, key: str) -> None:
+        Raises:
+            NodeLostError: it does not within `SETTLE_SECONDS`.
+            OffloadError: it cannot be enforced.
+        """
+        if self.places is None:
+            return
         try:
             async with asyncio.timeout(SETTLE_SECONDS):
-                await self._open(key)
+                await self.places.open(key)
                 await self._policies.settled()
         except TimeoutError as error:
             raise NodeLostError(
                 "the node could not enforce the newest egress policy; its log says why"
             ) from error
 
-    async def _attach(self, stack: AsyncExitStack, domain: TrustDomain) -> ProjectNetwork:
-        firewall = self.firewall
-        if firewall is None:
-            raise ConfigError("the node's firewall is not open")
-        key = domain.folder(self._config).name
-        self._guards[key].set(closed=True)
-        stack.callback(self.told.forget, key)
-        stack.callback(self._urls.pop, key, None)
-        network = await stack.enter_async_context(firewall.attach(key, _NOTHING))
-        self.counts.opened(key, domain.project_id)
-        stack.push_async_callback(self._stop_counting, key)
-        gateways = [network.addresses.gateway_v4]
-        await stack.enter_async_context(
-            self._resolver.serving(key, firewall.router.inside, gateways, _NOTHING)
-        )
-        self._closed.add(key)
-        stack.callback(self._closed.discard, key)
-        self._places[key] = domain
-        stack.callback(self._places.pop, key, None)
-        await stack.enter_async_context(self._doors.serving(key, domain.project_id))
-        return network
-
-    async def _stop_counting(self, key: str) -> None:
-        try:
-            await self.counts.closing(key)
-        except OffloadError as error:
-            _log.warning("egress.counts.lost", place=key, error=error.message)
-
     async def _policies_changed(self, _: Held) -> None:
         """Have all places obey what the gateway said; whoever says so repeats it if this fails."""
         if reason := self.why_refused():
             _log.error("egress.policy.unenforced", reason=reason)
-        failure: OffloadError | None = None
-        async with self._changing:
-            for key in list(self._places):
-                try:
-                    await self._enforce(key)
-                except OffloadError as error:
-                    # It is no reason for the others to go on under what held before.
-                    _log.error("egress.place.not_enforced", place=key, error=error.message)
-                    failure = error
-            if self.firewall is not None:
-                await self._doors.refresh()
-        if failure is not None:
-            raise failure
-
-    async def _enforce(self, key: str) -> None:
-        """Have a place obey what holds now, unless it is gone."""
-        domain = self._places.get(key)
-        if domain is None or self.firewall is None:
-            return
-        policy = self.policy_of(domain.project_id, domain.narrowed)
-        by_url = allows_urls(policy.base)
-        if by_url:
-            # Before the servers of URLs are open, and until they are shut again.
-            self._guards[key].set(closed=True)
-        # Names are judged by the new policy first: nothing of the old one is admitted after the
-        # firewall has forgotten it.
-        admissions = self._resolver.replace_policy(key, policy)
-        await self.firewall.apply(key, policy, admissions)
-        self._guards[key].set(closed=by_url)
-        self._closed.discard(key)
+        if self.places is not None:
+            await self.places.enforce_all()
 
 
 def _crashed(name: str, error: BaseException) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sqlite3
 from abc import ABC, abstractmethod
 from contextlib import AsyncExitStack
@@ -30,7 +31,13 @@ from offload_builder.node.secretstore import BuildSecrets
 from offload_builder.node.steps import StepTally
 from offload_builder.node.why.record import BuildRecord
 from offload_core.aio import finish
-from offload_core.errors import NodeLostError, OffloadError, find_offload_error
+from offload_core.errors import (
+    InvalidValueError,
+    NodeLostError,
+    OffloadError,
+    find_offload_error,
+)
+from offload_core.reference import normalise_reference
 from offload_proto.v1.builds_service_pb2 import BuildState, BuildStats
 from offload_proto.v1.node_service_pb2 import Failure, Result, Success
 
@@ -266,6 +273,16 @@ class BuildJob(ABC):
         """Whether the shared store keeps the image beyond the time of this node."""
         wanted = self._start.spec.save_image and bool(self.image_digest)
         return wanted and self._runtime.uploads is not None
+
+    @property
+    def image_names(self) -> list[str]:
+        """The names of its image, normalised."""
+        found: list[str] = []
+        for tag in self._start.spec.tags:
+            # Whoever wants the image under it says what is wrong with it.
+            with contextlib.suppress(InvalidValueError):
+                found.append(normalise_reference(tag))
+        return found
 
     def repeated(self) -> list[RunResponse]:
         """Return what a client that comes back is asked and told again."""

@@ -45,11 +45,18 @@ if TYPE_CHECKING:
 _log = structlog.get_logger(__name__)
 
 _SECRET_BYTES = 24
+_PORT_MARK = "__"
+"""In place of the colon before a port: docker engines take none within a name."""
 _PATH = "/v2/{secret:[a-f0-9]{48}}/base/{host}/{name:.+}"
 _PART = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
 _NAME = re.compile(rf"{_PART}(?:/{_PART})*")
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _MAX_NAME = 255
+
+
+def host_in_name(host: str) -> str:
+    """Return what stands for a host in the names of images that docker engines are given."""
+    return host.replace(":", _PORT_MARK)
 
 
 class Mirrors:
@@ -138,14 +145,15 @@ class Mirrors:
 
     def _asked(self, request: web.Request) -> tuple[BaseImages, str, str]:
         info = request.match_info
+        host = info["host"].replace(_PORT_MARK, ":")
         # A dict look-up of a 192-bit secret: its timing tells nothing useful.
         images, elsewhere = self._images.get(info["secret"], (None, None))
         name = info["name"]
-        if elsewhere is not None and elsewhere(info["host"]):
+        if elsewhere is not None and elsewhere(host):
             raise RegistryError(*UNKNOWN_NAME)
         if images is None or len(name) > _MAX_NAME or _NAME.fullmatch(name) is None:
             raise RegistryError(*UNKNOWN_NAME)
-        return images, info["host"], name
+        return images, host, name
 
     async def _manifest(self, request: web.Request) -> web.StreamResponse:
         images, host, name = self._asked(request)

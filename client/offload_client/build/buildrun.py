@@ -25,7 +25,6 @@ from offload_client.build.resume import Resume, repeats_of
 from offload_client.build.runrecord import RunRecord
 from offload_client.build.spec import build_spec
 from offload_client.build.vcs import branch_and_revision
-from offload_client.reference import familiar_reference
 from offload_core.aio import finish
 from offload_core.devices import wanted_devices
 from offload_core.errors import (
@@ -34,6 +33,7 @@ from offload_core.errors import (
     OffloadError,
     find_offload_error,
 )
+from offload_core.reference import familiar_reference
 from offload_core.tls import GATEWAY_NAME
 from offload_proto.v1.builds_service_pb2 import CacheChoice, CreateRequest
 from offload_proto.v1.node_service_pb2 import Start

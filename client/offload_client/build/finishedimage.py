@@ -13,8 +13,8 @@ from offload_client.build.imagesource import NodeImageSource
 from offload_client.build.located import ENDED, connect_to, locate, locate_saved
 from offload_client.bytepipe import in_thread
 from offload_client.dockerauth import credentials_for
-from offload_client.reference import split_reference
 from offload_core.errors import NodeLostError, NotFoundError, OffloadError, UsageError
+from offload_core.reference import split_reference
 from offload_core.versions import call_metadata
 from offload_proto.v1.builds_service_pb2 import BuildState
 from offload_proto.v1.node_service_pb2 import PushImageRequest, RegistryLogin

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 from offload_client.build.cacheoptions import CacheOptions
 from offload_client.build.stepoptions import StepOptions
 from offload_client.goboolean import parse_boolean
-from offload_client.reference import (
+from offload_core.errors import InvalidValueError
+from offload_core.reference import (
     familiar_reference,
     normalise_reference,
     split_reference,
 )
-from offload_core.errors import InvalidValueError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -22,8 +22,8 @@ from offload_client.build.outputfiles import (
     write_descriptor,
     write_file,
 )
-from offload_client.reference import normalise_reference
 from offload_core.errors import ConfigError, InternalError
+from offload_core.reference import normalise_reference
 from offload_core.units import format_size
 
 if TYPE_CHECKING:

@@ -14,7 +14,6 @@ from offload_client.ci.jobreport import JobReport
 from offload_client.ci.sourcenames import source_names
 from offload_client.eventlog import show_events
 from offload_client.progress.display import make_display
-from offload_client.reference import familiar_reference
 from offload_client.settings import resolve_settings
 from offload_core.errors import (
     BuildCanceledError,
@@ -28,6 +27,7 @@ from offload_core.errors import (
     StepMemoryError,
     UsageError,
 )
+from offload_core.reference import familiar_reference
 from offload_proto.v1.node_service_pb2 import Failure
 
 if TYPE_CHECKING:

@@ -58,12 +58,23 @@ def docker_main() -> None:
 def offload_main() -> None:
     """Run `offload`."""
     try:
-        from offload_client.cli.offload import main
-
-        code = main(sys.argv[1:])
+        code = run_offload(sys.argv[1:])
     except KeyboardInterrupt:
         code = INTERRUPTED
     _end(code)
+
+
+def run_offload(arguments: list[str]) -> int:
+    """Run a command line of `offload`; return its exit code."""
+    if arguments[:1] == ["status"]:
+        from offload_client.sessions.faststatus import fast_status
+
+        code = fast_status(arguments[1:])
+        if code is not None:
+            return code
+    from offload_client.cli.offload import main
+
+    return main(arguments)
 
 
 def _end(code: int) -> NoReturn:

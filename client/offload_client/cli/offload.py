@@ -1,4 +1,4 @@
-"""`offload`: everything around builds: login, status, history."""
+"""`offload`: everything around builds: login, status, history; and sessions."""
 
 from __future__ import annotations
 
@@ -35,9 +35,22 @@ COMMANDS = {
     "cache": "Look at the layer cache, prune it, promote a branch.",
     "connect": "Let builds reach hosts of the network that you are in.",
     "policy": "Show what builds of a project may reach, and explain why.",
+    "start": "Start a docker engine of your own on a node, and let docker use it.",
+    "stop": "Stop sessions and remove everything of them.",
+    "use": "Let docker use a session that runs.",
+    "ps": "List sessions: yours, and those that are shared with you.",
+    "images": "List what was built and can be run in a session.",
+    "share": "Let further members use a session.",
+    "usage": "Show how long members used sessions, and what that cost.",
+    "diagnose": "Check a session and collect what helps to find a fault.",
+    "version": "Show the versions of client, gateway, nodes and engines.",
 }
 FUNCTIONS = {"exec": "execute"}
 """Where the function cannot have the name of its command."""
+SESSION_COMMANDS = frozenset(
+    ("start", "stop", "use", "ps", "images", "share", "usage", "diagnose", "version")
+)
+"""Those whose module has "session" before its name."""
 
 
 class LazyGroup(click.Group):
@@ -51,7 +64,8 @@ class LazyGroup(click.Group):
         """Return a command by name."""
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"offload_client.cli.{cmd_name}")
+        place = f"session{cmd_name}" if cmd_name in SESSION_COMMANDS else cmd_name
+        module = importlib.import_module(f"offload_client.cli.{place}")
         command: click.Command = getattr(module, FUNCTIONS.get(cmd_name, cmd_name))
         return command
 
@@ -64,13 +78,15 @@ class LazyGroup(click.Group):
 @click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(VERSION, prog_name="offload")
 def offload() -> None:
-    """Work with a pool of remote builder nodes.
+    """Work with a pool of remote builder nodes: builds, and sessions for 'docker run'.
 
     \b
     Examples:
       offload login https://gateway.example:7443
       offload status
       offload logs 3f9a
+      offload start && docker run --rm hello-world && offload stop
+      eval "$(_OFFLOAD_COMPLETE=bash_source offload)"    # completion; also zsh_source, fish_source
     """
 
 

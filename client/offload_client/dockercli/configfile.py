@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 ALIASES = "aliases"
+CURRENT_CONTEXT = "currentContext"
+"""The context that docker's CLI uses. Source: docker CLI, cli/config/configfile/file.go."""
 BUILDER = "builder"
 """The alias that docker's CLI asks for before `docker build`.
 
@@ -92,6 +94,19 @@ class DockerConfigFile:
         aliases.pop(BUILDER, None)
         if not aliases and not keep_aliases:
             self._content.pop(ALIASES, None)
+
+    @property
+    def current_context(self) -> str:
+        """The context that docker uses; empty for its default one."""
+        found = self._content.get(CURRENT_CONTEXT)
+        return found if isinstance(found, str) else ""
+
+    def set_current_context(self, name: str) -> None:
+        """Choose the context that docker uses; empty for its default one."""
+        if name:
+            self._content[CURRENT_CONTEXT] = name
+        else:
+            self._content.pop(CURRENT_CONTEXT, None)
 
     def save(self) -> None:
         """Replace the file at once, with its mode and owner.

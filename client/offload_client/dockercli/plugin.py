@@ -18,9 +18,11 @@ from offload_client.goboolean import TRUE
 from offload_core import VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import MutableMapping, Sequence
+    from collections.abc import Mapping, MutableMapping, Sequence
 
 METADATA = "docker-cli-plugin-metadata"
+HOOKS = "docker-cli-plugin-hooks"
+"""What docker's CLI runs after its own commands where the user's configuration says so."""
 NAME = "offload"
 SOCKET = "DOCKER_CLI_PLUGIN_SOCKET"
 _VALUES = {
@@ -37,6 +39,10 @@ _VALUES = {
 }
 """Docker's own flags that take a value, and the variable that says the same to us."""
 _BUILDER = "--builder"
+ATTRIBUTES = "OTEL_RESOURCE_ATTRIBUTES"
+COMMAND_PATH = "docker.cli.cobra.command_path"
+BUILDX_TOO = frozenset(("stop", "use", "version"))
+"""Of sessions when they are ours, of builders when they are buildx's."""
 
 
 def metadata() -> str:
@@ -58,6 +64,9 @@ def main(arguments: Sequence[str]) -> int:
     if list(arguments[:1]) == [METADATA]:
         sys.stdout.write(metadata() + "\n")
         return 0
+    if HOOKS in arguments[:2]:
+        sys.stdout.write(hook_answer())
+        return 0
     words = strip_docker_flags(arguments, os.environ)
     watch_docker(os.environ)
     if words[:1] == [NAME]:
@@ -70,13 +79,49 @@ def main(arguments: Sequence[str]) -> int:
             # What docker promises: the image is in the local engine afterwards.
             os.environ.setdefault("OFFLOAD_DEFAULT_LOAD", "1")
         return _build(rest if command == "build" else words)
+    if command in BUILDX_TOO and is_builder_alias(os.environ):
+        return run_buildx(words)
+    from offload_client.cli.entry import run_offload
+
+    if command == "status" or not command or command.startswith("-"):
+        return run_offload(words)
     from offload_client.cli.offload import COMMANDS
 
-    if not command or command in COMMANDS or command.startswith("-"):
-        from offload_client.cli.offload import main as offload_main
+    return run_offload(words) if command in COMMANDS else run_buildx(words)
 
-        return offload_main(words)
-    return run_buildx(words)
+
+def is_builder_alias(environment: Mapping[str, str]) -> bool:
+    """Return whether `docker builder ...` was called, which the alias makes one of ours.
+
+    Docker's CLI tells plugins what the user wrote, for their traces; one that does not (before 26)
+    leaves both alike.
+    """
+    attributes = environment.get(ATTRIBUTES, "").split(",")
+    return f"{COMMAND_PATH}=docker%20builder" in attributes
+
+
+def hook_answer() -> str:
+    """Return what docker's CLI shows below "What's next": that the session in use ends soon.
+
+    Empty when there is nothing to say; a fault here is none of the command that has run.
+    """
+    import json
+
+    from offload_client.invocation import Invocation
+    from offload_client.sessions.faststatus import session_views
+    from offload_client.sessions.statusview import urgent_news
+    from offload_core.errors import OffloadError
+
+    try:
+        views = session_views(Invocation.of_process(()))
+    except (OffloadError, OSError):
+        return ""
+    news = [text for view in views if view["in_use"] and (text := urgent_news(view))]
+    if not news:
+        return ""
+    # Go's templates begin with two braces, which a sentence of a node must not.
+    text = " ".join(news).replace("{{", "{ {")
+    return json.dumps({"type": 0, "template": text}) + "\n"
 
 
 def _build(arguments: list[str]) -> int:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from offload_client.build.options import OutputOption
 from offload_client.goboolean import parse_boolean
-from offload_client.reference import normalise_reference, split_reference
 from offload_core.errors import InvalidValueError
+from offload_core.reference import normalise_reference, split_reference
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from offload_client.reference import split_reference
+from offload_core.reference import split_reference
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,7 @@ def make_display(
     expand_warnings: bool = False,
     sources: Mapping[str, str] | None = None,
     folds: bool = True,
+    doing: str = "Building",
 ) -> Display:
     """Return the display for a value of --progress.
 
@@ -82,6 +83,7 @@ def make_display(
         expand_warnings: give warnings with details at the end of the build.
         sources: in continuous integration: path of a Dockerfile in the repository by its name.
         folds: in continuous integration: the lines are for its log, so fold and annotate them.
+        doing: on a terminal: what the first line says.
 
     Raises:
         UsageError: unknown mode, or "tty" for a stream that is not a terminal.
@@ -96,7 +98,7 @@ def make_display(
     if chosen == "tty":
         from offload_client.progress.tty import TtyDisplay
 
-        rows = TtyDisplay(sink, environment, expand_warnings=expand_warnings)
+        rows = TtyDisplay(sink, environment, expand_warnings=expand_warnings, doing=doing)
         if system:
             from offload_client.ci.guard import guard_for
 

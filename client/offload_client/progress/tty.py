@@ -39,7 +39,12 @@ class TtyDisplay(ViewDisplay):
     """Paints at most ten frames a second; a slow terminal gets fewer."""
 
     def __init__(
-        self, sink: Sink, environment: Mapping[str, str], *, expand_warnings: bool = False
+        self,
+        sink: Sink,
+        environment: Mapping[str, str],
+        *,
+        expand_warnings: bool = False,
+        doing: str = "Building",
     ) -> None:
         """Paint on a terminal.
 
@@ -47,7 +52,9 @@ class TtyDisplay(ViewDisplay):
             sink: a terminal, not necessarily that of this process.
             environment: NO_COLOR, BUILDKIT_COLORS and BUILDKIT_TTY_LOG_LINES are respected.
             expand_warnings: give warnings with their details at the end.
+            doing: what the first line says.
         """
+        self._doing = doing
         palette = Palette.of_environment(environment)
         super().__init__(
             sink, expand_warnings=expand_warnings, palette=palette, tick_seconds=FRAME_SECONDS
@@ -100,7 +107,7 @@ class TtyDisplay(ViewDisplay):
         self, rows: list[Row], width: int, height: int, now: float, *, suffix: str = ""
     ) -> bytes:
         completed, total = self.view.counts()
-        header = f"[+] Building {self.view.elapsed_seconds(now):.1f}s ({completed}/{total})"
+        header = f"[+] {self._doing} {self.view.elapsed_seconds(now):.1f}s ({completed}/{total})"
         header += suffix
         # The last column stays free: writing there makes some terminals wrap at once.
         columns = max(1, width - 1)

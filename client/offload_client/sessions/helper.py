@@ -28,6 +28,7 @@ from offload_client.sessions.helperlog import log_tail, open_log
 from offload_client.sessions.interception import Interception
 from offload_client.sessions.localports import LocalPorts
 from offload_client.sessions.records import (
+    LOCK_FILE,
     LOG_FILE,
     RECORD_FILE,
     engine_socket,
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
 
     MakeMounts = Callable[[Tunnel, Path], Awaitable[BindMounts]]
 
-LOCK_FILE = "helper.lock"
 CONTAINERS_FILE = "containers.json"
 AWAY_SECONDS = 1800.0
 """After so long without its node, a session is given up here."""

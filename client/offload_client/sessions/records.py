@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 DEFAULT_NAME = "default"
 RECORD_FILE = "session.json"
 LOG_FILE = "helper.log"
+LOCK_FILE = "helper.lock"
+"""Locked for as long as the helper lives."""
 _CONTEXT = "docker-offload"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
 _MAX_SOCKET_BYTES = 100
@@ -43,6 +45,12 @@ class SessionRecord:
         gateway: HOST:PORT.
         context: docker context that leads to it; empty without one.
         created: seconds since 1970 UTC.
+        former_context: docker context that was in use before; empty for docker's default one.
+        owner: member whose session it is.
+        mine: the owner is the member who uses this machine.
+        node_id: of its node.
+        gpu: it was given one.
+        started: when its engine answered first, in seconds since 1970 UTC.
     """
 
     session_id: str
@@ -51,6 +59,12 @@ class SessionRecord:
     gateway: str
     context: str
     created: float
+    former_context: str = ""
+    owner: str = ""
+    mine: bool = True
+    node_id: str = ""
+    gpu: bool = False
+    started: float = 0.0
 
 
 def context_name(name: str) -> str:
@@ -111,6 +125,12 @@ def read_record(directory: Path) -> SessionRecord:
             gateway=str(values["gateway"]),
             context=str(values["context"]),
             created=float(values["created"]),
+            former_context=str(values.get("former_context", "")),
+            owner=str(values.get("owner", "")),
+            mine=bool(values.get("mine", True)),
+            node_id=str(values.get("node_id", "")),
+            gpu=bool(values.get("gpu", False)),
+            started=float(values.get("started", 0.0)),
         )
     except FileNotFoundError as error:
         raise NotFoundError(

@@ -90,7 +90,7 @@ class Scene:
 
     async def served(self, *targets: str) -> None:
         """Wait until the node serves just these to its places."""
-        doors = self.agent.isolation._doors
+        doors = self.agent.isolation.places.doors
         async with asyncio.timeout(10):
             while True:
                 have = {f"{n}:{p}" for place in doors._places.values() for n, p in place.doors}

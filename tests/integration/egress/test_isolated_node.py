@@ -190,7 +190,7 @@ async def test_a_place_that_cannot_obey_keeps_no_other_under_the_old_policy(mach
         await second.ready()
         firewall = isolation.firewall
         assert firewall is not None
-        broken, whole = list(isolation._places)
+        broken, whole = isolation.places.keys
         # Somebody has changed its rules, so they cannot be replaced.
         slot, force = (found := firewall._attached[broken]).network.addresses.slot, found.in_force
         element = f'element {ruleset.TABLE} current {{ "p{slot}" . {force.mark} }}'

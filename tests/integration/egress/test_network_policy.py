@@ -331,7 +331,7 @@ async def test_the_door_to_a_connector_closes_when_the_rule_of_a_build_ends(
         await policies.settled()
         isolation.take_served(online)
         async with isolation.place(domain):
-            (place,) = isolation._doors._places.values()
+            (place,) = isolation.places.doors._places.values()
             while not place.doors:
                 await asyncio.sleep(0.05)
             while place.doors:

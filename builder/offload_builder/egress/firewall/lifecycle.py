@@ -17,7 +17,7 @@ from offload_builder.egress.firewall.addresses import project_addresses, project
 from offload_builder.egress.firewall.namebook import NameBook
 from offload_builder.egress.firewall.namecheck import NameCheck, Permit
 from offload_builder.egress.firewall.nflog import ConnectionLog, Logged
-from offload_builder.egress.firewall.projectnet import ProjectNetwork
+from offload_builder.egress.firewall.projectnet import STEPS, ProjectNetwork
 from offload_builder.egress.firewall.router import OUR_NAMESPACE, Router
 from offload_builder.egress.firewall.ruleset import Stage
 from offload_builder.egress.policy.evaluate import Evaluator
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from offload_builder.egress.firewall.firstbytes import Claim
+    from offload_builder.egress.firewall.projectnet import Interior
     from offload_builder.egress.firewall.tcppackets import Flow
     from offload_builder.egress.policy.model import Address, EffectivePolicy, Protocol
     from offload_builder.egress.resolver.contract import Admission
@@ -137,12 +138,15 @@ class EgressFirewall:
         await self._stack.aclose()
 
     @asynccontextmanager
-    async def attach(self, key: str, policy: EffectivePolicy) -> AsyncIterator[ProjectNetwork]:
+    async def attach(
+        self, key: str, policy: EffectivePolicy, interior: Interior = STEPS
+    ) -> AsyncIterator[ProjectNetwork]:
         """Give a project a network while the context is open.
 
         Args:
             key: names it in all other calls; two projects never have the same.
             policy: holds from the beginning.
+            interior: what the network is for.
 
         Raises:
             QuotaExceededError: the node has no room for more projects.
@@ -153,7 +157,11 @@ class EgressFirewall:
             raise QuotaExceededError(f"project {key} has a network already")
         slot = self._free_slot()
         self._slots[slot] = key
-        network = ProjectNetwork(key, project_addresses(slot), self.router)
+        try:
+            network = ProjectNetwork(key, project_addresses(slot), self.router, interior)
+        except BaseException:
+            del self._slots[slot]
+            raise
         try:
             in_force = self._next(policy)
             # Ten thousand rules take as long to write as a network to make.
@@ -288,6 +296,26 @@ class EgressFirewall:
             if plan.lines:
                 await self.router.change(plan.text)
             found.book.commit(plan)
+
+    async def cut(self, key: str) -> None:
+        """Let nothing of a project pass where its rules cannot be changed, until `mend`.
+
+        Raises:
+            NotFoundError: the project is not attached.
+            ConfigError: it cannot be done.
+        """
+        await self._found(key).network.cut()
+        _log.error("egress.project.cut", project_id=key)
+
+    async def mend(self, key: str) -> None:
+        """Undo `cut`.
+
+        Raises:
+            NotFoundError: the project is not attached.
+            ConfigError: it cannot be done.
+        """
+        await self._found(key).network.mend()
+        _log.info("egress.project.mended", project_id=key)
 
     def policy(self, key: str) -> EffectivePolicy:
         """Return the policy in force.

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import errno
 import os
 import socket
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -34,8 +36,15 @@ class NetworkNamespace:
         name: for logs and the name of the thread.
     """
 
-    def __init__(self, name: str, existing: Path | None = None) -> None:
+    def __init__(
+        self, name: str, existing: Path | None = None, *, users: Path | None = None
+    ) -> None:
         """Make a namespace, or hold one that exists.
+
+        Args:
+            name: see above.
+            existing: path of the one to hold.
+            users: path of the user namespace that owns a new one; None for this process's.
 
         Raises:
             ConfigError: the kernel or our rights do not allow it.
@@ -44,7 +53,7 @@ class NetworkNamespace:
         self._descriptor = -1
         self._threads = ThreadPoolExecutor(1, thread_name_prefix=f"net-{name}")
         try:
-            self._descriptor = self._threads.submit(_enter, existing).result()
+            self._descriptor = self._threads.submit(_enter, existing, users).result()
         except OSError as error:
             self._threads.shutdown()
             raise ConfigError(
@@ -104,13 +113,43 @@ class NetworkNamespace:
             self._descriptor = -1
 
 
-def _enter(existing: Path | None) -> int:
+def _enter(existing: Path | None, users: Path | None) -> int:
     """Move this thread to a namespace and return a descriptor of it."""
+    if existing is None and users is not None:
+        return _join(_make_owned(users))
     if existing is None:
         if _libc.unshare(_CLONE_NEWNET) != 0:
             raise _last_error()
         return os.open(_OWN, os.O_RDONLY | os.O_CLOEXEC)
-    descriptor = os.open(existing, os.O_RDONLY | os.O_CLOEXEC)
+    return _join(os.open(existing, os.O_RDONLY | os.O_CLOEXEC))
+
+
+def _make_owned(users: Path) -> int:
+    """Return a descriptor of a new namespace that belongs to a user namespace.
+
+    Threads cannot enter user namespaces, so another process makes it.
+    """
+    maker = subprocess.Popen(
+        ["nsenter", f"--user={users}", "unshare", "--net", "cat"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    with maker:
+        if maker.stdin is None or maker.stdout is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        try:
+            # It answers once it is where it has to be.
+            maker.stdin.write(b".")
+            maker.stdin.flush()
+            if maker.stdout.read(1) != b".":
+                raise OSError(errno.EPERM, f"the user namespace {users} cannot be entered")
+            return os.open(f"/proc/{maker.pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        finally:
+            maker.kill()
+
+
+def _join(descriptor: int) -> int:
     if _libc.setns(descriptor, _CLONE_NEWNET) != 0:
         error = _last_error()
         os.close(descriptor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from offload_builder.egress.firewall import links
@@ -10,6 +11,7 @@ from offload_builder.egress.firewall.namespaces import NetworkNamespace
 from offload_builder.egress.firewall.nft import open_nft
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from offload_builder.egress.firewall.router import Router
@@ -47,6 +49,53 @@ table inet offload_build {{
 """
 
 
+def engine_table(addresses: ProjectAddresses) -> str:
+    """Return the rules inside of the namespace of a docker engine.
+
+    Its bridges, its published ports and what its containers say to each other are its own matter:
+    it hides its containers behind the namespace's address, and so has to track what passes. From
+    outside nothing begins. The node's registry is for the engine, not for containers behind a
+    bridge. A second line only: who is root of the engine's user namespace can remove it.
+    """
+    return f"""add table inet offload_build
+delete table inet offload_build
+table inet offload_build {{
+  chain input {{
+    type filter hook input priority filter; policy accept;
+    iifname != "{DAEMON_DEVICE}" accept
+    ct state established,related accept
+    icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }} accept
+    meta l4proto tcp reject with tcp reset
+    reject with icmpx admin-prohibited
+  }}
+  chain forward {{
+    type filter hook forward priority filter; policy accept;
+    iifname "{DAEMON_DEVICE}" ct state established,related accept
+    iifname "{DAEMON_DEVICE}" drop
+    ip daddr {addresses.gateway_v4} tcp dport != 53 reject with tcp reset
+    ip daddr {addresses.gateway_v4} meta l4proto != tcp th dport != 53 reject
+  }}
+}}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Interior:
+    """What a namespace is made for.
+
+    Attributes:
+        table: returns the rules inside of it.
+        users: path of the user namespace that owns it; None for this process's own.
+    """
+
+    table: Callable[[ProjectAddresses], str]
+    users: Path | None = None
+
+
+STEPS = Interior(inner_table)
+"""A BuildKit and its steps."""
+
+
 class ProjectNetwork:
     """A project's namespace and its link to the router; close it.
 
@@ -57,13 +106,16 @@ class ProjectNetwork:
         mtu: of all devices, in bytes.
     """
 
-    def __init__(self, key: str, addresses: ProjectAddresses, router: Router) -> None:
+    def __init__(
+        self, key: str, addresses: ProjectAddresses, router: Router, interior: Interior = STEPS
+    ) -> None:
         self.key = key
         self.addresses = addresses
         self.ipv6 = router.ipv6
         self.mtu = router.mtu
         self._router = router
-        self._inside = NetworkNamespace(addresses.device)
+        self._table = interior.table(addresses)
+        self._inside = NetworkNamespace(addresses.device, users=interior.users)
 
     @property
     def namespace(self) -> Path:
@@ -88,6 +140,36 @@ class ProjectNetwork:
         finally:
             self._inside.close()
 
+    async def cut(self) -> None:
+        """Let nothing pass, whatever the rules say, until `mend`.
+
+        Raises:
+            ConfigError: it cannot be done.
+        """
+        await self._router.add_links([f"link set {self.addresses.device} down"])
+
+    async def mend(self) -> None:
+        """Undo `cut`; the kernel has forgotten what led through the device.
+
+        Raises:
+            ConfigError: it cannot be done.
+        """
+        one = self.addresses
+        await self._router.add_links(
+            [
+                f"link set {one.device} up",
+                f"address replace {one.gateway_v6}/64 dev {one.device} nodad",
+                *self._routes("replace"),
+            ]
+        )
+
+    def _routes(self, verb: str) -> list[str]:
+        one = self.addresses
+        return [
+            f"route {verb} {one.steps_v4} via {one.daemon_v4} dev {one.device}",
+            f"route {verb} {one.steps_v6} via {one.daemon_v6} dev {one.device}",
+        ]
+
     def _router_links(self) -> list[str]:
         one = self.addresses
         peer = f"peer name {DAEMON_DEVICE} mtu {self.mtu} netns {self.namespace}"
@@ -96,15 +178,14 @@ class ProjectNetwork:
             f"address add {one.gateway_v4}/30 dev {one.device}",
             f"address add {one.gateway_v6}/64 dev {one.device} nodad",
             f"link set {one.device} up",
-            f"route add {one.steps_v4} via {one.daemon_v4} dev {one.device}",
-            f"route add {one.steps_v6} via {one.daemon_v6} dev {one.device}",
+            *self._routes("add"),
         ]
 
     def _set_up(self) -> None:
         one = self.addresses
         nft = open_nft()
         try:
-            nft.apply(inner_table(one))
+            nft.apply(self._table)
         finally:
             nft.close()
         commands = [

@@ -46,7 +46,13 @@ class _PiecesGoneError(Exception):
 
 
 async def pack(
-    store: ProjectStore, root: Path, index: Path, max_bytes: int, leases: ExitStack
+    store: ProjectStore,
+    root: Path,
+    index: Path,
+    max_bytes: int,
+    leases: ExitStack,
+    *,
+    id_base: int = 0,
 ) -> Packed:
     """Store a mount that no step uses.
 
@@ -56,27 +62,33 @@ async def pack(
         index: file with what is known of it; brought up to date.
         max_bytes: bound of its content.
         leases: keeps new blobs on the disk until they are queued for the shared store.
+        id_base: see `MountWorker`.
 
     Raises:
         QuotaExceededError: the mount is larger, or the disk is full.
         InternalError: it could not be read, or a file changed meanwhile.
     """
     try:
-        return await _pack(store, root, index, max_bytes, leases)
+        return await _pack(store, root, index, max_bytes, leases, id_base)
     except _PiecesGoneError as gone:
         log.info("mounts.pieces.gone", missing=str(gone))
         index.unlink(missing_ok=True)
     try:
-        return await _pack(store, root, index, max_bytes, leases)
+        return await _pack(store, root, index, max_bytes, leases, id_base)
     except _PiecesGoneError as gone:
         raise InternalError("content of the cache mount was removed while it was stored") from gone
 
 
 async def _pack(
-    store: ProjectStore, root: Path, index: Path, max_bytes: int, leases: ExitStack
+    store: ProjectStore,
+    root: Path,
+    index: Path,
+    max_bytes: int,
+    leases: ExitStack,
+    id_base: int,
 ) -> Packed:
     new: dict[str, int] = {}
-    async with MountWorker(root, index=index, nice=_NICE) as worker:
+    async with MountWorker(root, index=index, nice=_NICE, id_base=id_base) as worker:
         await worker.start("pack", max_bytes=max_bytes)
         while True:
             head, body = await worker.answer()

@@ -90,7 +90,13 @@ def _work(document: MountDocument) -> int:
 
 
 async def restore(
-    store: ProjectStore, document: MountDocument, root: Path, index: Path, patience: Patience
+    store: ProjectStore,
+    document: MountDocument,
+    root: Path,
+    index: Path,
+    patience: Patience,
+    *,
+    id_base: int = 0,
 ) -> float:
     """Fill an empty mount; nothing of it is to be seen when this fails.
 
@@ -100,6 +106,7 @@ async def restore(
         root: the mount's directory.
         index: file for what is then known of the mount.
         patience: bounds of the time.
+        id_base: see `MountWorker`.
 
     Returns:
         The seconds it took.
@@ -112,7 +119,8 @@ async def restore(
     """
     begun = time.monotonic()
     work = _Restore(store, document, patience, begun)
-    async with MountWorker(root, index=index, blobs=store.disk.root) as worker:
+    blobs = store.disk.root
+    async with MountWorker(root, index=index, blobs=blobs, id_base=id_base) as worker:
         try:
             async with asyncio.timeout(patience.limit):
                 with store.lease(digest for digest, _ in document.blobs):

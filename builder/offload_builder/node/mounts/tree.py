@@ -19,6 +19,8 @@ import zstandard
 PIECE_BYTES = 8 << 20
 """Content of a piece; a larger file has pieces of its own."""
 MAX_TREE_BYTES = 256 << 20
+NAMESPACE_IDS = 65536
+"""Users of one user namespace."""
 MAX_ENTRIES = 1_000_000
 _VERSION = 1
 
@@ -104,6 +106,24 @@ class Tree:
         tree = cls(entries, pieces)
         tree._check()
         return tree
+
+    def shift_owners(self, by: int) -> None:
+        """Move all owners from one user namespace to another.
+
+        Attributes of the system do not come along: capabilities belong to a namespace.
+
+        Args:
+            by: added to all numbers; those that are in no namespace then become its root.
+        """
+        lowest = max(by, 0)
+        highest = lowest + NAMESPACE_IDS - 1
+        for entry in self.entries:
+            uid, gid = entry.uid + by, entry.gid + by
+            entry.uid = uid if lowest <= uid <= highest else lowest
+            entry.gid = gid if lowest <= gid <= highest else lowest
+            entry.xattrs = {
+                name: value for name, value in entry.xattrs.items() if name.startswith("user.")
+            }
 
     def _check(self) -> None:
         if len(self.entries) > MAX_ENTRIES:

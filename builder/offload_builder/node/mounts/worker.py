@@ -34,6 +34,8 @@ class Worker:
     """Open for reading and writing; -1 for none."""
     blobs: int = -1
     """Directory of the node's blobs."""
+    id_base: int = 0
+    """User and group that are number 0 in what is stored."""
 
     def run(self) -> None:
         """Serve until the orders end."""
@@ -74,6 +76,7 @@ class Worker:
             self.index_file = os.open(index, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         if blobs := order.get("blobs"):
             self.blobs = os.open(blobs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.id_base = int(order.get("id_base", 0))
         if nice := int(order.get("nice", 0)):
             os.nice(nice)
         os.chdir(order["root"])
@@ -100,6 +103,8 @@ class Worker:
         )
         packer.run()
         tree = packer.tree
+        if self.id_base:
+            tree.shift_owners(-self.id_base)
         self._answer(
             {
                 "tree": True,
@@ -122,6 +127,8 @@ class Worker:
 
     def _unpack(self, first: dict[str, Any]) -> None:
         tree = Tree.decode(self._blob(first["tree"]))
+        if self.id_base:
+            tree.shift_owners(self.id_base)
         clear_leftovers()
         unpacker = Unpacker(tree, str(first["name"]))
         self._answer({"pieces": [[piece.digest, piece.size_bytes] for piece in tree.pieces]})

@@ -28,16 +28,25 @@ class MountWorker:
         index: file with what is known of it.
         blobs: directory of the node's blobs, for unpacking.
         nice: lowers its share of the processor.
+        id_base: user and group that are number 0 in what is stored, where the files belong to a
+            user namespace; else 0.
     """
 
     def __init__(
-        self, root: Path, *, index: Path | None = None, blobs: Path | None = None, nice: int = 0
+        self,
+        root: Path,
+        *,
+        index: Path | None = None,
+        blobs: Path | None = None,
+        nice: int = 0,
+        id_base: int = 0,
     ) -> None:
         self._common = {
             "root": str(root),
             "index": str(index) if index else "",
             "blobs": str(blobs) if blobs else "",
             "nice": nice,
+            "id_base": id_base,
         }
         self._process: asyncio.subprocess.Process | None = None
 

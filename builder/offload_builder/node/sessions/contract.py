@@ -14,6 +14,9 @@ BINDS = "/offload/binds"
 """Where directories of members' machines are, in the root file system of an engine."""
 MODELS_VOLUME = "offload-models"
 """Name of the volume with a project's model files."""
+UNATTENDED_KEY = "offload-unattended"
+"""Metadata of an Engine call that counts as no use whatever it carries: the client's programs keep
+an eye on the engine with it, and nobody waits for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +72,14 @@ class SessionNetwork(Protocol):
 class SessionNetworks(Protocol):
     """Gives engines their networks."""
 
-    def attach(self, key: str) -> AbstractAsyncContextManager[SessionNetwork]:
-        """Make a network from which nothing can be reached yet.
+    def attach(
+        self, key: str, users: Path | None = None
+    ) -> AbstractAsyncContextManager[SessionNetwork]:
+        """Make a network from which nothing can be reached yet, while the context is open.
+
+        Args:
+            key: names it.
+            users: path of the user namespace whose root may set it up; None for this process's.
 
         Raises:
             ConfigError: the machine does not allow it.
@@ -142,3 +151,69 @@ class EngineHost(Protocol):
 
     async def remove(self, engine_id: str) -> None:
         """Remove everything of an engine; nothing happens when there is nothing."""
+
+    def why_impossible(self) -> str:
+        """Return why there can be no engines here, in one sentence; empty when there can."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionPlace:
+    """Whose session an engine is, for what stands between its members and it.
+
+    Attributes:
+        session_id: the session.
+        project_id: of it.
+        owner: member whose it is.
+        role: of the owner, for example "member".
+        trust_domain: of the owner's builds for which no branch is known.
+    """
+
+    session_id: str
+    project_id: str
+    owner: str
+    role: str
+    trust_domain: str
+
+
+class EngineStream(Protocol):
+    """One connection to the API of an engine; one task reads and one writes at a time."""
+
+    async def write(self, data: bytes) -> None:
+        """Send bytes to the engine.
+
+        Raises:
+            OSError: it takes no more.
+        """
+
+    async def end(self) -> None:
+        """Say that nothing more is sent; what the engine has to say still comes."""
+
+    async def read(self) -> bytes:
+        """Return what the engine says, at most 1 MiB; b"" at the end and after `cut`.
+
+        Raises:
+            OSError: the connection broke.
+        """
+
+    def cut(self) -> None:
+        """Let whatever waits for this connection come to its end now."""
+
+    async def close(self) -> None:
+        """Let go of it; nobody reads or writes any more."""
+
+
+class EngineDoor(Protocol):
+    """Where connections to the engine of one session begin."""
+
+    async def open(self) -> EngineStream:
+        """Connect.
+
+        Raises:
+            NodeLostError: the engine takes no connections.
+        """
+
+
+class OpenEngineDoor(Protocol):
+    """Makes the door to an engine, once it is known whose it is."""
+
+    def __call__(self, engine: Engine, place: SessionPlace) -> EngineDoor: ...  # noqa: D102

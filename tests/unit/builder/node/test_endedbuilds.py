@@ -52,7 +52,7 @@ async def end(ended: EndedBuilds, store: NodeStore, build_id: str, *, saved: boo
     image = ImageFiles(cache.store)
     await image.admit(manifest)
     job: Any = SimpleNamespace(
-        build_id=build_id, project_id="web", member="ann", image_saved=saved,
+        build_id=build_id, project_id="web", member="ann", image_saved=saved, image_names=[],
         journal=journal, image=image, stats=BuildStats(), network_policy=b"",
     )  # fmt: skip
     journal.finish()

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload_client.reference import familiar_reference, normalise_reference, split_reference
 from offload_core.errors import InvalidValueError
+from offload_core.reference import familiar_reference, normalise_reference, split_reference
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""What stands between the members of a session and the API of its engine."""
