@@ -21,6 +21,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from benchmarks.commands import await_exit
 from benchmarks.daemons import TOOLS
 from benchmarks.model import BenchmarkError
 from benchmarks.pool import BIN, Pool
@@ -36,7 +37,6 @@ PROGRAMS = ("docker", "containerd", "runc", "nft", "ip", "nsenter", "mkfs.ext4",
 CONTEXT = "docker-offload"
 NODE = "node-1"
 IMAGE = "box:1"
-COMMAND_SECONDS = 300.0
 READY_SECONDS = 60.0
 READ_BYTES = 1 << 20
 
@@ -138,14 +138,13 @@ class Ground:
         began = time.perf_counter()
         with subprocess.Popen(
             ["docker", "-H", host, *arguments], env=self.environment,
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
         ) as process:  # fmt: skip
             assert process.stdout is not None
             count = 0
             while data := os.read(process.stdout.fileno(), READ_BYTES):
                 count += len(data)
-            code = process.wait(COMMAND_SECONDS)
-        seconds = time.perf_counter() - began
+            code, seconds = await_exit(process, began)
         if code != 0:
             raise BenchmarkError(f"docker {arguments[0]} ended with {code}")
         return count, seconds
@@ -206,9 +205,9 @@ class Ground:
             process = subprocess.Popen(
                 command, env=self.environment, cwd=self.work,
                 stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                start_new_session=True,
             )  # fmt: skip
-            code = process.wait(COMMAND_SECONDS)
-            seconds = time.perf_counter() - began
+            code, seconds = await_exit(process, began)
             output.seek(0)
             text = output.read().decode(errors="replace").strip()
         if code != 0:
