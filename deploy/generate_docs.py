@@ -50,7 +50,8 @@ def config_table(cls: type[Any], prefix: str) -> str:
     """Return the options of a configuration dataclass as a table."""
     hints = typing.get_type_hints(cls)
     rows = []
-    for field in dataclasses.fields(cls):
+    # What a class has from another one stands behind its own.
+    for field in sorted(dataclasses.fields(cls), key=lambda field: field.kw_only):
         form = option_form(hints[field.name], field.metadata["unit"])
         about = sentence(field.metadata["about"])
         if field.metadata["secret"]:
@@ -68,7 +69,7 @@ def option_form(hint: Any, unit: str) -> str:
     if typing.get_origin(hint) in (list, tuple):
         return "list of paths" if Path in inner else "list of texts"
     if typing.get_origin(hint) is dict:
-        return "table of lists of texts"
+        return "table of texts" if inner[1] is str else "table of lists of texts"
     names = {str: "text", int: "whole number", float: "number", bool: "true or false", Path: "path"}
     return names[inner[0] if inner else hint]
 

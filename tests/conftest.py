@@ -12,6 +12,8 @@ os.environ.setdefault("OFFLOAD_KEYRING", "off")
 # Nodes of tests use registries and servers on the loopback of this machine; the tests of the
 # firewall say otherwise.
 os.environ.setdefault("OFFLOAD_NODE_ISOLATION", "none")
+# Engines that nobody uses cost time where few tests are of sessions.
+os.environ.setdefault("OFFLOAD_NODE_SESSIONS_READY", "0")
 
 settings.register_profile("dev", max_examples=50, deadline=None)
 settings.register_profile(

@@ -27,6 +27,8 @@ KEYS = {
     "gateway": "address of the gateway, https://HOST:PORT",
     "gateway_ca": "SHA-256 fingerprint of the gateway's CA, for logins without a token of ours",
     "project": "project that builds belong to",
+    "session_sync_files": "most files of a directory that is mounted into a session",
+    "session_sync_bytes": "most bytes of such a directory, for example 20GiB",
 }
 DEFAULT_PROJECT = "default"
 
@@ -93,6 +95,16 @@ def pinned_ca(invocation: Invocation, gateway: str) -> str:
         if address and join_address(*split_address(address)) == gateway:
             return values.get("gateway_ca", "")
     return ""
+
+
+def user_value(invocation: Invocation, key: str) -> str:
+    """Return a value of the user file, empty when it is not there.
+
+    Raises:
+        ConfigError: the file is wrong.
+    """
+    path = invocation.config_dir() / USER_FILE
+    return _read(path).get(key, "") if _is_file(path) else ""
 
 
 def remember_gateway(invocation: Invocation, gateway: str, *, ca: str = "") -> Path:

@@ -194,5 +194,5 @@ def _type_name(hint: Any) -> str:
         Path: "a path",
     }
     if typing.get_origin(hint) is dict:
-        return "a table of lists"
+        return "a table of texts" if typing.get_args(hint)[1] is str else "a table of lists"
     return names.get(hint, str(hint))

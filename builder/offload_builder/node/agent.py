@@ -35,6 +35,10 @@ from offload_builder.node.projectlimits import LimitBook
 from offload_builder.node.projectpool import ProjectPool
 from offload_builder.node.registries import Registries
 from offload_builder.node.savedimages import SavedImages
+from offload_builder.node.sessions.models import SessionModels
+from offload_builder.node.sessions.nodeimages import NodeImages
+from offload_builder.node.sessions.nodesessions import REMOVE_SECONDS
+from offload_builder.node.sessions.opening import open_sessions
 from offload_builder.node.slots import Slots
 from offload_builder.node.steprights import StepRights
 from offload_builder.node.tickets import TicketVerifier
@@ -59,6 +63,7 @@ if TYPE_CHECKING:
     from offload_builder.node.config import NodeConfig
     from offload_builder.node.enrolment import NodeIdentity
     from offload_builder.node.project import ProjectRuntime
+    from offload_builder.node.sessions.nodesessions import NodeSessions
     from offload_cache.mirror.connection import Endpoint
     from offload_cache.mirror.handlers import Mirrors
     from offload_proto.v1.builds_service_pb2 import Ticket
@@ -101,6 +106,7 @@ class NodeAgent:
         self.ended: EndedBuilds
         self.saved: SavedImages
         self.isolation: Isolation
+        self.sessions: NodeSessions
         self._ends: BuildEnds
         self._projects: ProjectPool
 
@@ -169,6 +175,32 @@ class NodeAgent:
                 exports=self.config.slots,
             )
             stack.push_async_callback(self._ends.close)
+            images = NodeImages(
+                self._store,
+                self.registry,
+                self.slots,
+                self.ended,
+                registries,
+                mirrors,
+                self.isolation,
+            )
+            models = SessionModels(
+                self._store,
+                self.config.data / "session-models",
+                node=self.identity.node_id,
+                max_bytes=self.config.session_models_max,
+            )
+            self.sessions = await stack.enter_async_context(
+                open_sessions(
+                    self.config,
+                    self.isolation,
+                    self._registry_server,
+                    self.link,
+                    images,
+                    models,
+                    lambda: self._devices.found,
+                )
+            )
             self._background.start(self._projects.reap(), name="projects.reap")
             self._background.start(self._bounds.run(), name="node.bounds")
             watch = DiskWatch(self.config.data, self.config.disk_reserve, self._watched)
@@ -199,7 +231,9 @@ class NodeAgent:
 
     def hello(self) -> Hello:
         """Introduce the node."""
-        return self.facts.hello()
+        hello = self.facts.hello()
+        self.sessions.introduce(hello)
+        return hello
 
     def heartbeat(self) -> Heartbeat:
         """Describe the node now."""
@@ -213,6 +247,7 @@ class NodeAgent:
         beat.egress_problem = refused or policies
         if not refused:
             beat.egress_versions.update(self._policies.versions_in_force())
+        self.sessions.describe(beat)
         return beat
 
     def gauges(self) -> NodeGauges:
@@ -451,6 +486,9 @@ class NodeAgent:
         self.slots.drain()
         self._ends.changed()
         log.info("node.draining", builds=len(self.slots.builds))
+        sessions = self._background.start(
+            self.sessions.drain(self.config.drain_timeout), name="sessions.drain"
+        )
         try:
             async with asyncio.timeout(self.config.drain_timeout):
                 await self.slots.empty.wait()
@@ -463,5 +501,7 @@ class NodeAgent:
             async with asyncio.timeout(LEAVE_SECONDS):
                 await self.slots.empty.wait()
         await self._ends.concluded(LEAVE_SECONDS)
+        # Bounded by its own time, and what is left then by that of removing engines.
+        await asyncio.wait((sessions,), timeout=REMOVE_SECONDS)
         await self.link.flush(LEAVE_SECONDS)
         log.info("node.drained")

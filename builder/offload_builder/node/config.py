@@ -9,6 +9,7 @@ from pathlib import Path
 
 from offload_builder.node.buildlimits import check_build_limits
 from offload_builder.node.entitlements import check_configured
+from offload_builder.node.sessions.settings import SessionOptions
 from offload_builder.node.steplimits import StepBounds
 from offload_cache.collection.timing import MIN_GRACE_SECONDS
 from offload_cache.s3config import S3Config
@@ -44,7 +45,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 @dataclass(frozen=True)
-class NodeConfig:
+class NodeConfig(SessionOptions):
     """One node; field names are the keys of the TOML file."""
 
     gateway: str = option(MISSING, "address of the gateway, HOST:PORT")
@@ -72,6 +73,9 @@ class NodeConfig:
         "buildkit_listen as with relay_address",
     )
     slots: int = option(4, "builds that may run at once")
+    labels: dict[str, str] = option(
+        {}, "labels by which members choose this node for a session, for example gpu=a100"
+    )
     platforms: list[str] = option(
         [],
         "platforms that the node builds natively, and the only ones beside emulated_platforms; "
@@ -353,6 +357,7 @@ class NodeConfig:
         check_configured(self.entitlements, self.project_entitlements)
         StepBounds.of(self).check()
         check_build_limits(self)
+        self.check_sessions()
         if self.cache_grace < MIN_GRACE_SECONDS:
             raise ConfigError("cache_grace must be an hour or more")
         self._check_choices()

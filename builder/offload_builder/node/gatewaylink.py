@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         CacheTask,
         CacheTaskReply,
         ProjectLimits,
+        SessionUpdate,
     )
     from offload_proto.v1.nodes_service_pb2_grpc import NodesServiceAsyncStub
 
@@ -54,6 +55,8 @@ CHANNEL_OPTIONS = (
 )
 CACHE_TASKS = 4
 """Questions about the layer cache that are worked on at once."""
+ROOM_SECONDS = 10.0
+"""For a gateway that reads slowly, while an answer waits for its turn."""
 _SEND_SECONDS = 0.1
 _SOON_SECONDS = 0.2
 """The gateway knows by its own offer that a build begins. Each message costs both sides a
@@ -118,6 +121,7 @@ class GatewayLink:
         self._state = state
         self._updates: dict[str, BuildUpdate] = {}
         self._ended: dict[str, tuple[float, BuildUpdate]] = {}
+        self._sessions: dict[str, SessionUpdate] = {}
         self._unwritten = 0
         self._journals: dict[str, tuple[Journal, asyncio.Event]] = {}
         self._changed = asyncio.Event()
@@ -140,6 +144,14 @@ class GatewayLink:
         self._keep(update)
         self._change_soon()
 
+    def report_session(self, update: SessionUpdate) -> None:
+        """Send news of a session as soon as there is a connection, the last one of each.
+
+        What a stream loses is in the introduction over the next one.
+        """
+        self._sessions[update.session_id] = update
+        self._changed.set()
+
     def _keep(self, update: BuildUpdate) -> None:
         waiting = self._updates.setdefault(update.build_id, update)
         if waiting is not update:
@@ -155,6 +167,18 @@ class GatewayLink:
         if self._outbox is None or self._outbox.full() or not self.connected.is_set():
             return False
         self._outbox.put_nowait((message, None))
+        return True
+
+    async def send(self, message: AttachRequest) -> bool:
+        """Send a message over the stream that is open now, in its turn; False where none is."""
+        outbox = self._outbox
+        if outbox is None or not self.connected.is_set():
+            return False
+        try:
+            async with asyncio.timeout(ROOM_SECONDS):
+                await outbox.put((message, None))
+        except TimeoutError:
+            return False
         return True
 
     def beat(self) -> None:
@@ -175,7 +199,7 @@ class GatewayLink:
         """Wait until all news was written to the stream, at most `timeout` seconds."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
-                while self._updates or self._unwritten:  # noqa: ASYNC110 - only while stopping
+                while self._updates or self._sessions or self._unwritten:  # noqa: ASYNC110 - only while stopping
                     await asyncio.sleep(_FLUSH_POLL_SECONDS)
                 # Written is not yet sent, and the stream is cancelled next.
                 await asyncio.sleep(_SEND_SECONDS)
@@ -319,6 +343,11 @@ class GatewayLink:
                     if update.state in _FINAL:
                         now = asyncio.get_running_loop().time()
                         self._recently_ended()[build_id] = (now, update)
+                for session_id, news in list(self._sessions.items()):
+                    self._unwritten += 1
+                    await outbox.put((AttachRequest(session_update=news), None))
+                    if self._sessions.get(session_id) is news:
+                        del self._sessions[session_id]
                 for build_id, (journal, done) in self._journals.items():
                     if build_id not in sending:
                         sending[build_id] = tasks.create_task(

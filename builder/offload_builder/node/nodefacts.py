@@ -46,6 +46,7 @@ class NodeFacts:
             running_build_ids=self._slots.running(),
             buildkit_endpoint=self.buildkit_address,
             firewall=self.firewall,
+            labels=config.labels,
         )
 
     def _with_port(self, address: str) -> str:

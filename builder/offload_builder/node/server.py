@@ -18,6 +18,8 @@ from offload_builder.node.enrolment import ensure_identity
 from offload_builder.node.proxy.server import BuildkitPort
 from offload_builder.node.renewal import IdentityKeeper
 from offload_builder.node.services import Blobs, NodeBuilds
+from offload_builder.node.sessions.service import SessionNode
+from offload_builder.node.sessions.sessionmetrics import SessionMetrics
 from offload_builder.node.tunnelservice import TunnelService
 from offload_builder.revocations import RevocationGate, Revocations
 from offload_core.errors import ConfigError
@@ -30,6 +32,7 @@ from offload_proto.v1.node_service_pb2_grpc import (
     add_BlobsServiceServicer_to_server,
     add_NodeBuildsServiceServicer_to_server,
 )
+from offload_proto.v1.session_node_service_pb2_grpc import add_SessionNodeServiceServicer_to_server
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -44,7 +47,7 @@ DEFAULT_PORT = 7450
 LOCK_SECONDS = 10.0
 """For a predecessor that is about to end."""
 MAX_CALLS = 1024
-"""Calls at a time; a client uses about three per build."""
+"""Calls at a time; a client uses about three per build. Each session can have as many."""
 
 
 class NodeServer:
@@ -94,11 +97,12 @@ class NodeServer:
             server = aio.server(
                 interceptors=(RevocationGate(self.revocations), self._errors),
                 options=SERVER_OPTIONS,
-                maximum_concurrent_rpcs=MAX_CALLS,
+                maximum_concurrent_rpcs=MAX_CALLS * (1 + self.config.session_slots),
             )
             add_NodeBuildsServiceServicer_to_server(NodeBuilds(self.agent), server)
             add_BlobsServiceServicer_to_server(Blobs(self.agent), server)
             add_TunnelServiceServicer_to_server(TunnelService(self.agent.isolation.tunnels), server)
+            add_SessionNodeServiceServicer_to_server(SessionNode(self.agent.sessions), server)
             host, port = split_address(self.config.listen, default_port=DEFAULT_PORT)
             try:
                 bound = server.add_secure_port(
@@ -118,6 +122,7 @@ class NodeServer:
             )
             isolation = self.agent.isolation
             isolation.metrics.register(self.agent.gauges())
+            isolation.metrics.register(SessionMetrics(self.agent.sessions))
             self.metrics_port = await stack.enter_async_context(
                 MetricsPort(
                     self.config.metrics_address, isolation.metrics, isolation.counts.refresh

@@ -24,10 +24,10 @@ from offload_client.build.remotecontext import check_remote, is_http_url, remote
 from offload_client.build.standardinput import read_text
 from offload_client.build.vcs import build_definition
 from offload_client.context.emptysource import EmptySource
-from offload_client.context.goglob import clean_path
 from offload_client.context.source import DirectorySource
 from offload_core.contextnames import CONTEXT, DOCKERFILE
 from offload_core.errors import ContextError, InvalidValueError
+from offload_core.goglob import clean_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from offload_client.context.digests import DigestSource, DirectoryDigests
-    from offload_client.context.patterns import PatternMatcher
-    from offload_client.context.rootdir import RootDirectory
+    from offload_core.patterns import PatternMatcher
+    from offload_core.rootdir import RootDirectory
 
 _KIND = 0o170000
 """The bits of st_mode that S_IFMT gives."""

@@ -13,8 +13,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Protocol
 
-from offload_client.context.goglob import clean_path, join_path, match_name
 from offload_core.errors import ContextError
+from offload_core.goglob import clean_path, join_path, match_name
 
 _MAX_RESTS = 1000
 """So many paths are followed through one link."""

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import stat
 from typing import TYPE_CHECKING, NamedTuple
 
-from offload_client.context.chunking import Chunker
 from offload_client.context.entries import NO_XATTRS
-from offload_client.context.rootdir import open_beside
-from offload_core.chunklist import MAX_LIST_BYTES, encode_chunks, is_chunked
+from offload_core.chunklist import MAX_LIST_BYTES
 from offload_core.errors import ContextChangedError, ContextError
+from offload_core.filedigest import ContentDigester
+from offload_core.rootdir import open_beside
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -43,11 +42,11 @@ class FileHasher:
     """Hashes regular files; for one thread at a time; closed by its owner."""
 
     def __init__(self) -> None:
-        self._chunker = Chunker()
+        self._digester = ContentDigester()
 
     def close(self) -> None:
         """Free what large files need; harmless when done twice."""
-        self._chunker.close()
+        self._digester.close()
 
     def hash_file(
         self, directory_fd: int, name: str, path: str, status: os.stat_result
@@ -74,7 +73,7 @@ class FileHasher:
             raise unreadable(path, error) from error
         try:
             for _ in range(_ATTEMPTS):
-                digest, length, chunk_list = self._digest(fd, status.st_size)
+                digest, length, chunk_list = self._digester.digest(fd, status.st_size)
                 after = os.fstat(fd)
                 if length == status.st_size and _same(after, status):
                     if chunk_list is not None and len(chunk_list) > MAX_LIST_BYTES:
@@ -93,42 +92,6 @@ class FileHasher:
         finally:
             os.close(fd)
         raise changed(path, "it changes while it is read")
-
-    def _digest(self, fd: int, size: int) -> tuple[bytes, int, bytes | None]:
-        """Return digest, number of bytes found, and the chunk list of a large file."""
-        if not is_chunked(size):
-            data = read_whole(fd, size)
-            return hashlib.sha256(data).digest(), len(data), None
-        chunks, length = self._chunker.cut(fd, size)
-        chunk_list = encode_chunks(chunks)
-        return hashlib.sha256(chunk_list).digest(), length, chunk_list
-
-
-def read_whole(fd: int, size_bytes: int) -> bytes:
-    """Return the content of a file, and of one that grew at least a byte more than its old size.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    data = os.pread(fd, size_bytes + 1, 0)
-    if len(data) >= size_bytes:
-        return data
-    return data + read_at(fd, len(data), size_bytes + 1 - len(data))
-
-
-def read_at(fd: int, offset: int, size_bytes: int) -> bytes:
-    """Return so many bytes from a place in a file, fewer only where it ends.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    data = os.pread(fd, size_bytes, offset)
-    while len(data) < size_bytes:
-        more = os.pread(fd, size_bytes - len(data), offset + len(data))
-        if not more:
-            break
-        data += more
-    return data
 
 
 def _same(one: os.stat_result, other: os.stat_result) -> bool:

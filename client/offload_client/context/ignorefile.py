@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from offload_client.context.goglob import clean_path, trim_space
 from offload_core.errors import ContextError
+from offload_core.goglob import clean_path, trim_space
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,11 +12,12 @@ import os
 import stat
 from typing import TYPE_CHECKING, Self
 
-from offload_client.context.chunking import Chunker
-from offload_client.context.hashing import changed, read_at, read_whole
-from offload_client.context.rootdir import RootDirectory
+from offload_client.context.contextroot import open_root
+from offload_client.context.hashing import changed
 from offload_client.context.statindex import StatIndex
+from offload_core.chunking import Chunker
 from offload_core.chunklist import encode_chunks
+from offload_core.filedigest import read_at, read_whole
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
@@ -47,7 +48,7 @@ class DirectoryReader:
         Raises:
             ContextError: the root cannot be opened.
         """
-        self._root = RootDirectory(root)
+        self._root = open_root(root)
         self._chunk_lists = {} if chunk_lists is None else chunk_lists
         self._index = StatIndex(index_path, root) if index_path is not None else None
         self._large_path = ""

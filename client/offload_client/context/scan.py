@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from offload_client.context.contextroot import open_root
 from offload_client.context.digests import DigestSource
 from offload_client.context.dirscan import (
     ALL_WANTED,
@@ -23,14 +24,14 @@ from offload_client.context.dirscan import (
 from offload_client.context.entries import NO_XATTRS, ContextItem, TreeEntry
 from offload_client.context.followpaths import include_patterns
 from offload_client.context.hashing import read_xattrs, shown, unreadable
-from offload_client.context.patterns import PatternMatcher
-from offload_client.context.rootdir import RootDirectory
+from offload_core.patterns import PatternMatcher
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, MutableMapping, Sequence
     from pathlib import Path
 
     from offload_client.context.statindex import StatIndex
+    from offload_core.rootdir import RootDirectory
 
 
 def scan_context(
@@ -65,7 +66,7 @@ def scan_context(
         ContextError: a pattern is malformed, or the context cannot be read; the latter and
             `ContextChangedError`, a file changes all the time, come during the iteration.
     """
-    directory = RootDirectory(root)
+    directory = open_root(root)
     try:
         wanted = include_patterns(directory.path, list(include), list(follow))
         scan = _Scan(

@@ -14,15 +14,15 @@ import tempfile
 import threading
 from typing import TYPE_CHECKING, Self
 
-from offload_client.context.chunking import Chunker
 from offload_client.context.dirscan import ModeTable
 from offload_client.context.entries import TreeEntry
 from offload_client.context.followpaths import include_patterns
 from offload_client.context.hashing import changed
-from offload_client.context.patterns import PatternMatcher
 from offload_client.context.tartree import TarNode, find, read_tree, resolve
+from offload_core.chunking import Chunker
 from offload_core.chunklist import encode_chunks, is_chunked
 from offload_core.errors import ContextError
+from offload_core.patterns import PatternMatcher
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

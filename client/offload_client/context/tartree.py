@@ -15,8 +15,8 @@ from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, BinaryIO, cast
 
 from offload_client.context.entries import NO_XATTRS
-from offload_client.context.goglob import clean_path
 from offload_core.errors import ContextError
+from offload_core.goglob import clean_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

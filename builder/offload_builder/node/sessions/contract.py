@@ -106,6 +106,7 @@ class Engine(Protocol):
         version: of the docker engine.
         root: its root file system, as this process reaches it.
         devices: fully qualified.
+        log: file with what the engine says, for people who look for a fault.
         ended: done when the engine ends without being asked to, with one sentence.
     """
 
@@ -123,6 +124,9 @@ class Engine(Protocol):
 
     @property
     def root(self) -> Path: ...  # noqa: D102
+
+    @property
+    def log(self) -> Path: ...  # noqa: D102
 
     def disk_used(self) -> int:
         """Return how many bytes of this machine's disk it has."""
@@ -217,3 +221,13 @@ class OpenEngineDoor(Protocol):
     """Makes the door to an engine, once it is known whose it is."""
 
     def __call__(self, engine: Engine, place: SessionPlace) -> EngineDoor: ...  # noqa: D102
+
+
+class KeptModels(Protocol):
+    """The model files of sessions, which go on to the next ones."""
+
+    async def keep(self, engine: Engine, place: SessionPlace) -> None:
+        """Store the files of an engine that runs, while no container uses them."""
+
+    def forget(self, engine_id: str) -> None:
+        """Hear that an engine is gone."""

@@ -142,6 +142,17 @@ class SessionNetworks:
                 found.stack.push_async_callback(stack.pop_all().aclose)
             found.network.project_id = project_id
 
+    def registry_of(self, key: str) -> str:
+        """Return HOST:PORT of the node's registry as an engine reaches it.
+
+        Raises:
+            NotFoundError: it is not attached.
+        """
+        found = self._attached.get(key)
+        if found is None:
+            raise NotFoundError(f"the engine {key} has no network at this node")
+        return found.network.registry
+
     def _policy(self, project_id: str) -> EffectivePolicy:
         return EffectivePolicy(without_urls(self._isolation.policy_of(project_id).base))
 

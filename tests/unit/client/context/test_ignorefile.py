@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from offload_client.context.ignorefile import find_ignore_rules, parse_ignore_file
-from offload_client.context.patterns import PatternMatcher
 from offload_core.errors import ContextError
+from offload_core.patterns import PatternMatcher
 
 
 def test_ignore_file_of_the_dockerfile_wins(tmp_path: Path) -> None:

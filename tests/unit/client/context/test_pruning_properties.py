@@ -9,9 +9,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from offload_client.context.entries import tree_entries
-from offload_client.context.patterns import PatternMatcher
 from offload_client.context.scan import scan_context
 from offload_core.filemode import MODE_DIR
+from offload_core.patterns import PatternMatcher
 
 NAMES = ["a", "b", "ab", "a.b", "a-b", "a b", "é", "z"]
 ELEMENTS = [*NAMES, "*", "?", "a*", "*b", "**", "[ab]", "**b", "a{0}", "a|b", "[^a]"]

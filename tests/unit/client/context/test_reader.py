@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from offload_client.context import digests, hashing, reader
+from offload_client.context import digests, reader
 from offload_client.context.entries import tree_entries
 from offload_client.context.source import DirectorySource, ListedContent, Selection
+from offload_core import filedigest
 from offload_core.chunklist import CHUNKED_ABOVE_BYTES, decode_chunks, offsets
 from offload_core.errors import ContextChangedError, ContextError
 
@@ -158,7 +159,7 @@ def test_small_file_that_changes_while_it_is_read_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     file = _listed(source)["d/e/f"]
-    read_whole = hashing.read_whole
+    read_whole = filedigest.read_whole
 
     def disturbed(fd: int, size: int) -> bytes:
         data = read_whole(fd, size)

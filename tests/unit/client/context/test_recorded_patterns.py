@@ -6,8 +6,8 @@ import base64
 from typing import Any
 
 from offload_client.context.ignorefile import parse_ignore_file
-from offload_client.context.patterns import PatternMatcher
 from offload_core.errors import ContextError
+from offload_core.patterns import PatternMatcher
 
 
 def _verdict(matcher: PatternMatcher, path: str) -> str:

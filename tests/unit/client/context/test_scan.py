@@ -22,6 +22,7 @@ from offload_client.context.scan import scan_context
 from offload_client.context.statindex import StatIndex
 from offload_core.chunklist import CHUNKED_ABOVE_BYTES, decode_chunks
 from offload_core.errors import ContextChangedError, ContextError
+from offload_core.filedigest import ContentDigest, ContentDigester
 from offload_core.filemode import MODE_DIR, MODE_NAMED_PIPE, MODE_SETUID, MODE_SYMLINK
 
 
@@ -189,15 +190,15 @@ def test_device_keeps_its_numbers(tmp_path: Path) -> None:
 def _write_during_reading(
     monkeypatch: pytest.MonkeyPatch, path: Path, contents: list[bytes]
 ) -> None:
-    digest = FileHasher._digest
+    digest = ContentDigester.digest
 
-    def disturbed(self: FileHasher, fd: int, size: int) -> tuple[bytes, int, bytes | None]:
+    def disturbed(self: ContentDigester, fd: int, size: int) -> ContentDigest:
         result = digest(self, fd, size)
         if contents:
             path.write_bytes(contents.pop(0))
         return result
 
-    monkeypatch.setattr(FileHasher, "_digest", disturbed)
+    monkeypatch.setattr(ContentDigester, "digest", disturbed)
 
 
 LARGE = CHUNKED_ABOVE_BYTES + 1

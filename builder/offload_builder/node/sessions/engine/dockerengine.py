@@ -87,6 +87,11 @@ class DockerEngine:
         """Its root file system. Links in it are those of whoever uses the engine."""
         return Path(f"/proc/{self.pid}/root")
 
+    @property
+    def log(self) -> Path:
+        """File with what dockerd prints."""
+        return self._folder / LOG
+
     def disk_used(self) -> int:
         """Return how many bytes of this machine's disk it has."""
         try:

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload_client.context import chunking
-from offload_client.context.chunking import Chunker, PieceSizes, piece_sizes
+from offload_core import chunking
+from offload_core.chunking import Chunker, PieceSizes, piece_sizes
 from offload_core.chunklist import MAX_CHUNK_BYTES, MAX_LIST_BYTES, Chunk, is_chunked
 
 MIB = 1 << 20
@@ -63,7 +63,7 @@ def test_compiled_search_is_there() -> None:
 def test_slow_search_is_not_used() -> None:
     code = (
         "import sys; sys.modules['pyfastcdc.cy'] = None; "
-        "from offload_client.context import chunking; print(chunking._compiled())"
+        "from offload_core import chunking; print(chunking._compiled())"
     )
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],

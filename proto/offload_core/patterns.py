@@ -24,9 +24,9 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from offload_client.context.goglob import clean_path, is_accepted, trim_space
-from offload_client.context.goregexp import UnsupportedExpressionError, translate
 from offload_core.errors import ContextError
+from offload_core.goglob import clean_path, is_accepted, trim_space
+from offload_core.goregexp import UnsupportedExpressionError, translate
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Opens files below the root of a build context without ever leaving it.
+"""Opens files below a directory without ever leaving it.
 
 Paths are opened element by element and no element may be a symbolic link, so that a directory
 that is replaced by a link while it is read cannot lead outside.
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 from typing import TYPE_CHECKING, Self
-
-from offload_core.errors import ContextError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,13 +26,10 @@ class RootDirectory:
         """Open the root; it may itself be a symbolic link.
 
         Raises:
-            ContextError: it is no directory or cannot be opened.
+            OSError: it is no directory or cannot be opened.
         """
         self.path = os.path.realpath(root)
-        try:
-            self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            raise ContextError(f"cannot read the build context {root}: {error.strerror}") from error
+        self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._parent = ""
         self._parent_fd = -1
 
@@ -51,7 +46,7 @@ class RootDirectory:
 
     def close(self) -> None:
         """Close all descriptors; harmless when done twice."""
-        self._forget_parent()
+        self.forget()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -69,7 +64,7 @@ class RootDirectory:
         if not path:
             return os.open(".", os.O_RDONLY | _DIRECTORY, dir_fd=self._fd)
         parent, _, name = path.rpartition("/")
-        return os.open(name, os.O_RDONLY | _DIRECTORY, dir_fd=self._descend(parent))
+        return os.open(name, os.O_RDONLY | _DIRECTORY, dir_fd=self.beside(parent))
 
     def open_file(self, path: str) -> int:
         """Return a read-only descriptor of a file; the caller closes it.
@@ -80,13 +75,20 @@ class RootDirectory:
             OSError: as `os.open`; ENOTDIR or ELOOP where a symbolic link is met.
         """
         parent, _, name = path.rpartition("/")
-        return open_beside(self._descend(parent), name)
+        return open_beside(self.beside(parent), name)
 
     def absolute(self, path: str) -> str:
         """Return the path as the system knows it; it is not protected against links."""
         return f"{self.path}/{path}" if path else self.path
 
-    def _descend(self, path: str) -> int:
+    def beside(self, path: str) -> int:
+        """Return a descriptor of a directory, "" for the root, for calls with `dir_fd` only.
+
+        It is kept until another directory is asked for, or until `forget`; then it is closed.
+
+        Raises:
+            OSError: as `os.open`; ENOTDIR or ELOOP where a symbolic link is met.
+        """
         if not path:
             return self._fd
         if self._parent_fd >= 0 and path == self._parent:
@@ -104,11 +106,12 @@ class RootDirectory:
                 if current != start:
                     os.close(current)
             current = following
-        self._forget_parent()
+        self.forget()
         self._parent, self._parent_fd = path, current
         return current
 
-    def _forget_parent(self) -> None:
+    def forget(self) -> None:
+        """Look the next path up from the root, for directories may have been moved meanwhile."""
         if self._parent_fd >= 0:
             os.close(self._parent_fd)
             self._parent_fd = -1

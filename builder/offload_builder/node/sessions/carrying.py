@@ -1,0 +1,121 @@
+"""Bytes between a call of a member and a connection into a session."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from offload_core.aio import stop
+from offload_core.errors import UsageError
+from offload_proto.v1.session_node_service_pb2 import Piece
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable
+
+    from offload_builder.node.sessions.calls import SessionCall
+    from offload_builder.node.sessions.contract import EngineStream
+
+MAX_PIECE = 1 << 20
+QUEUED_PIECES = 2
+"""From a connection, on their way to the client: while one is sent, the next is read."""
+ENGINE_END_SECONDS = 2.0
+"""After an engine has ended its direction, for the client to end the other one."""
+
+_END = b""
+
+
+async def carry(
+    call: SessionCall,
+    pieces: AsyncIterator[Piece],
+    stream: EngineStream,
+    count: Callable[[int, int], None],
+    *,
+    end_seconds: float | None = None,
+) -> AsyncGenerator[Piece, None]:
+    """Yield what a connection says, and give it what the client sends, until both have ended.
+
+    Whoever is slow holds up the other side: at most a few pieces are on their way. The connection
+    is of no use afterwards, and whoever has opened it closes it.
+
+    Args:
+        call: of the client; when the node ends it, the connection is cut.
+        pieces: what the client sends.
+        stream: the connection.
+        count: hears of bytes from the client, and to it.
+        end_seconds: how long the client may go on after the connection has said everything; None
+            for as long as it likes.
+
+    Raises:
+        UsageError: the client sends a piece that is too large.
+        OffloadError: the node has ended the call.
+    """
+    loop = asyncio.get_running_loop()
+    queue: asyncio.Queue[bytes] = asyncio.Queue(QUEUED_PIECES)
+    taking = loop.create_task(_take(call, pieces, stream, count))
+    # What cannot be written to any more is not read to the end either.
+    taking.add_done_callback(lambda done: stream.cut() if _failed(done) else None)
+    reading = loop.create_task(_read(stream, queue))
+    call.on_end(stream.cut)
+    try:
+        while data := await queue.get():
+            count(0, len(data))
+            yield Piece(data=data)
+        call.check()
+        await reading
+        if not _failed(taking):
+            yield Piece(ended=True)
+            await asyncio.wait((taking,), timeout=end_seconds)
+        call.check()
+        if taking.done() and not taking.cancelled():
+            error = taking.exception()
+            if error is not None and not isinstance(error, OSError):
+                raise error
+    finally:
+        stream.cut()
+        await stop(taking, reading, expected=(Exception,))
+
+
+def _failed(task: asyncio.Task[None]) -> bool:
+    return task.done() and (task.cancelled() or task.exception() is not None)
+
+
+async def _read(stream: EngineStream, queue: asyncio.Queue[bytes]) -> None:
+    failure: Exception | None = None
+    try:
+        while data := await stream.read():
+            await queue.put(data)
+    except OSError:
+        # It broke, or this side has cut it; for the client that is an end as any other.
+        pass
+    except Exception as error:  # noqa: BLE001 - raised by `carry`
+        failure = error
+    await queue.put(_END)
+    if failure is not None:
+        raise failure
+
+
+async def _take(
+    call: SessionCall,
+    pieces: AsyncIterator[Piece],
+    stream: EngineStream,
+    count: Callable[[int, int], None],
+) -> None:
+    async for piece in pieces:
+        if piece.data:
+            check_size(piece)
+            call.count()
+            count(len(piece.data), 0)
+            await stream.write(piece.data)
+        if piece.ended:
+            break
+    await stream.end()
+
+
+def check_size(piece: Piece) -> None:
+    """Refuse a piece that would have the node keep too much.
+
+    Raises:
+        UsageError: it is too large.
+    """
+    if len(piece.data) > MAX_PIECE:
+        raise UsageError(f"a piece has {len(piece.data)} bytes; the most is {MAX_PIECE}")

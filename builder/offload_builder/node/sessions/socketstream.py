@@ -1,0 +1,93 @@
+"""Connections of sessions that are plain sockets: to an engine's API, and to ports."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from typing import TYPE_CHECKING
+
+from offload_core.errors import NodeLostError
+
+if TYPE_CHECKING:
+    from offload_builder.node.sessions.contract import Engine, EngineStream, SessionPlace
+
+READ_BYTES = 1 << 20
+"""Of one piece. Larger reads are what makes streams fast: each costs about the same."""
+_FIRST_BYTES = 64 << 10
+"""Most replies fit, and a buffer of this size costs nothing to make."""
+CONNECT_SECONDS = 10.0
+
+
+class SocketStream:
+    """A connected stream socket as an `EngineStream`; it is this object's from now on."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        self._connection = connection
+
+    async def write(self, data: bytes) -> None:
+        """Send bytes; raises OSError when the other side takes no more."""
+        await asyncio.get_running_loop().sock_sendall(self._connection, data)
+
+    async def end(self) -> None:
+        """Send the end of this direction."""
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_WR)
+
+    async def read(self) -> bytes:
+        """Return what has come, at most `READ_BYTES`; waits only while nothing has."""
+        first = await asyncio.get_running_loop().sock_recv(self._connection, _FIRST_BYTES)
+        if len(first) < _FIRST_BYTES:
+            return first
+        parts, size = [first], len(first)
+        with contextlib.suppress(BlockingIOError):
+            while size < READ_BYTES and (more := self._connection.recv(READ_BYTES - size)):
+                parts.append(more)
+                size += len(more)
+        return b"".join(parts)
+
+    def cut(self) -> None:
+        """Let pending reads and writes come to their ends."""
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+
+    async def close(self) -> None:
+        """Close the socket."""
+        self._connection.close()
+
+
+class DirectDoor:
+    """Connects to an engine with nothing in between.
+
+    For engines that the members of a session may do anything with.
+    """
+
+    def __init__(self, engine: Engine, place: SessionPlace) -> None:
+        self._engine = engine
+        self.place = place
+
+    async def open(self) -> EngineStream:
+        """Connect; raises NodeLostError when the engine takes no connections."""
+        return await connect_engine(self._engine)
+
+
+async def connect_engine(engine: Engine) -> SocketStream:
+    """Connect to the API of an engine.
+
+    Raises:
+        NodeLostError: it takes no connections.
+    """
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        connection.setblocking(False)
+        async with asyncio.timeout(CONNECT_SECONDS):
+            await asyncio.get_running_loop().sock_connect(connection, str(engine.socket))
+    except OSError as error:
+        # A timeout, too.
+        connection.close()
+        raise NodeLostError("the docker engine of this session takes no connections") from error
+    except BaseException:
+        connection.close()
+        raise
+    return SocketStream(connection)

@@ -1,0 +1,1 @@
+"""The node's side of directories that members and their sessions share."""

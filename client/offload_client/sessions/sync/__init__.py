@@ -1,0 +1,1 @@
+"""The member's side of directories that containers of a session use."""
