@@ -39,6 +39,7 @@ from offload_builder.node.sessions.models import SessionModels
 from offload_builder.node.sessions.nodeimages import NodeImages
 from offload_builder.node.sessions.nodesessions import REMOVE_SECONDS
 from offload_builder.node.sessions.opening import open_sessions
+from offload_builder.node.sessions.sync.desk import SyncDesk
 from offload_builder.node.slots import Slots
 from offload_builder.node.steprights import StepRights
 from offload_builder.node.tickets import TicketVerifier
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
 
     from offload_builder.egress.held import HeldPolicies
     from offload_builder.node.config import NodeConfig
+    from offload_builder.node.contextstore import ContextStore
     from offload_builder.node.enrolment import NodeIdentity
     from offload_builder.node.project import ProjectRuntime
     from offload_builder.node.sessions.nodesessions import NodeSessions
@@ -106,6 +108,7 @@ class NodeAgent:
         self.ended: EndedBuilds
         self.saved: SavedImages
         self.isolation: Isolation
+        self.copies: SyncDesk
         self.sessions: NodeSessions
         self._ends: BuildEnds
         self._projects: ProjectPool
@@ -190,6 +193,7 @@ class NodeAgent:
                 node=self.identity.node_id,
                 max_bytes=self.config.session_models_max,
             )
+            self.copies = await stack.enter_async_context(SyncDesk())
             self.sessions = await stack.enter_async_context(
                 open_sessions(
                     self.config,
@@ -198,6 +202,8 @@ class NodeAgent:
                     self.link,
                     images,
                     models,
+                    self.copies,
+                    registries.settings,
                     lambda: self._devices.found,
                 )
             )
@@ -285,6 +291,10 @@ class NodeAgent:
     async def runtime(self, project_id: str, trust_domain: str) -> ProjectRuntime:
         """Return a trust domain of a project, for what is no build; see `ProjectPool.runtime`."""
         return await self._projects.runtime(project_id, trust_domain)
+
+    async def context_store(self, project_id: str, trust_domain: str) -> ContextStore | None:
+        """Return context files that people share; see `ProjectPool.context_store`."""
+        return await self._projects.context_store(project_id, trust_domain)
 
     def limit_projects(self, limits: ProjectLimits) -> None:
         """Take the bounds of all projects that have some."""

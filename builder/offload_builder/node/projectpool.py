@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from offload_builder.egress.policy.ofbuild import BuildPolicy
     from offload_builder.node.config import NodeConfig
+    from offload_builder.node.contextstore import ContextStore
     from offload_builder.node.place import Place
     from offload_builder.node.registries import Bases
     from offload_cache.mirror.judging import Judge
@@ -236,6 +237,19 @@ class ProjectPool:
     def _content(self, domain: TrustDomain) -> ProjectContent:
         objects = self._node_store.objects
         return ProjectContent(domain, self._config, objects, self._threads, self._busy)
+
+    async def context_store(self, project_id: str, trust_domain: str) -> ContextStore | None:
+        """Return the context files that people of a trust domain share; None for those alone.
+
+        Raises:
+            UsageError: the name is no project name.
+            OffloadError: its data cannot be opened.
+        """
+        domain = TrustDomain(project_id, trust_domain)
+        if domain.is_untrusted:
+            return None
+        async with self._lock(project_id):
+            return (await self._shared_content(project_id)).store
 
     async def _shared_content(self, project_id: str) -> ProjectContent:
         content = self._contents.get(project_id)

@@ -20,6 +20,8 @@ from offload_builder.node.renewal import IdentityKeeper
 from offload_builder.node.services import Blobs, NodeBuilds
 from offload_builder.node.sessions.service import SessionNode
 from offload_builder.node.sessions.sessionmetrics import SessionMetrics
+from offload_builder.node.sessions.sync.places import SyncPlaces
+from offload_builder.node.sessions.sync.service import SessionSyncService
 from offload_builder.node.tunnelservice import TunnelService
 from offload_builder.revocations import RevocationGate, Revocations
 from offload_core.errors import ConfigError
@@ -33,6 +35,7 @@ from offload_proto.v1.node_service_pb2_grpc import (
     add_NodeBuildsServiceServicer_to_server,
 )
 from offload_proto.v1.session_node_service_pb2_grpc import add_SessionNodeServiceServicer_to_server
+from offload_proto.v1.session_sync_service_pb2_grpc import add_SessionSyncServiceServicer_to_server
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -103,6 +106,10 @@ class NodeServer:
             add_BlobsServiceServicer_to_server(Blobs(self.agent), server)
             add_TunnelServiceServicer_to_server(TunnelService(self.agent.isolation.tunnels), server)
             add_SessionNodeServiceServicer_to_server(SessionNode(self.agent.sessions), server)
+            places = SyncPlaces(self.agent.sessions, self.agent.context_store)
+            add_SessionSyncServiceServicer_to_server(
+                SessionSyncService(self.agent.copies, places.open), server
+            )
             host, port = split_address(self.config.listen, default_port=DEFAULT_PORT)
             try:
                 bound = server.add_secure_port(

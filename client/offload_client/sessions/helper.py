@@ -36,20 +36,24 @@ from offload_client.sessions.records import (
     prepare_sockets,
     read_record,
 )
+from offload_client.sessions.sync.bindmounts import BindMounts as SyncedMounts
+from offload_client.sessions.sync.bindsettings import BindSettings
 from offload_client.sessions.tunnel import Tunnel
 from offload_client.sessions.watching import Watching
 from offload_core.aio import TaskSet
 from offload_core.errors import OffloadError
+from offload_proto.v1.session_sync_service_pb2_grpc import SessionSyncServiceStub
 from offload_proto.v1.sessions_service_pb2 import SessionState
 
 if TYPE_CHECKING:
     import logging
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable
 
     from offload_client.sessions.bindmounts import BindMounts
     from offload_client.sessions.records import SessionRecord
+    from offload_client.sessions.sync.synclink import SyncCall
 
-    MakeMounts = Callable[[Tunnel, Path], Awaitable[BindMounts]]
+    MakeMounts = Callable[[Tunnel, Callable[[str], None]], BindMounts]
 
 CONTAINERS_FILE = "containers.json"
 AWAY_SECONDS = 1800.0
@@ -76,7 +80,8 @@ class Helper:
             directory: of the session.
             record: in it.
             log: of this helper.
-            make_mounts: starts what synchronises directories; None where that is not possible.
+            make_mounts: returns what synchronises directories, given the tunnel and who is told
+                sentences that people should read; None where that is not possible.
             away_seconds: ends after so long without the node.
         """
         self._directory = directory
@@ -107,7 +112,7 @@ class Helper:
             known = KnownContainers(self._directory / CONTAINERS_FILE)
             mounts = None
             if self._make_mounts is not None:
-                mounts = await self._make_mounts(tunnel, self._directory)
+                mounts = self._make_mounts(tunnel, self._warn)
                 stack.push_async_callback(mounts.aclose)
             tasks = TaskSet(on_error=self._failed)
             stack.push_async_callback(tasks.close)
@@ -253,11 +258,27 @@ async def serve(directory: Path, *, make_mounts: MakeMounts | None = None) -> in
     return 0
 
 
+def make_mounts(tunnel: Tunnel, warn: Callable[[str], None]) -> BindMounts:
+    """Return what synchronises directories of this machine with a session.
+
+    Raises:
+        ConfigError: config.toml is wrong.
+    """
+
+    async def open_call() -> SyncCall:
+        channel, metadata = await tunnel.channel()
+        call: SyncCall = SessionSyncServiceStub(channel).Sync(metadata=metadata)
+        return call
+
+    settings = BindSettings.of(Invocation.of_process([]))
+    return SyncedMounts(open_call, (os.getuid(), os.getgid()), settings, warn)
+
+
 def main() -> None:
     """Run the helper of the session in a directory."""
     if len(sys.argv) != 2 or not (Path(sys.argv[1]) / RECORD_FILE).is_file():
         sys.exit("usage: python -m offload_client.sessions.helper DIRECTORY")
-    sys.exit(asyncio.run(serve(Path(sys.argv[1]))))
+    sys.exit(asyncio.run(serve(Path(sys.argv[1]), make_mounts=make_mounts)))
 
 
 if __name__ == "__main__":

@@ -179,6 +179,13 @@ class SessionPlace:
     trust_domain: str
 
 
+class KeptCopies(Protocol):
+    """What the life of a session needs of its synchronised directories."""
+
+    async def end(self, session_id: str) -> None:
+        """End what works in the namespaces of its engine; the copies stay."""
+
+
 class EngineStream(Protocol):
     """One connection to the API of an engine; one task reads and one writes at a time."""
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from offload_builder.node.config import NodeConfig
     from offload_builder.node.sessions.contract import (
         EngineHost,
+        KeptCopies,
         KeptModels,
         OpenEngineDoor,
         SessionNetworks,
@@ -65,6 +66,7 @@ class NodeSessions:
         networks: of engines.
         open_door: makes what stands between members and an engine.
         models: that sessions leave to the next ones.
+        copies: of members' directories in sessions.
         reports: the way to the gateway.
         devices: returns what devices the node has; None while that is not known.
         problem: why there can be no sessions here; empty when there can.
@@ -81,6 +83,7 @@ class NodeSessions:
         networks: SessionNetworks,
         open_door: OpenEngineDoor,
         models: KeptModels,
+        copies: KeptCopies,
         reports: SessionReports,
         devices: Callable[[], NodeDevices | None],
         *,
@@ -91,6 +94,7 @@ class NodeSessions:
         self._host = host
         self._open_door = open_door
         self._models = models
+        self._copies = copies
         self._reporting = Reporting(reports)
         self._devices = devices
         self._networks = networks
@@ -295,7 +299,7 @@ class NodeSessions:
         session.set_state(SessionState.SESSION_STATE_RUNNING)
         end = partial(self.end, session)
         upkeep = self._upkeep[place.session_id] = Upkeep(
-            session, engine, self._the_host, self._models, end
+            session, engine, self._the_host, self._models, self._copies, end
         )
         upkeep.begin()
         log.info(
@@ -370,6 +374,7 @@ class NodeSessions:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(KEEP_SECONDS):
                         await self._models.keep(session.engine, session.place)
+            await self._copies.end(session_id)
             try:
                 await self._remove(session)
             except NodeLostError as error:

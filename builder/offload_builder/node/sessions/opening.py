@@ -13,17 +13,20 @@ from offload_builder.node.sessions.guard.door import Doors
 from offload_builder.node.sessions.limits import Machine, SessionBounds, free_disk
 from offload_builder.node.sessions.network import SessionNetworks
 from offload_builder.node.sessions.nodesessions import NodeSessions
+from offload_builder.node.sessions.registryoptions import registry_options
 from offload_builder.node.sessions.sessiontasks import SessionTasks
 from offload_builder.provider.process import tools_directory
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Mapping
 
+    from offload_builder.buildkit.daemon_config import RegistrySettings
     from offload_builder.node.config import NodeConfig
     from offload_builder.node.gatewaylink import GatewayLink
     from offload_builder.node.isolation import Isolation
     from offload_builder.node.sessions.guard.images import ImageSources
     from offload_builder.node.sessions.models import SessionModels
+    from offload_builder.node.sessions.sync.desk import SyncDesk
     from offload_cache.registry.server import RegistryServer
     from offload_proto.v1.nodes_service_pb2 import NodeDevices
 
@@ -38,6 +41,8 @@ async def open_sessions(
     link: GatewayLink,
     images: ImageSources,
     models: SessionModels,
+    copies: SyncDesk,
+    registries: Mapping[str, RegistrySettings],
     devices: Callable[[], NodeDevices | None],
 ) -> AsyncIterator[NodeSessions]:
     """Take sessions while the context is open; all of them end with it.
@@ -51,6 +56,8 @@ async def open_sessions(
         link: to the gateway.
         images: that the node has for engines.
         models: of projects.
+        copies: of members' directories.
+        registries: of the node's configuration, by host.
         devices: returns what devices the node has; None while that is not known.
     """
     networks = SessionNetworks(isolation, registry)
@@ -62,6 +69,7 @@ async def open_sessions(
         ready=config.sessions_ready,
         ready_limits=bounds.default,
         cdi_spec_dirs=tuple(config.cdi_spec_dirs),
+        options=registry_options(registries),
     )
     host = EngineHost(settings, networks)
     async with AsyncExitStack() as stack:
@@ -83,6 +91,7 @@ async def open_sessions(
                 networks,
                 Doors(images, models, networks.registry_of),
                 models,
+                copies,
                 link,
                 devices,
                 problem=problem,

@@ -48,6 +48,16 @@ T = TypeVar("T")
 Context = Any  # grpc.aio.ServicerContext with its two type parameters
 
 
+def called_session(sessions: NodeSessions, context: Context) -> tuple[NodeSession, str]:
+    """Return the session that a call is about, and the member who calls.
+
+    Raises:
+        NotFoundError: there is none, or it is not theirs.
+    """
+    member = member_identity(context).name
+    return sessions.find(_metadata(context, SESSION_KEY), member), member
+
+
 class SessionNode(SessionNodeServiceServicer):
     """Its sessions are found by name and certificate; who may not use one learns nothing of it."""
 
@@ -55,8 +65,7 @@ class SessionNode(SessionNodeServiceServicer):
         self._sessions = sessions
 
     def _session(self, context: Context) -> tuple[NodeSession, str]:
-        member = member_identity(context).name
-        return self._sessions.find(_metadata(context, SESSION_KEY), member), member
+        return called_session(self._sessions, context)
 
     @contextmanager
     def _call(self, context: Context, *, counts: bool) -> Iterator[tuple[NodeSession, SessionCall]]:

@@ -18,7 +18,7 @@ from offload_proto.v1.sessions_service_pb2 import SessionState
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from offload_builder.node.sessions.contract import Engine, EngineHost, KeptModels
+    from offload_builder.node.sessions.contract import Engine, EngineHost, KeptCopies, KeptModels
     from offload_builder.node.sessions.lifetime import Lifetime
     from offload_builder.node.sessions.session import NodeSession
 
@@ -40,6 +40,7 @@ class Upkeep:
         engine: of it.
         host: of the engine.
         models: that the session leaves to the next ones.
+        copies: of members' directories in the session.
         end: begins to end the session, with a reason.
 
     Attributes:
@@ -52,6 +53,7 @@ class Upkeep:
         engine: Engine,
         host: EngineHost,
         models: KeptModels,
+        copies: KeptCopies,
         end: Callable[[str], object],
     ) -> None:
         if session.life is None:
@@ -62,6 +64,7 @@ class Upkeep:
         self._engine = engine
         self._host = host
         self._models = models
+        self._copies = copies
         self._end = end
         self._tasks = TaskSet(_crashed)
         self._turn = asyncio.Lock()
@@ -150,6 +153,7 @@ class Upkeep:
             if self._watching is not None:
                 self._watching.cancel()
                 await asyncio.wait((self._watching,))
+            await self._copies.end(session.session_id)
             try:
                 await self._host.pause(self._engine)
             except OffloadError as error:

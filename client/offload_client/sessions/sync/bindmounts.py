@@ -11,7 +11,7 @@ from offload_core.aio import for_each
 from offload_core.errors import OffloadError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from offload_client.sessions.sync.bindsettings import BindSettings
     from offload_client.sessions.sync.sources import Source
@@ -25,7 +25,7 @@ class BindMounts:
 
     Args:
         open_call: opens SessionSyncService.Sync for the session, again after a connection was
-            lost; raises nothing.
+            lost; raises `OffloadError`.
         ids: user and group that files belong to in the session: the member's own, so that a
             container that runs as them may write.
         settings: of the member.
@@ -34,7 +34,7 @@ class BindMounts:
 
     def __init__(
         self,
-        open_call: Callable[[], SyncCall],
+        open_call: Callable[[], Awaitable[SyncCall]],
         ids: tuple[int, int],
         settings: BindSettings,
         warn: Callable[[str], None],

@@ -31,7 +31,7 @@ from offload_core.treesync.rules import Rules
 from offload_proto.v1.session_sync_service_pb2 import SyncOpen
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from offload_client.sessions.sync.bindsettings import BindSettings
     from offload_client.sessions.sync.sources import Source
@@ -67,7 +67,7 @@ class SyncedDirectory:
     def __init__(
         self,
         source: Source,
-        open_call: Callable[[], SyncCall],
+        open_call: Callable[[], Awaitable[SyncCall]],
         ids: tuple[int, int],
         settings: BindSettings,
         warn: Callable[[str], None],
@@ -293,7 +293,7 @@ class SyncedDirectory:
     async def _connect(self, live: LiveReplica, broken: asyncio.Future[BaseException]) -> None:
         loop = asyncio.get_running_loop()
         link = SyncLink(
-            self._open_call(),
+            await self._open_call(),
             live,
             opened=self._told_opened,
             changes=self._told,

@@ -26,7 +26,7 @@ from offload_proto.v1.nodes_service_pb2 import (
     WakeTask,
 )
 from offload_proto.v1.sessions_service_pb2 import SessionSpec, SessionState
-from tests.fixtures.standinengine import NoModels, NoNetworks, StandInHost
+from tests.fixtures.standinengine import NoCopies, NoModels, NoNetworks, StandInHost
 
 PLACE = SessionPlace("a" * 16, "shop", "ann", "member", "shop")
 RUNNING, PAUSED, ENDED = (
@@ -68,7 +68,7 @@ async def node(tmp_path, **options):
     async with (
         StandInHost(tmp_path) as host,
         NodeSessions(
-            config, bounds, host, networks, DirectDoor, models, gateway, lambda: None
+            config, bounds, host, networks, DirectDoor, models, NoCopies(), gateway, lambda: None
         ) as sessions,
     ):
         sessions.networks_of_test, sessions.models_of_test = networks, models

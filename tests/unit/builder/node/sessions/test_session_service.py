@@ -35,7 +35,7 @@ from offload_proto.v1.session_node_service_pb2_grpc import (
     add_SessionNodeServiceServicer_to_server,
 )
 from offload_proto.v1.sessions_service_pb2 import SessionSpec, SessionState
-from tests.fixtures.standinengine import NoModels, NoNetworks, StandInHost
+from tests.fixtures.standinengine import NoCopies, NoModels, NoNetworks, StandInHost
 
 ID = "a" * 16
 PLACE = SessionPlace(ID, "shop", "ann", "member", "shop")
@@ -82,7 +82,15 @@ async def world(tmp_path, monkeypatch, **options):
     async with (
         StandInHost(tmp_path) as host,
         NodeSessions(
-            config, bounds, host, NoNetworks(), DirectDoor, NoModels(), Silent(), lambda: None
+            config,
+            bounds,
+            host,
+            NoNetworks(),
+            DirectDoor,
+            NoModels(),
+            NoCopies(),
+            Silent(),
+            lambda: None,
         ) as sessions,
     ):
         add_SessionNodeServiceServicer_to_server(SessionNode(sessions), server)
