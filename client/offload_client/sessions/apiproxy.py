@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 MAX_CONNECTIONS = 512
 BACKLOG = 128
 AGAIN_SECONDS = 0.1
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 def listen(path: Path) -> socket.socket:
@@ -126,6 +127,8 @@ class _Served:
         self._interception = interception
         self._engine: NodeStream | None = None
         self._opened = asyncio.Event()
+        self._answering = False
+        """An answer of ours has begun, and nothing else may come before its end."""
 
     async def serve(self) -> None:
         up = asyncio.ensure_future(self._upwards())
@@ -144,11 +147,11 @@ class _Served:
         try:
             await self._requests()
         except OffloadError as error:
-            if self._engine is None:
-                await self._local.send(_told(error))
-                await self._local.half_close()
-                return
-            raise
+            if self._engine is not None or self._answering:
+                raise
+            await self._local.send(_told(error))
+            await self._leave()
+            return
         if self._engine is not None:
             await self._engine.half_close()
             await self._local.until_hung_up()
@@ -158,7 +161,9 @@ class _Served:
         while (head := await requests.head()) is not None:
             handler = self._interception.find(head)
             if handler is not None:
-                await self._intercept(handler, head, requests)
+                if not await self._intercept(handler, head, requests):
+                    await self._leave()
+                    return
                 continue
             engine = await self._connected()
             await engine.send(head.raw)
@@ -171,27 +176,40 @@ class _Served:
 
     async def _intercept(
         self, handler: Handler, head: RequestHead, requests: RequestReader
-    ) -> None:
-        begun = False
+    ) -> bool:
+        """Answer a request; return whether others may follow it."""
 
         async def send(data: bytes) -> None:
-            nonlocal begun
-            begun = True
+            self._answering = True
             await self._local.send(data)
 
+        if head.header("Expect").lower() == "100-continue":
+            # The engine would say so; until then the client keeps its body.
+            await self._local.send(CONTINUE)
         work = asyncio.ensure_future(handler(head, requests, send))
         gone = asyncio.ensure_future(self._local.until_hung_up())
         try:
             await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
-                return
+                return False
             await work
+            self._answering = False
         except OffloadError as error:
-            if begun:
+            if self._answering:
                 raise
             await self._local.send(_told(error))
+            return False
         finally:
             await stop(work, gone, expected=BROKEN)
+        return head.stays
+
+    async def _leave(self) -> None:
+        """End the connection, whatever the client still sends: else it loses our last words."""
+        await self._local.half_close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_SECONDS):
+                while await self._local.receive():
+                    continue
 
     async def _connected(self) -> NodeStream:
         if self._engine is None:
