@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import socket
 from functools import partial
 from typing import TYPE_CHECKING, Self
 
 from offload_client.sessions.copying import BROKEN, LINGER_SECONDS, copy
+from offload_client.sessions.listeningsocket import ListeningSocket
 from offload_client.sessions.localsocket import LocalSocket
 from offload_core.aio import TaskSet, finish, stop
 from offload_core.enginehttp import RequestReader, error_response
@@ -17,6 +16,7 @@ from offload_core.errors import NotFoundError, OffloadError, UsageError
 
 if TYPE_CHECKING:
     import logging
+    import socket
     from pathlib import Path
     from types import TracebackType
 
@@ -26,30 +26,8 @@ if TYPE_CHECKING:
     from offload_core.enginehttp import RequestHead
 
 MAX_CONNECTIONS = 512
-BACKLOG = 128
 AGAIN_SECONDS = 0.1
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-
-
-def listen(path: Path) -> socket.socket:
-    """Return a listening unix socket for its owner alone, in the place of one that is left over.
-
-    Raises:
-        OSError: it cannot be made.
-    """
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    scratch = path.with_suffix(".new")
-    try:
-        listener.setblocking(False)
-        scratch.unlink(missing_ok=True)
-        listener.bind(str(scratch))
-        scratch.chmod(0o600)
-        listener.listen(BACKLOG)
-        scratch.replace(path)
-    except BaseException:
-        listener.close()
-        raise
-    return listener
 
 
 class ApiProxy:
@@ -72,11 +50,11 @@ class ApiProxy:
         self._log = log
         self._room = asyncio.Semaphore(MAX_CONNECTIONS)
         self._tasks = TaskSet(on_error=self._failed)
-        self._listener: socket.socket | None = None
+        self._listener: ListeningSocket | None = None
 
     async def __aenter__(self) -> Self:
-        self._listener = listen(self._path)
-        self._tasks.start(self._accept(self._listener), name="accept")
+        self._listener = ListeningSocket(self._path)
+        self._tasks.start(self._accept(self._listener.socket), name="accept")
         return self
 
     async def __aexit__(
@@ -85,11 +63,16 @@ class ApiProxy:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with contextlib.suppress(OSError):
-            os.unlink(self._path)  # noqa: PTH108 - one call, at the end of everything
+        if self._listener is not None:
+            self._listener.remove()
         await finish(self._tasks.close(), 6)
         if self._listener is not None:
             self._listener.close()
+
+    @property
+    def in_place(self) -> bool:
+        """Whether docker clients still come here."""
+        return self._listener is not None and self._listener.in_place
 
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
