@@ -129,7 +129,7 @@ class DockerEngine:
             await asyncio.wait((formatting,))
 
     async def _start(self, users: str, network: Callable[[str], Awaitable[NetworkPlan]]) -> None:
-        process = EngineProcess(DaemonLog(self._folder / LOG))
+        process = EngineProcess(DaemonLog(self._folder / LOG), self._groups)
         self._process = process
         await process.start(self._plan(users), self.socket, network, self._keep)
         self.version = process.version
@@ -277,24 +277,33 @@ class DockerEngine:
                 raise
 
     async def _end(self) -> None:
-        """Kill everything in it."""
+        """Kill everything in it.
+
+        Raises:
+            NodeLostError: it does not end; it can be tried again.
+        """
         process, self._process = self._process, None
         if process is not None:
-            await process.kill()
+            try:
+                await process.kill()
+            except BaseException:
+                self._process = process
+                raise
 
     async def close(self) -> None:
         """Remove everything of it."""
-        async with self._turn:
+        async with self._turn, AsyncExitStack() as rest:
+            # Each of them whatever becomes of the others: what is left of an engine is cut off.
+            rest.callback(self.ended.cancel)
+            rest.push_async_callback(asyncio.to_thread, self._remove)
+            rest.push_async_callback(self._stack.aclose)
+            rest.callback(self._close_users)
             await self._end()
-            if self._users >= 0:
-                os.close(self._users)
-                self._users = -1
-            try:
-                await self._stack.aclose()
-            finally:
-                await asyncio.to_thread(self._remove)
-                if not self.ended.done():
-                    self.ended.cancel()
+
+    def _close_users(self) -> None:
+        if self._users >= 0:
+            os.close(self._users)
+            self._users = -1
 
     def _remove(self) -> None:
         self.socket.unlink(missing_ok=True)

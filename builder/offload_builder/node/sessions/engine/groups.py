@@ -148,7 +148,7 @@ class EngineGroups:
         ]
 
     def kill(self) -> bool:
-        """Kill what runs in them; return whether something did."""
+        """Kill what runs in them, frozen or not; return whether something did."""
         return _kill(root / self._place for root in _roots(self._hierarchy))
 
     def remove(self) -> bool:
@@ -209,7 +209,18 @@ def _kill(groups: Iterable[Path]) -> bool:
                     found = True
                     with contextlib.suppress(OSError):
                         os.kill(pid, signal.SIGKILL)
+                _thaw(group)
     return found
+
+
+def _thaw(group: int) -> None:
+    """Let the processes of a group go on: those that version 1 has frozen do not even die."""
+    with contextlib.suppress(OSError):
+        file = os.open("freezer.state", os.O_WRONLY | os.O_CLOEXEC, dir_fd=group)
+        try:
+            os.write(file, b"THAWED")
+        finally:
+            os.close(file)
 
 
 def _remove(groups: Sequence[Path]) -> bool:
