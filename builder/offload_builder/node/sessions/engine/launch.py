@@ -137,7 +137,7 @@ def _make_users(base: int, count: int) -> str:
     if maker == 0:
         os.close(made[0])
         os.close(done[1])
-        _run(lambda: _hold_users(made[1], done[0]))
+        _run(lambda: _hold_users(base, made[1], done[0]))
     os.close(made[1])
     os.close(done[0])
     try:
@@ -154,7 +154,10 @@ def _make_users(base: int, count: int) -> str:
     return f"/proc/{os.getpid()}/fd/{users}"
 
 
-def _hold_users(made: int, done: int) -> None:
+def _hold_users(base: int, made: int, done: int) -> None:
+    # What the engine has of namespaces and inotify counts for whoever made its users. Were that
+    # this machine's root, one engine could take from it and all others what the kernel permits.
+    kernel.act_as(base)
     kernel.die_with_parent()
     kernel.unshare(kernel.CLONE_NEWUSER)
     os.write(made, b".")
