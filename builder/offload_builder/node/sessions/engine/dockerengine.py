@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger(__name__)
 _BLOCK_BYTES = 512
+_LOG_BYTES_PER_SECOND = 1 << 18
+"""Who is root in an engine can write to its log as well."""
 _FORMAT_SECONDS = 60.0
 _STOP_SECONDS = content.STOP_SECONDS + 4.0
 _DETACH_SECONDS = 20.0
@@ -129,7 +131,8 @@ class DockerEngine:
             await asyncio.wait((formatting,))
 
     async def _start(self, users: str, network: Callable[[str], Awaitable[NetworkPlan]]) -> None:
-        process = EngineProcess(DaemonLog(self._folder / LOG), self._groups)
+        log = DaemonLog(self._folder / LOG, bytes_per_second=_LOG_BYTES_PER_SECOND)
+        process = EngineProcess(log, self._groups)
         self._process = process
         await process.start(self._plan(users), self.socket, network, self._keep)
         self.version = process.version
