@@ -171,6 +171,15 @@ def test_engines_have_users_images_and_processes_of_their_own(engine, other):
         assert len(names) == 3, kind
 
 
+def test_sockets_past_the_network_are_refused_to_all_processes(engine):
+    seen = run(
+        engine, "--privileged", "--pid=host",
+        script="for p in /proc/[0-9]*; do busybox grep ^Seccomp: $p/status; done",
+    )  # fmt: skip
+
+    assert {line.split()[1] for line in seen.stdout.splitlines()} == {"2"}, seen
+
+
 def test_what_the_kernel_counts_for_users_is_counted_for_each_engine_alone(engine, other):
     owners = {owner_of_users(engine), owner_of_users(other)}
 

@@ -24,6 +24,7 @@ import resource
 import sys
 
 from offload_builder.node.sessions.engine import kernel
+from offload_builder.node.sessions.engine.machinesockets import refuse_machine_sockets
 from offload_builder.node.sessions.engine.rootfs import PROGRAMS, Root
 
 TYPE_CHECKING = False
@@ -232,5 +233,6 @@ def _begin(plan: Plan, waiting: int) -> None:
     os.dup2(2, 1)
     os.dup2(plan["listener"], _LISTENER, inheritable=True)
     os.closerange(_LISTENER + 1, 1024)
+    refuse_machine_sockets()
     environment = {"PATH": _PATH, "HOME": "/root", "LANG": "C.UTF-8", "LISTEN_FDS": "1"}
     os.execve("/bin/sh", ["sh", "-c", _FIRST, "sh", *plan["command"]], environment)  # noqa: S606
