@@ -39,6 +39,7 @@ _DEVICES = (
 """What docker allows its containers; in an engine nobody can make nodes of others anyway."""
 _NAMES = ("cpuset.cpus", "cpuset.mems")
 _GONE_SECONDS = 5.0
+_MOST_GROUPS = 4096
 _TRIES = 5
 
 
@@ -112,6 +113,8 @@ class EngineGroups:
             if (group / "memory.swap.max").exists():
                 _write(group / "memory.swap.max", 0)
             _write(group / "pids.max", limits.pids)
+            # A machine has 65,535 groups with memory, for everybody; version 1 knows no such bound.
+            _write(group / "cgroup.max.descendants", _MOST_GROUPS)
             return
         _write(self._upper("cpu") / "cpu.cfs_period_us", PERIOD_MICROSECONDS)
         _write(self._upper("cpu") / "cpu.cfs_quota_us", quota)

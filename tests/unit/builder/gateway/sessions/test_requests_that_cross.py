@@ -11,7 +11,12 @@ from offload_builder.gateway.sessions.active import ActiveSessions
 from offload_builder.gateway.sessions.cost import Rates
 from offload_builder.gateway.sessions.queue import SessionQueue
 from offload_builder.gateway.sessions.sharing import shared_with
-from offload_builder.gateway.sessions.table import FAILED, SessionQuery, SessionRecord, SessionsTable
+from offload_builder.gateway.sessions.table import (
+    FAILED,
+    SessionQuery,
+    SessionRecord,
+    SessionsTable,
+)
 from offload_builder.gateway.store import Store
 from offload_builder.gateway.tokens import TokenRecord
 from offload_proto.v1 import identity_service_pb2 as identity_pb
