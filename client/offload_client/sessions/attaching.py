@@ -156,7 +156,8 @@ class Attachments:
         Raises:
             InvalidValueError: it cannot be a name.
         """
-        return HelperProcess(self.directory(name), self._invocation.environment)
+        invocation = self._invocation
+        return HelperProcess(self.directory(name), invocation.environment, invocation.cwd)
 
     async def attach(
         self, name: str, session: Session, gateway: str, helper: HelperProcess, *, own: bool

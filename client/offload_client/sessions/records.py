@@ -74,7 +74,8 @@ def context_name(name: str) -> str:
 
 def sessions_directory(invocation: Invocation) -> Path:
     """Return where the directories of all sessions are."""
-    return invocation.state_dir() / "sessions"
+    # Docker and the helper are not where this command is.
+    return invocation.cwd / invocation.state_dir() / "sessions"
 
 
 def session_directory(invocation: Invocation, name: str) -> Path:

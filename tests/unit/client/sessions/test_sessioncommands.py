@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -36,7 +37,6 @@ from offload_proto.v1.sessions_service_pb2 import Session, SessionSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 
 @pytest.fixture
@@ -198,11 +198,15 @@ def test_helper_gets_what_it_logs_in_with_and_no_other_secret() -> None:
         "HOME": "/h", "PATH": "/b", "OFFLOAD_TOKEN": "t", "OFFLOAD_CONFIG_DIR": "/c",
         "DOCKER_CONFIG": "/d", "AWS_SECRET_ACCESS_KEY": "x", "GITHUB_TOKEN": "y",
         "ACTIONS_ID_TOKEN_REQUEST_TOKEN": "z", "CI_JOB_TOKEN": "v", "CI_JOB_ID": "1",
+        "XDG_STATE_HOME": "state",
     }  # fmt: skip
-    kept = helper_environment(environment)
+    kept = helper_environment(environment, Path("/work"))
     assert set(environment) - set(kept) == {
         "AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN", "CI_JOB_TOKEN",
     }  # fmt: skip
+    # It works in another directory.
+    assert kept["XDG_STATE_HOME"] == "/work/state"
+    assert kept["DOCKER_CONFIG"] == "/d"
 
 
 @pytest.mark.parametrize(
