@@ -164,7 +164,8 @@ class Stopping:
             calls = await self._calls(record)
             # Whoever cannot be stopped keeps the helper.
             await calls.get(record.session_id)
-            await self._local.quiet(record)
+            for warning in await self._local.quiet(record):
+                self._invocation.err(f"WARNING: {warning}")
             await calls.stop(record.session_id)
         except NotFoundError:
             return f'The session "{record.name}" was gone already'
