@@ -238,6 +238,20 @@ def test_docker_hears_of_a_session_in_use_that_ends_soon(invocation: Invocation)
     assert "no helper" in hook_answer()
 
 
+def test_docker_waits_for_no_helper_of_a_session_that_it_does_not_use(
+    invocation: Invocation,
+) -> None:
+    directory = remember(invocation, "other")
+    prepare_sockets(directory)
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(helper_socket(directory)))
+        silent.listen()
+        silent.setblocking(False)
+        assert hook_answer() == ""
+        with pytest.raises(BlockingIOError):
+            silent.accept()
+
+
 def test_images_at_hand_are_those_of_the_owner_on_the_node_of_the_session() -> None:
     def build(build_id: str, name: str, member: str, node: str, digest: str = "d") -> Build:
         return Build(
