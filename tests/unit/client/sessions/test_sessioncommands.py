@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
@@ -17,6 +18,7 @@ import pytest
 
 from offload_client.cli.sessionimages import image_row, with_images
 from offload_client.cli.sessionrows import fill_template
+from offload_client.cli.sessionstart import Starting
 from offload_client.cli.sessionstop import Stopping, question
 from offload_client.dockercli.plugin import hook_answer, is_builder_alias
 from offload_client.invocation import Invocation, text_stream
@@ -34,14 +36,16 @@ from offload_client.sessions.records import (
     session_directory,
     write_record,
 )
+from offload_client.settings import Settings
 from offload_core.errors import ConfigError, NotFoundError, UsageError
 from offload_proto.v1.builds_service_pb2 import Build, BuildState
-from offload_proto.v1.sessions_service_pb2 import Session, SessionSpec
+from offload_proto.v1.sessions_service_pb2 import OpenSessionResponse, Session, SessionSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from offload_client.connections import Connections
+    from offload_client.sessions.gatewaycalls import SessionCalls
 
 
 @pytest.fixture
@@ -322,3 +326,33 @@ def test_bundle_is_for_its_owner_whatever_lay_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="link of another user"):
         write_bundle(path, "a", {"b": "c"})
     assert not other.exists()
+
+
+class _Calls:
+    """A gateway that starts a session at once."""
+
+    def __init__(self) -> None:
+        self.stopped: list[str] = []
+
+    async def start(self, project: str, spec: SessionSpec, **_: Any) -> OpenSessionResponse:
+        return OpenSessionResponse(session=Session(session_id="a1", project_id=project, spec=spec))
+
+    async def stop(self, session_id: str, *, timeout: float) -> None:
+        assert timeout
+        self.stopped.append(session_id)
+
+
+async def test_start_that_is_interrupted_at_its_very_end_leaves_no_session(
+    invocation: Invocation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def interrupted(*_: object) -> None:
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr("offload_client.build.runner.finish_display", interrupted)
+    calls = _Calls()
+    settings = Settings("g:1", "p")
+    nothing = cast("Connections", None)
+    starting = Starting(invocation, nothing, settings, SessionSpec(name="web"), "quiet")
+    with pytest.raises(asyncio.CancelledError):
+        await starting._started(cast("SessionCalls", calls), None)
+    assert calls.stopped == ["a1"]
