@@ -12,7 +12,12 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from offload_client.sessions.control import HelperAwayError, ask_helper
-from offload_client.sessions.records import helper_socket, list_records, session_directory
+from offload_client.sessions.records import (
+    helper_socket,
+    list_records,
+    noted_end,
+    session_directory,
+)
 from offload_client.sessions.statusview import pretty_lines, view_of_helper
 
 if TYPE_CHECKING:
@@ -151,11 +156,14 @@ def session_views(invocation: Invocation, name: str | None = None) -> list[dict[
 
 
 def _view(invocation: Invocation, record: SessionRecord, current: str) -> dict[str, Any]:
-    path = helper_socket(session_directory(invocation, record.name))
+    directory = session_directory(invocation, record.name)
     try:
-        answer = ask_helper(path, "status", timeout=ASK_SECONDS)
+        answer = ask_helper(helper_socket(directory), "status", timeout=ASK_SECONDS)
     except HelperAwayError:
         answer = None
+    if answer is None and (reason := noted_end(directory)):
+        answer = {"state": "ended", "reason": reason}
+        return view_of_helper(record, answer, time.time(), current) | {"helper": "not running"}
     return view_of_helper(record, answer, time.time(), current)
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from offload_client.connections import Connections
 from offload_client.invocation import Invocation
-from offload_client.sessions.access import LOCAL_POOL, GatewayAccess
+from offload_client.sessions.access import CONNECTION_OPTIONS, GONE, GatewayAccess
 from offload_client.sessions.apiproxy import ApiProxy
 from offload_client.sessions.containers import KnownContainers
 from offload_client.sessions.controlserver import ControlServer
@@ -32,7 +32,9 @@ from offload_client.sessions.records import (
     LOG_FILE,
     RECORD_FILE,
     engine_socket,
+    forget_end,
     helper_socket,
+    note_end,
     prepare_sockets,
     read_record,
 )
@@ -58,6 +60,8 @@ if TYPE_CHECKING:
 CONTAINERS_FILE = "containers.json"
 AWAY_SECONDS = 1800.0
 """After so long without its node, a session is given up here."""
+TELL_SECONDS = 600.0
+"""For so long after the end of a session docker's commands hear why it ended."""
 LOOK_SECONDS = 2.0
 MAX_WARNINGS = 20
 
@@ -73,6 +77,7 @@ class Helper:
         *,
         make_mounts: MakeMounts | None = None,
         away_seconds: float = AWAY_SECONDS,
+        tell_seconds: float = TELL_SECONDS,
     ) -> None:
         """Prepare.
 
@@ -83,12 +88,14 @@ class Helper:
             make_mounts: returns what synchronises directories, given the tunnel and who is told
                 sentences that people should read; None where that is not possible.
             away_seconds: ends after so long without the node.
+            tell_seconds: ends so long after the session.
         """
         self._directory = directory
         self._record = record
         self._log = log
         self._make_mounts = make_mounts
         self._away_seconds = away_seconds
+        self._tell_seconds = tell_seconds
         self._stopping = asyncio.Event()
         self._warnings: list[str] = []
         self._started = time.time()
@@ -101,7 +108,7 @@ class Helper:
         """
         async with AsyncExitStack() as stack:
             connections = await stack.enter_async_context(
-                Connections(persistent=True, options=LOCAL_POOL)
+                Connections(persistent=True, options=CONNECTION_OPTIONS)
             )
             access = GatewayAccess(Invocation.of_process([]), connections, self._record)
             tunnel = Tunnel(access, self._record.session_id, self._log)
@@ -141,7 +148,8 @@ class Helper:
         self._stopping.set()
 
     async def _until_over(self, tunnel: Tunnel) -> None:
-        while not self._stopping.is_set() and not tunnel.ended.done():
+        over_at: float | None = None
+        while not self._stopping.is_set():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_SECONDS):
                     await self._stopping.wait()
@@ -152,6 +160,13 @@ class Helper:
             if not same:
                 self._log.info("the record of the session is gone")
                 return
+            if tunnel.ended.done():
+                if over_at is None:
+                    over_at = time.monotonic()
+                    note_end(self._directory, tunnel.ended.result())
+                if time.monotonic() - over_at >= self._tell_seconds:
+                    return
+                continue
             since = tunnel.reconnecting_since
             if since is not None and time.time() - max(since, self._started) > self._away_seconds:
                 self._log.info("the session could not be reached for too long")
@@ -180,6 +195,13 @@ class Helper:
             "received_bytes": tunnel.traffic.received,
             "warnings": self._warnings,
         }
+        if tunnel.ended.done():
+            gone = news is not None and news.state in GONE
+            return told | {
+                "state": told["state"] if gone else "ended",
+                "reason": tunnel.ended.result(),
+                "reconnecting_since": None,
+            }
         if news is not None:
             told["activity"] = _activity(news.activity)
             if news.HasField("remaining"):
@@ -243,6 +265,7 @@ async def serve(directory: Path, *, make_mounts: MakeMounts | None = None) -> in
         os.close(lock)
         return 0
     log = open_log(directory / LOG_FILE)
+    forget_end(directory)
     try:
         helper = Helper(directory, read_record(directory), log, make_mounts=make_mounts)
         loop = asyncio.get_running_loop()
