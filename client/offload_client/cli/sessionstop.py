@@ -167,10 +167,15 @@ class Stopping:
             return f'Forgot the session "{record.name}", whose record could not be read'
         if not record.mine:
             return f'Left the session "{record.name}" of {record.owner}; it goes on'
+        from offload_client.sessions.gatewaycalls import is_open
+
         try:
             calls = await self._calls(record)
             # Whoever cannot be stopped keeps the helper.
-            await calls.get(record.session_id)
+            session = await calls.get(record.session_id)
+            if not is_open(session):
+                why = f": {session.reason}" if session.reason else ""
+                return f'The session "{record.name}" was gone already{why}'
             await self._local.quiet(record)
             await calls.stop(record.session_id)
         except NotFoundError:

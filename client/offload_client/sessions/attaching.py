@@ -29,6 +29,7 @@ from offload_client.sessions.records import (
     sessions_directory,
     write_record,
 )
+from offload_client.sessions.statusview import OVER
 from offload_core.errors import ConfigError, InvalidValueError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
@@ -208,6 +209,10 @@ class Attachments:
             OffloadError: it does not start, or the docker context cannot be written.
         """
         directory = self.directory(record.name)
+        status = await asked(directory, "status")
+        if status is not None and status.get("state") in OVER:
+            # It was given up, and came back with its node.
+            await end_helper(directory)
         missing = not await helper_answers(directory)
         if missing:
             with self.prepared(record.name) as helper:

@@ -12,7 +12,12 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from offload_client.sessions.control import HelperAwayError, ask_helper
-from offload_client.sessions.records import helper_socket, list_records, session_directory
+from offload_client.sessions.records import (
+    helper_socket,
+    list_records,
+    noted_end,
+    session_directory,
+)
 from offload_client.sessions.statusview import pretty_lines, view_of_helper
 
 if TYPE_CHECKING:
@@ -167,11 +172,14 @@ def session_views(
 def _view(
     invocation: Invocation, record: SessionRecord, current: str, timeout: float
 ) -> dict[str, Any]:
-    path = helper_socket(session_directory(invocation, record.name))
+    directory = session_directory(invocation, record.name)
     try:
-        answer = ask_helper(path, "status", timeout=timeout)
+        answer = ask_helper(helper_socket(directory), "status", timeout=timeout)
     except HelperAwayError:
         answer = None
+    if answer is None and (reason := noted_end(directory)):
+        answer = {"state": "ended", "reason": reason}
+        return view_of_helper(record, answer, time.time(), current) | {"helper": "not running"}
     return view_of_helper(record, answer, time.time(), current)
 
 

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 DEFAULT_NAME = "default"
 RECORD_FILE = "session.json"
 LOG_FILE = "helper.log"
+END_FILE = "ended"
+"""Why the session has ended, once it has."""
+_MAX_END_BYTES = 1000
 LOCK_FILE = "helper.lock"
 """Locked for as long as the helper lives."""
 _CONTEXT = "docker-offload"
@@ -167,6 +170,27 @@ def remove_record(directory: Path) -> None:
         raise ConfigError(f"cannot remove {directory}: {error.strerror}") from error
     shutil.rmtree(directory, ignore_errors=True)
     shutil.rmtree(_socket_directory(directory), ignore_errors=True)
+
+
+def note_end(directory: Path, reason: str) -> None:
+    """Write down why a session has ended; where that cannot be, its helper alone says so."""
+    with contextlib.suppress(OSError):
+        replace_small_file(directory / END_FILE, reason.encode()[:_MAX_END_BYTES])
+
+
+def forget_end(directory: Path) -> None:
+    """Take a session for one that is there, as somebody uses it again."""
+    with contextlib.suppress(OSError):
+        (directory / END_FILE).unlink(missing_ok=True)
+
+
+def noted_end(directory: Path) -> str:
+    """Return why a session has ended; empty when it has not, as far as this machine knows."""
+    try:
+        with (directory / END_FILE).open("rb") as file:
+            return file.read(_MAX_END_BYTES).decode("utf-8", "replace").strip()
+    except OSError:
+        return ""
 
 
 def engine_socket(directory: Path) -> Path:

@@ -359,6 +359,16 @@ def test_a_container_without_ports_costs_no_further_call(
     assert server.calls == ["Engine"]
 
 
+def test_a_program_that_watches_says_that_nobody_waits_for_it(
+    helper: SessionHelper, server: SessionServer
+) -> None:
+    server.calls.clear()
+    output(helper, "run", "-d", "--name", "watched", "box", "/bin/sleep", "600")
+    # Its events, and what runs already.
+    until(lambda: server.calls.count("unattended") >= 2, "the watcher")
+    output(helper, "rm", "-f", "watched")
+
+
 def test_a_diagnosis_has_both_sides(helper: SessionHelper) -> None:
     texts = helper.ask("diagnose")["texts"]
     assert "serving session" in texts["helper.log"]
