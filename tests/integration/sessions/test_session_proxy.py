@@ -276,11 +276,8 @@ def test_datagrams_reach_a_container_and_come_back(helper: SessionHelper) -> Non
     option = "volume-nocopy,volume-opt=type=none,volume-opt=o=bind,volume-opt=device="
     mounts = [
         part
-        for folder in folders
-        for part in (
-            "--mount",
-            f"type=volume,src=of{folder.replace('/', '-')},dst={folder},readonly,{option}{folder}",
-        )
+        for at, folder in enumerate(folders)
+        for part in ("--mount", f"type=volume,src=v{at},dst={folder},readonly,{option}{folder}")
     ]
     python = str(Path(sys.executable).resolve())
     output(
