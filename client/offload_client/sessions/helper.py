@@ -238,7 +238,8 @@ class Helper:
         """End, once what containers wrote is here; say what is not."""
         before = set(self._warnings)
         running = tunnel.news is not None and tunnel.news.state == RUNNING
-        if mounts is not None and running and tunnel.reconnecting_since is None:
+        reached = tunnel.reconnecting_since is None and not tunnel.ended.done()
+        if mounts is not None and running and reached:
             try:
                 async with asyncio.timeout(LAST_FILES_SECONDS):
                     await mounts.after_exit()

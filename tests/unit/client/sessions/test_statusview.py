@@ -57,8 +57,8 @@ def test_lines_of_dockers_own_status_come_first() -> None:
             {"path": "/b", "state": "starting", "entries_here": 9, "entries_there": 4,
              "sent_bytes": 2_000_000},
             {"path": "/c", "state": "ended"},
-        ]}, "Directories", "/a, /b (copying: 4 of 9 files, 2MB there), "
-         "/c (not synchronised any more)"),
+        ]}, "Directories", ("/a, /b (copying: 4 of 9 files, 2MB there), "
+         "/c (not synchronised any more)")),
         ({"warning": "it ends in 5 minutes"}, "WARNING", "it ends in 5 minutes"),
     ],
 )  # fmt: skip
