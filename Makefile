@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH):/usr/sbin:/sbin
 
-.PHONY: help setup tools demo test test-unit test-integration faults check fmt lint types imports sizes \
-	proto proto-check docs docs-check bench clean
+.PHONY: help setup tools demo demo-session test test-unit test-integration faults check fmt lint types \
+	imports sizes proto proto-check docs docs-check bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,6 +17,10 @@ tools: ## install everything, for tests and benchmarks too
 
 demo: setup ## run the main job on real parts: two nodes, one cache, two members
 	$(VENV)/python examples/demo.py
+
+demo-session: ## docker run on a node: a session with a port and a directory of this machine
+	PYTHON=$(PYTHON) deploy/setup.sh session
+	$(VENV)/python examples/session_demo.py
 
 test: tools check ## all checks and tests
 	deploy/run_tests.sh

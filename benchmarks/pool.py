@@ -83,7 +83,13 @@ class Pool:
         self._stack.close()
 
     def start_node(
-        self, name: str, viewer: Member, *, slots: int = 0, isolation: str = "none"
+        self,
+        name: str,
+        viewer: Member,
+        *,
+        slots: int = 0,
+        isolation: str = "none",
+        **further: str,
     ) -> None:
         """Start a node with an empty data directory, and return when it takes builds.
 
@@ -93,6 +99,7 @@ class Pool:
             slots: builds that may run at once; 0 for the node's own default.
             isolation: "netns" for builds behind the firewall, where no peer reaches BuildKit
                 by TCP.
+            further: settings of the node, as in its configuration.
         """
         address = f"{self._host}:{free_port()}"
         settings = {
@@ -107,6 +114,7 @@ class Pool:
             "s3_endpoint": self._minio.endpoint_url,
             "s3_access_key": self._minio.access_key,
             "s3_secret_key": self._minio.secret_key,
+            **further,
         }
         if slots:
             settings["slots"] = str(slots)

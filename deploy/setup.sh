@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Installs what this checkout needs: `deploy/setup.sh demo` for building and the demo,
-# `deploy/setup.sh test` for the tests and benchmarks as well. Safe to run again; what is there is
-# left alone. Needs Python 3.11+, Go 1.26.8+ and, for missing Debian packages, root.
+# `deploy/setup.sh session` for docker engines of sessions as well, and `deploy/setup.sh test` for
+# the tests and benchmarks too. Safe to run again; what is there is left alone. Needs Python 3.11+,
+# Go 1.26.8+ and, for missing Debian packages, root.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 what=${1:-demo}
@@ -15,9 +16,13 @@ die() { printf 'ERROR: %s\n' "$*" >&2; exit 1; }
 need="runc:runc setpriv:util-linux busybox:busybox-static git:git"
 # For builds behind the firewall.
 need="$need nft:nftables ip:iproute2 nsenter:util-linux /usr/lib/cni/ptp:containernetworking-plugins"
+# For docker engines of sessions, whose disks are files with ext4.
+if [ "$what" != demo ]; then
+  need="$need containerd:containerd docker:docker.io iptables:iptables mkfs.ext4:e2fsprogs"
+  need="$need losetup:mount"
+fi
 if [ "$what" = test ]; then
-  need="$need containerd:containerd dockerd:docker.io docker:docker.io"
-  need="$need docker-registry:docker-registry iptables:iptables"
+  need="$need dockerd:docker.io docker-registry:docker-registry"
   need="$need ssh-agent:openssh-client sshd:openssh-server pgrep:procps"
   need="$need dnsmasq:dnsmasq-base systemd-analyze:systemd"
 fi
@@ -84,6 +89,7 @@ if [ ! -x "$tools/minio" ]; then
   GOFLAGS=-buildvcs=false GOBIN="$tools" CGO_ENABLED=0 \
     go install github.com/minio/minio@v0.0.0-20260212201848-7aac2a2c5b7c
 fi
+[ "$what" = demo ] || go_tool dockerd deploy/tools/engine github.com/moby/moby/v2/cmd/dockerd
 if [ "$what" = test ]; then
   go_tool buildctl deploy/tools github.com/moby/buildkit/cmd/buildctl
   go_tool dockerfile-frontend deploy/tools \
@@ -92,7 +98,6 @@ if [ "$what" = test ]; then
     github.com/docker/buildx/version.Version
   go_tool docker-compose deploy/tools/compose github.com/docker/compose/v5/cmd \
     github.com/docker/compose/v5/internal.Version
-  go_tool dockerd deploy/tools/engine github.com/moby/moby/v2/cmd/dockerd
   if [ ! -x "$tools/versitygw" ]; then
     say "building versitygw (some minutes)"
     GOFLAGS=-buildvcs=false GOBIN="$tools" CGO_ENABLED=0 \

@@ -44,6 +44,7 @@ class KnownContainer:
         bindings: its ports.
         publish_all: the engine chooses ports for what its image exposes.
         sources: its directories.
+        auto_remove: it goes when it ends, and when it cannot be started.
     """
 
     container_id: str
@@ -51,6 +52,7 @@ class KnownContainer:
     bindings: tuple[Binding, ...] = ()
     publish_all: bool = False
     sources: tuple[Source, ...] = ()
+    auto_remove: bool = False
 
     @property
     def ports(self) -> bool:
@@ -73,6 +75,7 @@ class KnownContainers:
                     tuple(Binding(**binding) for binding in values["bindings"]),
                     values["publish_all"],
                     tuple(Source(**source) for source in values["sources"]),
+                    bool(values.get("auto_remove")),
                 )
                 self._by_id[made.container_id] = made
 

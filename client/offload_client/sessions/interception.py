@@ -116,6 +116,7 @@ class Interception:
                 tuple(bindings),
                 publish_all,
                 tuple(sources),
+                bool(host.get("AutoRemove")),
             )
             self._known.add(created)
         await send(_same(reply))
@@ -128,7 +129,10 @@ class Interception:
             if not was_open:
                 self._ports.open(known.container_id, known.name, known.bindings)
         except PortTakenError as error:
-            # The container stays as it was, as with an engine of one's own.
+            # The container stays as it was, as with an engine of one's own, unless it should go
+            # at its end: the client of `docker run --rm` waits for that.
+            if known.auto_remove:
+                await self._remove(known.container_id)
             await send(error_response(500, self._not_published(known, error)))
             return
         try:
@@ -144,6 +148,15 @@ class Interception:
         elif known.publish_all and reply.status < 300:
             await self._open_chosen(known)
         await send(_same(reply))
+
+    async def _remove(self, container_id: str) -> None:
+        stream = await self._tunnel.engine()
+        try:
+            reply = await exchange(stream, "DELETE", f"/containers/{container_id}?v=1&force=1")
+        finally:
+            await stream.aclose()
+        if reply.status >= 300:
+            self._log.warning("a container that did not start is left: %s", reply.status)
 
     async def _open_chosen(self, known: KnownContainer) -> None:
         """Listen at the ports that the engine has chosen."""

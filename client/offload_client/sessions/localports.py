@@ -69,7 +69,7 @@ class LocalPorts:
                 bound = bind(binding)
             except OSError as error:
                 self._end(opened)
-                raise PortTakenError(_told(binding, error)) from error
+                raise PortTakenError(_told(binding, error, ours=self._is_ours(binding))) from error
             kind = TcpListener if binding.protocol == "tcp" else UdpListener
             opened.listeners += [kind(made, binding, self._tunnel) for made in bound]
         if wanted:
@@ -82,6 +82,13 @@ class LocalPorts:
         if opened is not None:
             self._end(opened)
             self.on_change()
+
+    def _is_ours(self, wanted: Binding) -> bool:
+        return any(
+            (wanted.protocol, wanted.port) == (binding.protocol, binding.port)
+            for opened in self._opened.values()
+            for binding in opened.bindings
+        )
 
     def keep_only(self, container_ids: Iterable[str]) -> None:
         """Listen no more for other containers."""
@@ -120,11 +127,13 @@ class LocalPorts:
             self._closing.start(listener.aclose(), name="close-port")
 
 
-def _told(binding: Binding, error: OSError) -> str:
+def _told(binding: Binding, error: OSError, *, ours: bool) -> str:
     address = binding.host_ip or "0.0.0.0"  # noqa: S104 - as docker writes it
     place = f"[{address}]:{binding.port}" if ":" in address else f"{address}:{binding.port}"
-    if error.errno == errno.EADDRINUSE:
+    if error.errno == errno.EADDRINUSE and ours:
         return f"Bind for {place} failed: port is already allocated"
+    if error.errno == errno.EADDRINUSE:
+        return f"failed to bind host port {place}/{binding.protocol}: address already in use"
     if error.errno in (errno.EACCES, errno.EPERM):
         return f"Bind for {place} failed: this machine allows it to no ordinary user"
     return f"Bind for {place} failed: {error.strerror}"

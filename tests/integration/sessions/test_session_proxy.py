@@ -254,11 +254,12 @@ def test_a_port_that_somebody_has_is_refused_as_an_engine_does(
         done = helper.docker("run", "-d", "--name", "busy", "-p", f"{port}:80", *WEB)
     engine.docker("run", "-d", "--name", "first", "-p", "18999:80", *WEB)
     direct = engine.docker("run", "-d", "--name", "second", "-p", "18999:80", *WEB)
-    for answer, number in ((done, port), (direct, 18999)):
+    told = f"failed to bind host port 0.0.0.0:{port}/tcp: address already in use"
+    for answer, reason in ((done, told), (direct, "0.0.0.0:18999 failed: port is already alloc")):
         text = answer.stderr.decode()
         assert answer.returncode == 125
         assert "driver failed programming external connectivity on endpoint" in text
-        assert f"Bind for 0.0.0.0:{number} failed: port is already allocated" in text
+        assert reason in text
     assert output(helper, "inspect", "-f", "{{.State.Status}}", "busy") == "created"
     output(helper, "start", "busy")
     until(lambda: b"200 OK" in fetched(port), "the web server")

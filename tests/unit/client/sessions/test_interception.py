@@ -17,7 +17,8 @@ import pytest
 from offload_client.sessions.bindmounts import BindMounts
 from offload_client.sessions.containers import KnownContainers
 from offload_client.sessions.interception import Interception
-from offload_client.sessions.localports import LocalPorts
+from offload_client.sessions.localports import LocalPorts, PortTakenError
+from offload_client.sessions.portspecs import Binding
 from offload_client.sessions.tunnel import Tunnel
 from offload_core.aio import TaskSet
 from offload_core.enginecalls import UnixConnection
@@ -251,9 +252,33 @@ async def test_a_port_that_is_taken_leaves_the_container_as_it_is(tmp_path: Path
             await proxy.ask("/containers/create?name=web", host_config(PortBindings=published))
             answer = await proxy.ask(f"/containers/{ID}/start")
         assert answer.startswith(b"HTTP/1.1 500 ")
-        assert f"Bind for 0.0.0.0:{port} failed: port is already allocated".encode() in answer
+        told = f"failed to bind host port 0.0.0.0:{port}/tcp: address already in use"
+        assert told.encode() in answer
         assert proxy.happened == ["create"]
         assert not proxy.ports.listing()
+
+
+async def test_a_port_of_another_container_is_told_apart(tmp_path: Path) -> None:
+    async with proxied(tmp_path) as proxy:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        taken = Binding("80/tcp", "", port)
+        proxy.ports.open("a" * 64, "first", [taken])
+        with pytest.raises(PortTakenError, match=f"0.0.0.0:{port} failed: port is already alloc"):
+            proxy.ports.open("b" * 64, "second", [taken])
+
+
+async def test_a_container_that_should_go_at_its_end_goes_when_its_port_is_taken(
+    tmp_path: Path,
+) -> None:
+    async with proxied(tmp_path) as proxy:
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            published = {"80/tcp": [{"HostPort": str(other.getsockname()[1])}]}
+            config = host_config(PortBindings=published, AutoRemove=True)
+            await proxy.ask("/containers/create?name=web", config)
+            answer = await proxy.ask(f"/containers/{ID}/start")
+        assert answer.startswith(b"HTTP/1.1 500 ")
+        assert proxy.happened == ["create", ID]
 
 
 async def test_a_name_belongs_to_whoever_has_it_now(tmp_path: Path) -> None:

@@ -7,7 +7,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from offload_builder.node.sessions.engine.rootfs import DATA, PROGRAMS
+from offload_builder.node.sessions.engine.rootfs import (
+    DATA,
+    INIT,
+    PROGRAMS,
+    init_program,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -105,6 +110,8 @@ def daemon_config(
             **(features if isinstance(features, dict) else {}),
         },
     }
+    if init_program():
+        config["init-path"] = INIT
     if network.ipv6:
         config["ipv6"] = True
     return {**config, **options}

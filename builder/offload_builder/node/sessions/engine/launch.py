@@ -24,7 +24,7 @@ import resource
 import sys
 
 from offload_builder.node.sessions.engine import kernel
-from offload_builder.node.sessions.engine.rootfs import PROGRAMS, Root
+from offload_builder.node.sessions.engine.rootfs import INIT, PROGRAMS, Root, init_program
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -217,6 +217,11 @@ def _begin(plan: Plan, waiting: int) -> None:
     kernel.mount("mqueue", "/dev/mqueue", "mqueue", quiet | kernel.MS_NOEXEC)
     terminals = "newinstance,ptmxmode=0666,mode=0620,gid=5"
     kernel.mount("devpts", "/dev/pts", "devpts", kernel.MS_NOSUID | kernel.MS_NOEXEC, terminals)
+    if program := init_program():
+        kernel.mount("tmpfs", os.path.dirname(INIT), "tmpfs", quiet, "mode=755,size=8m")
+        with open(program, "rb") as source, open(INIT, "wb") as target:
+            target.write(source.read())
+        os.chmod(INIT, 0o755)  # noqa: S103 - a program for all containers
     if plan["unified"]:
         # A group with processes passes no controllers on.
         with open("/sys/fs/cgroup/init/cgroup.procs", "w", encoding="ascii") as file:

@@ -18,11 +18,16 @@ if TYPE_CHECKING:
 PROGRAMS = "/offload/bin"
 DATA = "/var/lib/docker"
 BINDS = "/offload/binds"
+INIT = "/offload/init/docker-init"
+"""What is the first process of containers with `--init`. Not where this machine has it: a container
+mounts it without some of the flags that all of this machine's directories have in an engine."""
+_INITS = ("/usr/libexec/docker/docker-init", "/usr/bin/docker-init", "/usr/bin/tini-static")
 _DISK = "/.disk"
 _SIZE = "64m"
 _FOLDERS = (
     "/dev/pts", "/dev/shm", "/dev/mqueue", "/etc", "/mnt", "/opt", "/proc", "/root", "/run",
-    "/srv", "/sys", "/tmp", "/usr", "/var/lib/docker", "/offload/bin", "/offload/binds", _DISK,
+    "/srv", "/sys", "/tmp", "/usr", "/var/lib/docker", "/offload/bin", "/offload/binds",
+    "/offload/init", _DISK,
 )  # fmt: skip
 _ON_DISK = (("docker", DATA, 0o710), ("binds", BINDS, 0o755))
 _NODES = (
@@ -34,6 +39,11 @@ _LINKS = (
     ("/dev/stdout", "/proc/self/fd/1"), ("/dev/stderr", "/proc/self/fd/2"),
     ("/var/run", "/run"), ("/var/tmp", "/tmp"),
 )  # fmt: skip
+
+
+def init_program() -> str:
+    """Return the program for `INIT`, also within an engine; empty when this machine has none."""
+    return next((path for path in _INITS if os.path.exists(path)), "")
 
 
 class Root:

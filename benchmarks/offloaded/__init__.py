@@ -1,0 +1,1 @@
+"""Cases of `session`: docker commands whose engine is at a node."""
