@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from offload_core.errors import NodeLostError
+from offload_core.pieces import StreamPiece
 from offload_core.status import error_from_rpc
-from offload_proto.v1.session_node_service_pb2 import Piece, PortRequest
 
 if TYPE_CHECKING:
     from offload_core.errors import OffloadError
+    from offload_proto.v1.session_node_service_pb2 import PortOpen
 
 PIECE_BYTES = 1 << 20
 
@@ -45,7 +46,7 @@ class NodeStream:
         """Take a call.
 
         Args:
-            call: a grpc.aio.StreamStreamCall of pieces.
+            call: a grpc.aio.StreamStreamCall of `StreamPiece`.
             traffic: counts its bytes.
         """
         self._call = call
@@ -60,9 +61,6 @@ class NodeStream:
     def when_done(self, then: Any) -> None:
         """Call a function without arguments once it has ended."""
         self._call.add_done_callback(lambda _: then())
-
-    def _message(self, piece: Piece) -> Any:
-        return piece
 
     async def receive(self) -> bytes:
         """Return the next bytes; none at the end.
@@ -92,7 +90,7 @@ class NodeStream:
         """
         for at in range(0, len(data), PIECE_BYTES):
             part = data if len(data) <= PIECE_BYTES else data[at : at + PIECE_BYTES]
-            await self._write(Piece(data=part))
+            await self._write(StreamPiece(data=part))
             self._traffic.sent += len(part)
 
     async def half_close(self) -> None:
@@ -101,11 +99,11 @@ class NodeStream:
         Raises:
             OffloadError: the node is lost, or has ended it.
         """
-        await self._write(Piece(ended=True))
+        await self._write(StreamPiece(ended=True))
 
-    async def _write(self, piece: Piece) -> None:
+    async def _write(self, message: StreamPiece | PortOpen) -> None:
         try:
-            await self._call.write(self._message(piece))
+            await self._call.write(message)
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
             raise node_error(error) from error
 
@@ -117,16 +115,10 @@ class NodeStream:
 class PortStream(NodeStream):
     """A connection to a port, or a peer of one of UDP."""
 
-    def _message(self, piece: Piece) -> Any:
-        return PortRequest(piece=piece)
-
-    async def open(self, request: PortRequest) -> None:
+    async def open(self, wish: PortOpen) -> None:
         """Say which port.
 
         Raises:
             OffloadError: the node is lost, or refuses.
         """
-        try:
-            await self._call.write(request)
-        except (grpc.RpcError, asyncio.InvalidStateError) as error:
-            raise node_error(error) from error
+        await self._write(wish)

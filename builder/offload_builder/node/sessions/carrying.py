@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from offload_core.aio import stop
 from offload_core.errors import UsageError
-from offload_proto.v1.session_node_service_pb2 import Piece
+from offload_core.pieces import StreamPiece
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -26,12 +26,12 @@ _END = b""
 
 async def carry(
     call: SessionCall,
-    pieces: AsyncIterator[Piece],
+    pieces: AsyncIterator[StreamPiece],
     stream: EngineStream,
     count: Callable[[int, int], None],
     *,
     end_seconds: float | None = None,
-) -> AsyncGenerator[Piece, None]:
+) -> AsyncGenerator[StreamPiece, None]:
     """Yield what a connection says, and give it what the client sends, until both have ended.
 
     Whoever is slow holds up the other side: at most a few pieces are on their way. The connection
@@ -59,11 +59,11 @@ async def carry(
     try:
         while data := await queue.get():
             count(0, len(data))
-            yield Piece(data=data)
+            yield StreamPiece(data=data)
         call.check()
         await reading
         if not _failed(taking):
-            yield Piece(ended=True)
+            yield StreamPiece(ended=True)
             await asyncio.wait((taking,), timeout=end_seconds)
         call.check()
         if taking.done() and not taking.cancelled():
@@ -96,7 +96,7 @@ async def _read(stream: EngineStream, queue: asyncio.Queue[bytes]) -> None:
 
 async def _take(
     call: SessionCall,
-    pieces: AsyncIterator[Piece],
+    pieces: AsyncIterator[StreamPiece],
     stream: EngineStream,
     count: Callable[[int, int], None],
 ) -> None:
@@ -111,7 +111,7 @@ async def _take(
     await stream.end()
 
 
-def check_size(piece: Piece) -> None:
+def check_size(piece: StreamPiece) -> None:
     """Refuse a piece that would have the node keep too much.
 
     Raises:

@@ -15,7 +15,7 @@ from offload_builder.node.sessions import calls, service
 from offload_builder.node.sessions.contract import UNATTENDED_KEY, SessionPlace
 from offload_builder.node.sessions.limits import Machine, SessionBounds
 from offload_builder.node.sessions.nodesessions import NodeSessions
-from offload_builder.node.sessions.service import SESSION_KEY, SessionNode
+from offload_builder.node.sessions.service import SESSION_KEY, SessionNode, add_session_node
 from offload_builder.node.sessions.sessionmetrics import SessionMetrics
 from offload_builder.node.sessions.socketstream import DirectDoor
 from offload_core.errors import NodeLostError
@@ -32,7 +32,6 @@ from offload_proto.v1.session_node_service_pb2 import (
 )
 from offload_proto.v1.session_node_service_pb2_grpc import (
     SessionNodeServiceStub,
-    add_SessionNodeServiceServicer_to_server,
 )
 from offload_proto.v1.sessions_service_pb2 import SessionSpec, SessionState
 from tests.fixtures.standinengine import NoModels, NoNetworks, StandInHost
@@ -85,7 +84,7 @@ async def world(tmp_path, monkeypatch, **options):
             config, bounds, host, NoNetworks(), DirectDoor, NoModels(), Silent(), lambda: None
         ) as sessions,
     ):
-        add_SessionNodeServiceServicer_to_server(SessionNode(sessions), server)
+        add_session_node(SessionNode(sessions), server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         try:
