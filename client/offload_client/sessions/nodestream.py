@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from offload_core.errors import NodeLostError
+from offload_core.aio import stop
+from offload_core.errors import NodeLostError, OffloadError
+from offload_core.gathering import MANY_BYTES, Gathering
 from offload_core.pieces import StreamPiece
 from offload_core.status import error_from_rpc
 
 if TYPE_CHECKING:
-    from offload_core.errors import OffloadError
     from offload_proto.v1.session_node_service_pb2 import PortOpen
 
 PIECE_BYTES = 1 << 20
@@ -52,6 +53,8 @@ class NodeStream:
         self._call = call
         self._traffic = traffic
         self._ended = False
+        self._outgoing = Gathering()
+        self._sending: asyncio.Task[None] | None = None
 
     @property
     def done(self) -> bool:
@@ -83,15 +86,35 @@ class NodeStream:
         return b""
 
     async def send(self, data: bytes) -> None:
-        """Send bytes.
+        """Send bytes; many of them are on their way when this returns, and a few have gone.
 
         Raises:
             OffloadError: the node is lost, or has ended it.
         """
+        if not data:
+            return
+        if self._sending is None and len(data) < MANY_BYTES:
+            await self._send_piece(data)
+            return
+        if self._sending is None:
+            self._sending = asyncio.create_task(self._send_all(), name="send")
         for at in range(0, len(data), PIECE_BYTES):
             part = data if len(data) <= PIECE_BYTES else data[at : at + PIECE_BYTES]
-            await self._write(StreamPiece(data=part))
-            self._traffic.sent += len(part)
+            if self._sending.done():
+                self._sending.result()
+            await self._outgoing.put(part)
+
+    async def _send_all(self) -> None:
+        try:
+            while data := await self._outgoing.take():
+                await self._send_piece(data)
+        finally:
+            # Nobody waits for room any more.
+            self._outgoing.end()
+
+    async def _send_piece(self, data: bytes) -> None:
+        await self._write(StreamPiece(data))
+        self._traffic.sent += len(data)
 
     async def half_close(self) -> None:
         """Say that no more comes; the other direction goes on.
@@ -99,6 +122,9 @@ class NodeStream:
         Raises:
             OffloadError: the node is lost, or has ended it.
         """
+        if self._sending is not None:
+            self._outgoing.end()
+            await asyncio.shield(self._sending)
         await self._write(StreamPiece(ended=True))
 
     async def _write(self, message: StreamPiece | PortOpen) -> None:
@@ -110,6 +136,8 @@ class NodeStream:
     async def aclose(self) -> None:
         """End it, whatever is on its way."""
         self._call.cancel()
+        if self._sending is not None:
+            await stop(self._sending, expected=(OffloadError,))
 
 
 class PortStream(NodeStream):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from offload_core.aio import stop
 from offload_core.errors import UsageError
+from offload_core.gathering import Gathering
 from offload_core.pieces import StreamPiece
 
 if TYPE_CHECKING:
@@ -16,12 +17,8 @@ if TYPE_CHECKING:
     from offload_builder.node.sessions.contract import EngineStream
 
 MAX_PIECE = 1 << 20
-QUEUED_PIECES = 2
-"""From a connection, on their way to the client: while one is sent, the next is read."""
 ENGINE_END_SECONDS = 2.0
 """After an engine has ended its direction, for the client to end the other one."""
-
-_END = b""
 
 
 async def carry(
@@ -50,14 +47,14 @@ async def carry(
         OffloadError: the node has ended the call.
     """
     loop = asyncio.get_running_loop()
-    queue: asyncio.Queue[bytes] = asyncio.Queue(QUEUED_PIECES)
+    said = Gathering()
     taking = loop.create_task(_take(call, pieces, stream, count))
     # What cannot be written to any more is not read to the end either.
     taking.add_done_callback(lambda done: stream.cut() if _failed(done) else None)
-    reading = loop.create_task(_read(stream, queue))
+    reading = loop.create_task(_read(stream, said))
     call.on_end(stream.cut)
     try:
-        while data := await queue.get():
+        while data := await said.take():
             count(0, len(data))
             yield StreamPiece(data=data)
         call.check()
@@ -79,19 +76,15 @@ def _failed(task: asyncio.Task[None]) -> bool:
     return task.done() and (task.cancelled() or task.exception() is not None)
 
 
-async def _read(stream: EngineStream, queue: asyncio.Queue[bytes]) -> None:
-    failure: Exception | None = None
+async def _read(stream: EngineStream, said: Gathering) -> None:
     try:
         while data := await stream.read():
-            await queue.put(data)
+            await said.put(data)
     except OSError:
         # It broke, or this side has cut it; for the client that is an end as any other.
         pass
-    except Exception as error:  # noqa: BLE001 - raised by `carry`
-        failure = error
-    await queue.put(_END)
-    if failure is not None:
-        raise failure
+    finally:
+        said.end()
 
 
 async def _take(
