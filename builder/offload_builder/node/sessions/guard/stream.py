@@ -34,6 +34,8 @@ _ONE_READ = 1 << 18
 MAX_WAITING = 1 << 20
 """Bytes from the client that are held while the engine takes others, and answers of ours that the
 client has not taken."""
+_BUFFER_BYTES = 1 << 20
+"""A unix socket takes 208 KiB otherwise, and each of them waits for the engine."""
 CONNECT_SECONDS = 10.0
 _STREAMS = (b"application/vnd.docker.raw-stream", b"application/vnd.docker.multiplexed-stream")
 
@@ -118,6 +120,7 @@ class GuardedStream:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             connection.setblocking(False)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
             async with asyncio.timeout(CONNECT_SECONDS):
                 await asyncio.get_running_loop().sock_connect(connection, str(path))
         except (OSError, TimeoutError) as error:

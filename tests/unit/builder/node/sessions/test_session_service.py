@@ -15,7 +15,7 @@ from offload_builder.node.sessions import calls, service
 from offload_builder.node.sessions.contract import SessionPlace
 from offload_builder.node.sessions.limits import Machine, SessionBounds
 from offload_builder.node.sessions.nodesessions import NodeSessions
-from offload_builder.node.sessions.service import SessionNode
+from offload_builder.node.sessions.service import SessionNode, add_session_node
 from offload_builder.node.sessions.sessionmetrics import SessionMetrics
 from offload_builder.node.sessions.socketstream import DirectDoor
 from offload_core.errors import NodeLostError
@@ -33,7 +33,6 @@ from offload_proto.v1.session_node_service_pb2 import (
 )
 from offload_proto.v1.session_node_service_pb2_grpc import (
     SessionNodeServiceStub,
-    add_SessionNodeServiceServicer_to_server,
 )
 from offload_proto.v1.sessions_service_pb2 import SessionSpec, SessionState
 from tests.fixtures.standinengine import NoCopies, NoModels, NoNetworks, StandInHost
@@ -94,7 +93,7 @@ async def world(tmp_path, monkeypatch, **options):
             lambda: None,
         ) as sessions,
     ):
-        add_SessionNodeServiceServicer_to_server(SessionNode(sessions), server)
+        add_session_node(SessionNode(sessions), server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         try:
