@@ -98,6 +98,8 @@ class Helper:
         self._tell_seconds = tell_seconds
         self._stopping = asyncio.Event()
         self._warnings: list[str] = []
+        self._node_warnings: list[str] = []
+        self._state = 0
         self._started = time.time()
 
     async def run(self) -> None:
@@ -224,8 +226,17 @@ class Helper:
         return {"texts": texts}
 
     def _keep_warning(self, tunnel: Tunnel) -> None:
-        if tunnel.news is not None and tunnel.news.warning:
-            self._warn(tunnel.news.warning)
+        news = tunnel.news
+        if news is None:
+            return
+        if news.state != self._state:
+            # What was to come has come.
+            self._state = news.state
+            self._warnings = [one for one in self._warnings if one not in self._node_warnings]
+            self._node_warnings.clear()
+        if news.warning and news.warning not in self._warnings:
+            self._node_warnings.append(news.warning)
+            self._warn(news.warning)
 
     def _warn(self, text: str) -> None:
         if text not in self._warnings:
