@@ -55,7 +55,7 @@ class OneNode(Pool):
         process = self._processes.start(
             [
                 PROGRAMS / "offload-builder", "up", "--nodes", "1", "--data", self._data,
-                "--listen", "127.0.0.1:0",
+                "--listen", "127.0.0.1:0", "--isolation", "netns",
             ],
             self._log,
             dict(os.environ),

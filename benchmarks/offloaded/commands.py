@@ -24,14 +24,14 @@ RUN = Case("run-vs-direct", "docker run --rm box true", DIRECT, goal=1.1)
 RUN_SSH = Case("run-vs-ssh", "docker run --rm box true", SSH)
 RUN_PLAIN = Case("run-vs-plain", "docker run --rm box true", "an engine of its own, as root")
 # A throughput of 0.6 is a time of 1.67, one of 1.2 a time of 0.83.
-SAVE = Case("save-vs-direct", "docker save, 400 MB", DIRECT, goal=1.67)
-SAVE_SSH = Case("save-vs-ssh", "docker save, 400 MB", SSH, goal=0.83)
-TO = Case("cp-to", "docker cp of 400 MB into a container", DIRECT, goal=1.67)
-TO_SSH = Case("cp-to-vs-ssh", "docker cp of 400 MB into a container", SSH, goal=0.83)
-FROM = Case("cp-from", "docker cp of 400 MB out of a container", DIRECT, goal=1.67)
-FROM_SSH = Case("cp-from-vs-ssh", "docker cp of 400 MB out of a container", SSH, goal=0.83)
+SAVE = Case("save-vs-direct", "docker save, 200 MB", DIRECT, goal=1.67)
+SAVE_SSH = Case("save-vs-ssh", "docker save, 200 MB", SSH, goal=0.83)
+TO = Case("cp-to", "docker cp of 200 MB into a container", DIRECT, goal=1.67)
+TO_SSH = Case("cp-to-vs-ssh", "docker cp of 200 MB into a container", SSH, goal=0.83)
+FROM = Case("cp-from", "docker cp of 200 MB out of a container", DIRECT, goal=1.67)
+FROM_SSH = Case("cp-from-vs-ssh", "docker cp of 200 MB out of a container", SSH, goal=0.83)
 CASES = (PS, RUN, RUN_SSH, RUN_PLAIN, SAVE, SAVE_SSH, TO, TO_SSH, FROM, FROM_SSH)
-BYTES = 400_000_000
+BYTES = 200_000_000
 BULK = "bulk:1"
 OURS = "session"
 Way = tuple[str, str]

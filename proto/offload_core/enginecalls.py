@@ -20,6 +20,8 @@ MAX_REPLY = 16 << 20
 """Bytes of the body of a reply that is read whole."""
 CALL_SECONDS = 30.0
 _READ = 1 << 16
+_NO_JSON = (ValueError, RecursionError)
+"""An engine is in the hands of its member, who may have it say anything."""
 
 
 class EngineConnection(Protocol):
@@ -57,7 +59,7 @@ class EngineReply:
         """
         try:
             return json.loads(self.body)
-        except ValueError as error:
+        except _NO_JSON as error:
             raise UsageError("the engine's reply is no JSON") from error
 
     @property
@@ -65,7 +67,7 @@ class EngineReply:
         """The engine's sentence on an error; empty when it says none."""
         try:
             told = json.loads(self.body)
-        except ValueError:
+        except _NO_JSON:
             return ""
         return str(told.get("message", "")) if isinstance(told, dict) else ""
 
@@ -251,6 +253,6 @@ async def json_lines(pieces: AsyncIterator[bytes], *, limit: int = 1 << 20) -> A
             if line.strip():
                 try:
                     value = json.loads(line)
-                except ValueError as error:
+                except _NO_JSON as error:
                     raise UsageError("a line from the docker engine is no JSON") from error
                 yield value

@@ -85,6 +85,12 @@ class RequestHead(_Headed):
         """The values of the query by their names."""
         return parse_qs(self.target.partition("?")[2], keep_blank_values=True)
 
+    @property
+    def stays(self) -> bool:
+        """Whether the client wants the connection for further requests."""
+        wishes = {wish.strip().lower() for wish in self.header("Connection").split(",")}
+        return "close" not in wishes and (self.version == "HTTP/1.1" or "keep-alive" in wishes)
+
     def replaced(
         self,
         *,

@@ -71,6 +71,7 @@ class Grant:
         writer: which build of whom; noted in what is published.
         may_import: False for a build without cache.
         results: of the BuildKit that the build runs on; None when nothing is known of them.
+        may_push: False for who only reads.
     """
 
     cache: ProjectCache
@@ -80,6 +81,7 @@ class Grant:
     writer: Writer
     may_import: bool = True
     results: KnownResults | None = None
+    may_push: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +158,10 @@ class GrantState:
         """Refuse writes that the grant does not allow.
 
         Raises:
-            AccessDeniedError: this build exports no cache.
+            AccessDeniedError: this build exports no cache, or nothing at all.
         """
+        if not self.grant.may_push:
+            raise AccessDeniedError("this repository can only be read")
         if repository == CACHE and self.grant.write_scope is None:
             raise AccessDeniedError("this build may not write to the cache")
 

@@ -149,6 +149,13 @@ class Stopping:
             OffloadError: it could not be stopped; this machine goes on using it.
         """
         with self._local.alone(record.name):
+            if record.session_id:
+                # Whoever thinks about the question finds another session of this name, perhaps.
+                now = self._local.record(record.name)
+                if now is None or now.session_id != record.session_id:
+                    self._invocation.out(f'The session "{record.name}" was stopped meanwhile')
+                    return
+                record = now
             said = await self._at_gateway(record)
             restored = await self._local.detach(record)
         self._invocation.out(said)

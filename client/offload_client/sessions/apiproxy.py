@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import socket
 from functools import partial
 from typing import TYPE_CHECKING, Self
 
 from offload_client.sessions.copying import BROKEN, LINGER_SECONDS, copy
+from offload_client.sessions.listeningsocket import ListeningSocket
 from offload_client.sessions.localsocket import LocalSocket
 from offload_core.aio import TaskSet, finish, stop
 from offload_core.enginehttp import RequestReader, error_response
@@ -17,6 +16,7 @@ from offload_core.errors import NotFoundError, OffloadError, UsageError
 
 if TYPE_CHECKING:
     import logging
+    import socket
     from pathlib import Path
     from types import TracebackType
 
@@ -26,29 +26,8 @@ if TYPE_CHECKING:
     from offload_core.enginehttp import RequestHead
 
 MAX_CONNECTIONS = 512
-BACKLOG = 128
 AGAIN_SECONDS = 0.1
-
-
-def listen(path: Path) -> socket.socket:
-    """Return a listening unix socket for its owner alone, in the place of one that is left over.
-
-    Raises:
-        OSError: it cannot be made.
-    """
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    scratch = path.with_suffix(".new")
-    try:
-        listener.setblocking(False)
-        scratch.unlink(missing_ok=True)
-        listener.bind(str(scratch))
-        scratch.chmod(0o600)
-        listener.listen(BACKLOG)
-        scratch.replace(path)
-    except BaseException:
-        listener.close()
-        raise
-    return listener
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class ApiProxy:
@@ -71,11 +50,11 @@ class ApiProxy:
         self._log = log
         self._room = asyncio.Semaphore(MAX_CONNECTIONS)
         self._tasks = TaskSet(on_error=self._failed)
-        self._listener: socket.socket | None = None
+        self._listener: ListeningSocket | None = None
 
     async def __aenter__(self) -> Self:
-        self._listener = listen(self._path)
-        self._tasks.start(self._accept(self._listener), name="accept")
+        self._listener = ListeningSocket(self._path)
+        self._tasks.start(self._accept(self._listener.socket), name="accept")
         return self
 
     async def __aexit__(
@@ -84,11 +63,16 @@ class ApiProxy:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with contextlib.suppress(OSError):
-            os.unlink(self._path)  # noqa: PTH108 - one call, at the end of everything
+        if self._listener is not None:
+            self._listener.remove()
         await finish(self._tasks.close(), 6)
         if self._listener is not None:
             self._listener.close()
+
+    @property
+    def in_place(self) -> bool:
+        """Whether docker clients still come here."""
+        return self._listener is not None and self._listener.in_place
 
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -126,6 +110,8 @@ class _Served:
         self._interception = interception
         self._engine: NodeStream | None = None
         self._opened = asyncio.Event()
+        self._answering = False
+        """An answer of ours has begun, and nothing else may come before its end."""
 
     async def serve(self) -> None:
         up = asyncio.ensure_future(self._upwards())
@@ -144,11 +130,11 @@ class _Served:
         try:
             await self._requests()
         except OffloadError as error:
-            if self._engine is None:
-                await self._local.send(_told(error))
-                await self._local.half_close()
-                return
-            raise
+            if self._engine is not None or self._answering:
+                raise
+            await self._local.send(_told(error))
+            await self._leave()
+            return
         if self._engine is not None:
             await self._engine.half_close()
             await self._local.until_hung_up()
@@ -158,7 +144,9 @@ class _Served:
         while (head := await requests.head()) is not None:
             handler = self._interception.find(head)
             if handler is not None:
-                await self._intercept(handler, head, requests)
+                if not await self._intercept(handler, head, requests):
+                    await self._leave()
+                    return
                 continue
             engine = await self._connected()
             await engine.send(head.raw)
@@ -171,27 +159,40 @@ class _Served:
 
     async def _intercept(
         self, handler: Handler, head: RequestHead, requests: RequestReader
-    ) -> None:
-        begun = False
+    ) -> bool:
+        """Answer a request; return whether others may follow it."""
 
         async def send(data: bytes) -> None:
-            nonlocal begun
-            begun = True
+            self._answering = True
             await self._local.send(data)
 
+        if head.header("Expect").lower() == "100-continue":
+            # The engine would say so; until then the client keeps its body.
+            await self._local.send(CONTINUE)
         work = asyncio.ensure_future(handler(head, requests, send))
         gone = asyncio.ensure_future(self._local.until_hung_up())
         try:
             await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
-                return
+                return False
             await work
+            self._answering = False
         except OffloadError as error:
-            if begun:
+            if self._answering:
                 raise
             await self._local.send(_told(error))
+            return False
         finally:
             await stop(work, gone, expected=BROKEN)
+        return head.stays
+
+    async def _leave(self) -> None:
+        """End the connection, whatever the client still sends: else it loses our last words."""
+        await self._local.half_close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_SECONDS):
+                while await self._local.receive():
+                    continue
 
     async def _connected(self) -> NodeStream:
         if self._engine is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 MAX_CONTAINERS = 2000
 _SHORTEST_PREFIX = 4
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,254}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,14 @@ class KnownContainers:
                 return found[0]
         return None
 
+    def has(self, container_id: str) -> bool:
+        """Return whether one has this whole id."""
+        return container_id in self._by_id
+
+    def by_id(self, container_id: str) -> KnownContainer | None:
+        """Return the container of a whole id."""
+        return self._by_id.get(container_id)
+
     def add(self, known: KnownContainer) -> None:
         """Keep one in mind."""
         self._by_id[known.container_id] = known
@@ -101,10 +111,11 @@ class KnownContainers:
         self._write()
 
     def rename(self, container_id: str, name: str) -> None:
-        """Take a container's new name."""
+        """Take a container's new name; one that no engine allows is not taken."""
         known = self._by_id.get(container_id)
-        if known is not None:
-            self.add(replace(known, name=name.removeprefix("/")))
+        name = name.removeprefix("/")
+        if known is not None and _NAME.fullmatch(name):
+            self.add(replace(known, name=name))
 
     def forget_name(self, name: str) -> None:
         """Forget whoever had a name that another container has now."""

@@ -8,7 +8,7 @@ import json
 from typing import TYPE_CHECKING, Any, Self
 
 from offload_client.resident.request import peer_uid
-from offload_client.sessions.apiproxy import listen
+from offload_client.sessions.listeningsocket import ListeningSocket
 from offload_core.aio import TaskSet, finish
 from offload_core.errors import OffloadError
 
@@ -41,11 +41,11 @@ class ControlServer:
         self._uid = uid
         self._tasks = TaskSet()
         self._room = asyncio.Semaphore(MAX_ASKING)
-        self._listener: socket.socket | None = None
+        self._listener: ListeningSocket | None = None
 
     async def __aenter__(self) -> Self:
-        self._listener = listen(self._path)
-        self._tasks.start(self._accept(self._listener), name="accept")
+        self._listener = ListeningSocket(self._path)
+        self._tasks.start(self._accept(self._listener.socket), name="accept")
         return self
 
     async def __aexit__(
@@ -54,7 +54,8 @@ class ControlServer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._path.unlink(missing_ok=True)
+        if self._listener is not None:
+            self._listener.remove()
         # The answer to "stop" may be on its way.
         await finish(self._tasks.drain(0.2), 1)
         await finish(self._tasks.close(), 6)
@@ -87,7 +88,8 @@ class ControlServer:
                         return
                     request += part
             answer = await self._answered(request)
-            await loop.sock_sendall(connection, json.dumps(answer).encode() + b"\n")
+            async with asyncio.timeout(REQUEST_SECONDS):
+                await loop.sock_sendall(connection, json.dumps(answer).encode() + b"\n")
         except (OSError, TimeoutError):
             """Nobody to tell."""
         finally:

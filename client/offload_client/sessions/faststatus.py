@@ -134,8 +134,20 @@ def _text(views: Sequence[dict[str, Any]], output: str, *, lines: bool = False) 
     return "\n\n".join("\n".join(pretty_lines(view)) for view in views)
 
 
-def session_views(invocation: Invocation, name: str | None = None) -> list[dict[str, Any]]:
+def session_views(
+    invocation: Invocation,
+    name: str | None = None,
+    *,
+    in_use: bool = False,
+    timeout: float = ASK_SECONDS,
+) -> list[dict[str, Any]]:
     """Return what the helpers of this machine's sessions say; blocks.
+
+    Args:
+        invocation: the command.
+        name: of one session; None for all.
+        in_use: only the one that docker uses.
+        timeout: seconds of silence of each.
 
     Raises:
         NotFoundError: there is no such session here.
@@ -152,13 +164,17 @@ def session_views(invocation: Invocation, name: str | None = None) -> list[dict[
                 f'there is no session "{name}" on this machine', hint="list them with: offload ps"
             )
     current = current_context(invocation)
-    return [_view(invocation, record, current) for record in records]
+    if in_use:
+        records = [record for record in records if record.context and record.context == current]
+    return [_view(invocation, record, current, timeout) for record in records]
 
 
-def _view(invocation: Invocation, record: SessionRecord, current: str) -> dict[str, Any]:
+def _view(
+    invocation: Invocation, record: SessionRecord, current: str, timeout: float
+) -> dict[str, Any]:
     directory = session_directory(invocation, record.name)
     try:
-        answer = ask_helper(helper_socket(directory), "status", timeout=ASK_SECONDS)
+        answer = ask_helper(helper_socket(directory), "status", timeout=timeout)
     except HelperAwayError:
         answer = None
     if answer is None and (reason := noted_end(directory)):

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import resource
 import signal
 import sys
 import time
@@ -20,12 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 from offload_client.connections import Connections
 from offload_client.invocation import Invocation
+from offload_client.progress.cells import printable
 from offload_client.sessions.access import CONNECTION_OPTIONS, GONE, GatewayAccess
 from offload_client.sessions.apiproxy import ApiProxy
 from offload_client.sessions.containers import KnownContainers
 from offload_client.sessions.controlserver import ControlServer
 from offload_client.sessions.helperlog import log_tail, open_log
 from offload_client.sessions.interception import Interception
+from offload_client.sessions.launch import helper_answers
 from offload_client.sessions.localports import LocalPorts
 from offload_client.sessions.records import (
     LOCK_FILE,
@@ -43,7 +46,7 @@ from offload_client.sessions.sync.bindsettings import BindSettings
 from offload_client.sessions.tunnel import Tunnel
 from offload_client.sessions.watching import Watching
 from offload_core.aio import TaskSet
-from offload_core.errors import OffloadError
+from offload_core.errors import NotFoundError, OffloadError
 from offload_proto.v1.session_sync_service_pb2_grpc import SessionSyncServiceStub
 from offload_proto.v1.sessions_service_pb2 import SessionState
 
@@ -64,6 +67,12 @@ TELL_SECONDS = 600.0
 """For so long after the end of a session docker's commands hear why it ended."""
 LOOK_SECONDS = 2.0
 MAX_WARNINGS = 20
+MAX_SHOWN = 1000
+TAKE_OVER_SECONDS = 25.0
+"""How long another helper of the same session may take for its end."""
+TAKE_OVER_POLL = 0.05
+MAX_FILES = 1 << 16
+"""Descriptors: two for each connection, of which there may be thousands."""
 
 
 class Helper:
@@ -136,43 +145,51 @@ class Helper:
                 "stop": self._stop,
                 "diagnose": lambda: self._diagnose(tunnel),
             }
-            await stack.enter_async_context(
+            proxy = await stack.enter_async_context(
                 ApiProxy(engine_socket(self._directory), tunnel, interception, self._log)
             )
             await stack.enter_async_context(
                 ControlServer(helper_socket(self._directory), answers, os.getuid())
             )
             self._log.info("serving session %s", self._record.session_id)
-            await self._until_over(tunnel)
+            await self._until_over(tunnel, proxy)
 
     def end(self) -> None:
         """End soon."""
         self._stopping.set()
 
-    async def _until_over(self, tunnel: Tunnel) -> None:
+    async def _until_over(self, tunnel: Tunnel, proxy: ApiProxy) -> None:
         over_at: float | None = None
         while not self._stopping.is_set():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_SECONDS):
                     await self._stopping.wait()
-            try:
-                same = read_record(self._directory).session_id == self._record.session_id
-            except OffloadError:
-                same = False
-            if not same:
+            if not self._is_wanted():
                 self._log.info("the record of the session is gone")
+                return
+            if not proxy.in_place:
+                self._log.info("docker clients come here no more: the socket is gone, or another's")
                 return
             if tunnel.ended.done():
                 if over_at is None:
                     over_at = time.monotonic()
-                    note_end(self._directory, tunnel.ended.result())
+                    note_end(self._directory, _shown(tunnel.ended.result()))
                 if time.monotonic() - over_at >= self._tell_seconds:
                     return
                 continue
-            since = tunnel.reconnecting_since
-            if since is not None and time.time() - max(since, self._started) > self._away_seconds:
+            if tunnel.away_seconds > self._away_seconds:
                 self._log.info("the session could not be reached for too long")
                 return
+
+    def _is_wanted(self) -> bool:
+        try:
+            return read_record(self._directory).session_id == self._record.session_id
+        except NotFoundError:
+            return False
+        except OffloadError as error:
+            # That no file can be opened for a moment ends nothing.
+            self._log.info("%s", error.message)
+            return True
 
     async def _resume(self, mounts: BindMounts, known: KnownContainers) -> None:
         """Go on with the directories of containers that were there before this process."""
@@ -189,9 +206,9 @@ class Helper:
             "pid": os.getpid(),
             "started": self._started,
             "state": _state_name(news.state) if news is not None else "connecting",
-            "reason": news.reason if news is not None else "",
+            "reason": _shown(news.reason) if news is not None else "",
             "reconnecting_since": tunnel.reconnecting_since,
-            "problem": tunnel.problem,
+            "problem": _shown(tunnel.problem),
             "ports": ports.listing(),
             "sent_bytes": tunnel.traffic.sent,
             "received_bytes": tunnel.traffic.received,
@@ -201,7 +218,7 @@ class Helper:
             gone = news is not None and news.state in GONE
             return told | {
                 "state": told["state"] if gone else "ended",
-                "reason": tunnel.ended.result(),
+                "reason": _shown(tunnel.ended.result()),
                 "reconnecting_since": None,
             }
         if news is not None:
@@ -234,11 +251,13 @@ class Helper:
             self._state = news.state
             self._warnings = [one for one in self._warnings if one not in self._node_warnings]
             self._node_warnings.clear()
-        if news.warning and news.warning not in self._warnings:
-            self._node_warnings.append(news.warning)
-            self._warn(news.warning)
+        text = _shown(news.warning)
+        if text and text not in self._warnings:
+            self._node_warnings.append(text)
+            self._warn(text)
 
     def _warn(self, text: str) -> None:
+        text = _shown(text)
         if text not in self._warnings:
             self._warnings.append(text)
             del self._warnings[:-MAX_WARNINGS]
@@ -248,7 +267,15 @@ class Helper:
         self._log.error("%s failed: %r", name, error)
 
 
+def _shown(text: str) -> str:
+    """Return a text of a node as a terminal may show it."""
+    return printable(text)[:MAX_SHOWN]
+
+
 def _state_name(state: int) -> str:
+    if state not in SessionState.values():
+        # Of a node that is newer.
+        return "unknown"
     return SessionState.Name(SessionState.ValueType(state)).removeprefix("SESSION_STATE_").lower()
 
 
@@ -268,12 +295,13 @@ def _activity(activity: Any) -> dict[str, Any]:
 
 async def serve(directory: Path, *, make_mounts: MakeMounts | None = None) -> int:
     """Be the helper of a session; return an exit code, 0 also when there is one already."""
-    prepare_sockets(directory)
-    lock = os.open(directory / LOCK_FILE, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
+        prepare_sockets(directory)
+        async with asyncio.timeout(TAKE_OVER_SECONDS):
+            lock = await _take_lock(directory)
+    except (OffloadError, OSError, TimeoutError):
+        return 1
+    if lock is None:
         return 0
     log = open_log(directory / LOG_FILE)
     forget_end(directory)
@@ -308,10 +336,45 @@ def make_mounts(tunnel: Tunnel, warn: Callable[[str], None]) -> BindMounts:
     return SyncedMounts(open_call, (os.getuid(), os.getgid()), settings, warn)
 
 
+async def _take_lock(directory: Path) -> int | None:
+    """Return the lock, as soon as a helper that ends has left it; None when one serves.
+
+    Raises:
+        OSError: there is no file for it.
+    """
+    path = directory / LOCK_FILE
+    while True:
+        lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        taken = False
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Who locks a file that is removed meanwhile is not alone.
+            taken = os.path.samestat(os.fstat(lock), path.lstat())
+        except (BlockingIOError, FileNotFoundError):
+            if await helper_answers(directory):
+                return None
+        finally:
+            if not taken:
+                os.close(lock)
+        if taken:
+            return lock
+        await asyncio.sleep(TAKE_OVER_POLL)
+
+
+def _allow_files() -> None:
+    """Take as many descriptors as this process may have; 1024 are usual otherwise."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def main() -> None:
     """Run the helper of the session in a directory."""
     if len(sys.argv) != 2 or not (Path(sys.argv[1]) / RECORD_FILE).is_file():
         sys.exit("usage: python -m offload_client.sessions.helper DIRECTORY")
+    _allow_files()
     sys.exit(asyncio.run(serve(Path(sys.argv[1]), make_mounts=make_mounts)))
 
 

@@ -18,15 +18,16 @@ from offload_client.sessions.localports import PortTakenError
 from offload_client.sessions.portspecs import from_engine, plan
 from offload_core.enginecalls import EngineReply, exchange
 from offload_core.enginehttp import ResponseReader, error_response, response
-from offload_core.errors import OffloadError, UsageError
+from offload_core.errors import NodeLostError, OffloadError, UsageError
 
 if TYPE_CHECKING:
     import logging
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
 
     from offload_client.sessions.bindmounts import BindMounts
-    from offload_client.sessions.containers import KnownContainers
+    from offload_client.sessions.containers import KnownContainers, Source
     from offload_client.sessions.localports import LocalPorts
+    from offload_client.sessions.portspecs import Binding
     from offload_client.sessions.tunnel import Tunnel
     from offload_core.enginehttp import RequestHead, RequestReader
 
@@ -38,6 +39,7 @@ MAX_CREATE = 4 << 20
 EXIT_SECONDS = 60.0
 """How long the end of a container may wait for its files."""
 _CONTAINER = re.compile(r"/containers/([^/]+)/(start|restart|stop|kill|wait)")
+_ID = re.compile(r"[0-9a-f]{64}")
 _OWN_HEADERS = frozenset(
     ("content-length", "transfer-encoding", "content-type", "connection", "trailer")
 )
@@ -68,6 +70,8 @@ class Interception:
         self._ports = ports
         self._mounts = mounts
         self._log = log
+        self._planned: set[tuple[str, int]] = set()
+        """Ports of containers that are being created."""
 
     def find(self, head: RequestHead) -> Handler | None:
         """Return who answers a request; None for the engine itself."""
@@ -91,39 +95,72 @@ class Interception:
         body = await requests.read_body(MAX_CREATE)
         try:
             wanted = json.loads(body)
-            host = wanted.get("HostConfig") or {}
-        except (ValueError, AttributeError):
+        except (ValueError, RecursionError):
             # The engine says what is wrong with it.
-            wanted, host = {}, {}
-        bindings: list[Any] = []
+            wanted = None
+        host = wanted.get("HostConfig") if isinstance(wanted, dict) else None
+        if not isinstance(host, dict):
+            host = {}
+        bindings: list[Binding] = []
         published = host.get("PortBindings")
         if published:
             # What is not understood is for the engine to refuse.
             with contextlib.suppress(UsageError):
-                bindings, host["PortBindings"] = plan(published, self._known.promised)
-        sources = await take_sources(host, self._mounts) if _may_bind(host) else []
-        if bindings or sources:
-            body = json.dumps(wanted).encode()
-        reply = await self._ask(head, body)
-        publish_all = bool(host.get("PublishAllPorts"))
-        name = head.query.get("name", [""])[0].removeprefix("/")
-        if reply.status == 201 and name:
+                bindings, host["PortBindings"] = plan(published, self._promised)
+        planned = {(one.protocol, one.port) for one in bindings} - self._planned
+        self._planned |= planned
+        try:
+            sources = await take_sources(host, self._mounts) if _may_bind(host) else []
+            if bindings or sources:
+                body = json.dumps(wanted).encode()
+            reply = await self._ask(head, body)
+            name = head.query.get("name", [""])[0].removeprefix("/")
+            if reply.status == 201:
+                self._created(reply, name, bindings, sources, host)
+        finally:
+            self._planned -= planned
+        await send(_same(reply))
+
+    def _promised(self, protocol: str, port: int) -> bool:
+        return (protocol, port) in self._planned or self._known.promised(protocol, port)
+
+    def _created(
+        self,
+        reply: EngineReply,
+        name: str,
+        bindings: Sequence[Binding],
+        sources: Sequence[Source],
+        host: dict[str, Any],
+    ) -> None:
+        if name:
             self._known.forget_name(name)
-        if reply.status == 201 and (bindings or sources or publish_all):
-            created = KnownContainer(
-                str(reply.json().get("Id", "")),
+        publish_all = bool(host.get("PublishAllPorts"))
+        if not (bindings or sources or publish_all):
+            return
+        told = reply.json()
+        container_id = str(told.get("Id")) if isinstance(told, dict) else ""
+        if not _ID.fullmatch(container_id) or self._known.has(container_id):
+            raise NodeLostError("the docker engine does not say which container it has created")
+        self._known.add(
+            KnownContainer(
+                container_id,
                 name,
                 tuple(bindings),
                 publish_all,
                 tuple(sources),
                 bool(host.get("AutoRemove")),
             )
-            self._known.add(created)
-        await send(_same(reply))
+        )
 
     async def _start(self, head: RequestHead, requests: RequestReader, send: Send) -> None:
         body = await requests.read_body(MAX_CREATE)
         known = self._container(head)
+        with self._ports.starting(known.container_id):
+            await self._start_known(known, head, body, send)
+
+    async def _start_known(
+        self, known: KnownContainer, head: RequestHead, body: bytes, send: Send
+    ) -> None:
         was_open = self._ports.has(known.container_id)
         try:
             if not was_open:
@@ -168,7 +205,7 @@ class Interception:
         except PortTakenError as error:
             self._log.warning("a port of container %s is not here: %s", known.name, error.message)
 
-    async def _inspect(self, container_id: str) -> list[Any]:
+    async def _inspect(self, container_id: str) -> list[Binding]:
         stream = await self._tunnel.engine()
         try:
             reply = await exchange(stream, "GET", f"/containers/{container_id}/json")
@@ -176,7 +213,9 @@ class Interception:
             await stream.aclose()
         if reply.status != 200:
             return []
-        return from_engine((reply.json().get("NetworkSettings") or {}).get("Ports"))
+        told = reply.json()
+        network = told.get("NetworkSettings") if isinstance(told, dict) else None
+        return from_engine(network.get("Ports")) if isinstance(network, dict) else []
 
     async def _wait(self, head: RequestHead, requests: RequestReader, send: Send) -> None:
         body = await requests.read_body(MAX_CREATE)
@@ -187,9 +226,13 @@ class Interception:
             answer = await replies.head("POST")
             # At once: a client starts its container only when it knows that somebody waits.
             await send(answer.raw)
-            pieces = [piece async for piece in replies.body()]
+            rest = bytearray()
+            async for piece in replies.body():
+                rest += piece
+                if len(rest) > MAX_CREATE:
+                    raise NodeLostError("the docker engine says too much of a container's end")
             await self._fetch_files()
-            await send(b"".join(pieces))
+            await send(bytes(rest))
         finally:
             await stream.aclose()
 
@@ -234,7 +277,11 @@ class Interception:
 
 
 def _may_bind(host: dict[str, Any]) -> bool:
-    return bool(host.get("Binds") or host.get("Mounts"))
+    binds, mounts = host.get("Binds") or [], host.get("Mounts") or []
+    if not isinstance(binds, list) or not isinstance(mounts, list):
+        # The engine refuses it.
+        return False
+    return bool(binds or mounts) and all(isinstance(mount, dict) for mount in mounts)
 
 
 def _same(reply: EngineReply) -> bytes:

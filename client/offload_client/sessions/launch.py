@@ -39,34 +39,46 @@ _IDENTITY_VARIABLES = frozenset(
         "GITLAB_CI",
     )
 )  # fmt: skip
+_PATH_VARIABLES = frozenset(
+    (
+        "DOCKER_CONFIG", "HOME", "OFFLOAD_CONFIG_DIR", "TMPDIR", "XDG_CACHE_HOME",
+        "XDG_CONFIG_HOME", "XDG_RUNTIME_DIR", "XDG_STATE_HOME",
+    )
+)  # fmt: skip
 
 
-def helper_environment(environment: Mapping[str, str]) -> dict[str, str]:
+def helper_environment(environment: Mapping[str, str], cwd: Path) -> dict[str, str]:
     """Return what a helper gets of the environment: how it logs in, and nothing of other things.
 
     In a pipeline a login is a variable, and the helper has to log in again by itself.
     """
     prefixes = (*KEPT_PREFIXES, *_IDENTITY_PREFIXES)
     names = KEPT_VARIABLES | _IDENTITY_VARIABLES
-    return {
+    kept = {
         name: value
         for name, value in environment.items()
         if name in names or name.startswith(prefixes)
     }
+    for name in kept.keys() & _PATH_VARIABLES:
+        # The helper works elsewhere.
+        if kept[name] and not kept[name].startswith("~"):
+            kept[name] = str(cwd / kept[name])
+    return kept
 
 
 class HelperProcess:
     """A helper that waits for its session. Leaving the block without `go` ends it."""
 
-    def __init__(self, directory: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, directory: Path, environment: Mapping[str, str], cwd: Path) -> None:
         """Know where the session's record will be.
 
         Args:
             directory: of the session.
             environment: of the command.
+            cwd: where the command was started.
         """
         self._directory = directory
-        self._environment = helper_environment(environment)
+        self._environment = helper_environment(environment, cwd)
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -129,6 +141,9 @@ class HelperProcess:
                     await asyncio.sleep(POLL_SECONDS)
         except TimeoutError:
             process.terminate()
+        if process.returncode == 0 and await helper_answers(self._directory):
+            # There was one already.
+            return
         raise InternalError(
             "the helper of the session did not start",
             hint=self._last_words() or f"see {self._directory / LOG_FILE}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from offload_core.errors import QuotaExceededError
 
 if TYPE_CHECKING:
     import logging
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from offload_client.sessions.tunnel import Tunnel
 
@@ -40,6 +41,7 @@ class LocalPorts:
         self._tunnel = tunnel
         self._log = log
         self._opened: dict[str, _Opened] = {}
+        self._starting: set[str] = set()
         self._closing = TaskSet()
         self.on_change: Callable[[], None] = lambda: None
         """Called when a container gets ports, or loses them."""
@@ -89,6 +91,19 @@ class LocalPorts:
             for opened in self._opened.values()
             for binding in opened.bindings
         )
+
+    @contextmanager
+    def starting(self, container_id: str) -> Iterator[None]:
+        """Say that a container starts, which an engine does not list yet."""
+        self._starting.add(container_id)
+        try:
+            yield
+        finally:
+            self._starting.discard(container_id)
+
+    def settled(self) -> set[str]:
+        """Return the containers with ports that an engine lists when it is asked now."""
+        return self._opened.keys() - self._starting
 
     def keep_only(self, container_ids: Iterable[str]) -> None:
         """Listen no more for other containers."""

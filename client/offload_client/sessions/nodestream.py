@@ -76,6 +76,13 @@ class NodeStream:
             except (grpc.RpcError, asyncio.InvalidStateError) as error:
                 self._ended = True
                 raise node_error(error) from error
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
+                # The call was, and not whoever waits for it.
+                self._ended = True
+                raise NodeLostError("the connection to the session's node was closed") from None
             if piece is grpc.aio.EOF or piece.ended:
                 self._ended = True
             elif piece.data:

@@ -8,6 +8,7 @@ reach is published with one, for example `-p 0.0.0.0:8080:80`.
 from __future__ import annotations
 
 import errno
+import re
 import socket
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
 LOOPBACK = ("127.0.0.1", "::1")
 TRIES = 50
 KINDS = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}
+LAST_PORT = 65535
+FIRST_CHOSEN = 32768
+"""Engines choose from the system's ephemeral ports (net.ipv4.ip_local_port_range)."""
+MAX_CHOSEN = 256
+_PORT = re.compile(r"[0-9]{1,5}", re.ASCII)
+_LOOPBACK = re.compile(r"127(?:\.[0-9]{1,3}){3}", re.ASCII)
 _NO_FAMILY = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
@@ -114,6 +121,8 @@ def plan(
     if not isinstance(published, dict):
         raise InvalidValueError("PortBindings is no object")
     for container_port, places in published.items():
+        if any(not isinstance(place, dict) for place in places or ()):
+            raise InvalidValueError(f"a place of port {container_port} is no object")
         number, _, protocol = str(container_port).partition("/")
         if protocol not in ("", *KINDS):
             # SCTP stays within the session.
@@ -153,7 +162,7 @@ def _choose(wanted: Binding, ports: str, taken: Callable[[str, int], bool]) -> B
         first, last = int(first_text), int(last_text or first_text)
     except ValueError as error:
         raise InvalidValueError(f"{ports!r} is no port") from error
-    if not 0 <= first <= last <= 65535:
+    if not 0 <= first <= last <= LAST_PORT:
         raise InvalidValueError(f"{ports!r} is no port")
     if first == last and first:
         return _at(wanted, first)
@@ -186,18 +195,24 @@ def _free(wanted: Binding) -> int:
 
 
 def from_engine(ports: Any) -> list[Binding]:
-    """Return the ports that an engine says a running container has, at loopback addresses.
+    """Return the ports that an engine has chosen for a running container, at loopback addresses.
+
+    Only those that an engine chooses by itself: with others a node could pass itself off as
+    something that people expect at a well-known port of this machine.
 
     Args:
-        ports: NetworkSettings.Ports of an inspection.
+        ports: NetworkSettings.Ports of an inspection; what is not understood is left out.
     """
     found: dict[tuple[str, int], Binding] = {}
-    for container_port, places in (ports or {}).items():
-        if str(container_port).partition("/")[2] not in KINDS:
+    for container_port, places in ports.items() if isinstance(ports, dict) else ():
+        number, _, protocol = container_port.partition("/")
+        if protocol not in KINDS or not _PORT.fullmatch(number) or not isinstance(places, list):
             continue
-        for place in places or ():
-            port, host_ip = int(place.get("HostPort") or 0), str(place.get("HostIp") or "")
-            inside = host_ip if host_ip.startswith("127.") else ""
-            if port:
+        for place in places:
+            text = str(place.get("HostPort")) if isinstance(place, dict) else ""
+            port = int(text) if _PORT.fullmatch(text) else 0
+            if FIRST_CHOSEN <= port <= LAST_PORT and len(found) < MAX_CHOSEN:
+                host_ip = str(place.get("HostIp") or "")
+                inside = host_ip if _LOOPBACK.fullmatch(host_ip) else ""
                 found.setdefault((container_port, port), Binding(container_port, "", port, inside))
     return list(found.values())

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,7 +78,8 @@ def context_name(name: str) -> str:
 
 def sessions_directory(invocation: Invocation) -> Path:
     """Return where the directories of all sessions are."""
-    return invocation.state_dir() / "sessions"
+    # Docker and the helper are not where this command is.
+    return invocation.cwd / invocation.state_dir() / "sessions"
 
 
 def session_directory(invocation: Invocation, name: str) -> Path:
@@ -217,12 +219,17 @@ def prepare_sockets(directory: Path) -> None:
     """
     place = _socket_directory(directory)
     try:
-        place.mkdir(mode=0o700, parents=True, exist_ok=True)
-        ours = [place] if place == directory else [place, place.parent, place.parent.parent]
+        if place == directory:
+            place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            ours = [place]
+        else:
+            ours = [place.parent.parent, place.parent, place]
+        # From above, so that nothing is made or changed below what somebody else has planted.
         for folder in ours:
+            folder.mkdir(mode=0o700, exist_ok=True)
             status = folder.lstat()
-            if status.st_uid != os.getuid():
-                raise ConfigError(f"{folder} belongs to another user")
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+                raise ConfigError(f"{folder} is no directory of yours")
             if status.st_mode & 0o077:
                 folder.chmod(0o700)
     except OSError as error:

@@ -98,6 +98,7 @@ class Tunnel:
         """Seconds since 1970 UTC; None while it is up."""
         self.problem = ""
         """Why it is not up, in one sentence."""
+        self._away_since = time.monotonic()
         self._listeners: list[Callable[[], None]] = []
         self._access = access
         self._metadata = call_metadata((SESSION_KEY, session_id))
@@ -131,6 +132,11 @@ class Tunnel:
     def paused(self) -> bool:
         """Whether the session's engine is stopped."""
         return self.news is not None and self.news.state == SESSION_STATE_PAUSED
+
+    @property
+    def away_seconds(self) -> float:
+        """For how long it is not up; the sleep of this machine and changes of its clock aside."""
+        return 0.0 if self._up.is_set() else time.monotonic() - self._away_since
 
     async def engine(self, *, wake: bool = True) -> NodeStream:
         """Return a new connection to the engine.
@@ -220,9 +226,9 @@ class Tunnel:
 
     async def _ready(self) -> _Line:
         """Return the connection of a tunnel that is up; waits a while for it."""
-        away = time.time() - (self.reconnecting_since or time.time())
+        patience = max(LEAST_PATIENCE, PATIENCE_SECONDS - self.away_seconds)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(max(LEAST_PATIENCE, PATIENCE_SECONDS - away)):
+            async with asyncio.timeout(patience):
                 await self._up.wait()
         if self.ended.done():
             raise SessionGoneError(self.ended.result(), hint="run 'offload start'")
@@ -263,6 +269,15 @@ class Tunnel:
                 if isinstance(error, NotFoundError):
                     # The node does not know it; the gateway knows why.
                     self._place = None
+            except Exception as error:  # noqa: BLE001 - else nobody would try again
+                self.problem = f"internal error: {error!r}"
+                self._log.exception("the tunnel is away")
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
+                # Of a call whose channel was closed.
+                self.problem = "its connection was closed"
             self._down()
             if time.monotonic() - started > LAST_BACK_OFF:
                 back_off = FIRST_BACK_OFF
@@ -335,6 +350,7 @@ class Tunnel:
         if self._up.is_set() and not self.ended.done():
             self._up.clear()
             self.reconnecting_since = time.time()
+            self._away_since = time.monotonic()
         self._line = None
         self._tasks.start(self._drop_spares(), name="spares")
         self._tell()

@@ -1,7 +1,9 @@
 """Watching the containers of a session, so that ports of this machine come and go with them.
 
 Containers come and go by themselves too: at their end, by a restart policy, by a colleague. They
-are watched only while some run, as a session that is watched is in use.
+are watched only while some run, as a session that is watched is in use. Only containers that a
+docker client of this machine has created get ports here: what else a node tells of would let it
+listen on this machine wherever it likes.
 """
 
 from __future__ import annotations
@@ -98,33 +100,29 @@ class Watching:
 
     async def _compare(self) -> None:
         """Open and close ports for what runs now."""
-        before = self._known.ids()
+        before, settled = self._known.ids(), self._ports.settled()
         reply = await call_engine(self._connect, "GET", "/containers/json?all=1")
         if reply.status != 200:
             raise NodeLostError(f"the docker engine lists no containers: {reply.message}")
-        present = {str(one.get("Id")): one for one in reply.json()}
+        present = _by_id(reply.json())
         for container_id in before - present.keys():
             self._known.remove(container_id)
-        running = {
-            key: one for key, one in present.items() if one.get("State") in ("running", "paused")
-        }
-        self._ports.keep_only(running)
-        for container_id, one in running.items():
-            known = self._known.find(container_id)
-            if known is None and not one.get("Ports"):
-                continue
-            if not self._ports.has(container_id):
-                await self._open(container_id)
+        running = {key for key, one in present.items() if one.get("State") in ("running", "paused")}
+        for container_id in settled - running:
+            self._ports.close(container_id)
+        for container_id in running:
+            await self._open(container_id)
 
     def _take(self, event: Any) -> None:
-        actor = event.get("Actor") or {}
-        container_id = str(actor.get("ID") or event.get("id") or "")
+        actor = event.get("Actor") if isinstance(event, dict) else None
+        container_id = str(actor.get("ID") or "") if isinstance(actor, dict) else ""
+        if not isinstance(actor, dict) or not self._known.has(container_id):
+            return
         action = str(event.get("Action") or "")
         if action == "start":
             if (timer := self._ending.pop(container_id, None)) is not None:
                 timer.cancel()
-            if not self._ports.has(container_id):
-                self._tasks.start(self._open(container_id), name="open-ports")
+            self._tasks.start(self._open(container_id), name="open-ports")
         elif action == "die":
             loop = asyncio.get_running_loop()
             if (timer := self._ending.pop(container_id, None)) is not None:
@@ -134,7 +132,9 @@ class Watching:
             self._ended(container_id)
             self._known.remove(container_id)
         elif action == "rename":
-            self._known.rename(container_id, str((actor.get("Attributes") or {}).get("name", "")))
+            attributes = actor.get("Attributes")
+            if isinstance(attributes, dict):
+                self._known.rename(container_id, str(attributes.get("name", "")))
 
     def _ended(self, container_id: str) -> None:
         if (timer := self._ending.pop(container_id, None)) is not None:
@@ -142,20 +142,34 @@ class Watching:
         self._ports.close(container_id)
 
     async def _open(self, container_id: str) -> None:
-        known = self._known.find(container_id)
-        name = known.name if known is not None else ""
-        bindings = list(known.bindings) if known is not None else []
+        known = self._known.by_id(container_id)
+        if known is None or not known.ports:
+            return
+        if self._ports.has(container_id) and not known.publish_all:
+            return
+        bindings = list(known.bindings)
         try:
-            if known is None or known.publish_all:
+            if known.publish_all:
                 reply = await call_engine(self._connect, "GET", f"/containers/{container_id}/json")
                 if reply.status != 200 or not reply.json()["State"]["Running"]:
                     return
                 found = from_engine(reply.json()["NetworkSettings"].get("Ports"))
                 own = {(binding.protocol, binding.port) for binding in bindings}
                 bindings += [one for one in found if (one.protocol, one.port) not in own]
-                name = name or str(reply.json().get("Name", "")).removeprefix("/")
-            self._ports.open(container_id, name, bindings)
+            self._ports.open(container_id, known.name, bindings)
         except PortTakenError as error:
-            self._log.warning("container %s: %s", name or container_id[:12], error.message)
-        except (OffloadError, KeyError, TypeError) as error:
+            name = known.name or container_id[:12]
+            self._log.warning("container %s: %s", name, error.message)
+        except (OffloadError, AttributeError, KeyError, TypeError) as error:
             self._log.info("the ports of container %s are not known: %r", container_id[:12], error)
+
+
+def _by_id(listed: Any) -> dict[str, dict[str, Any]]:
+    """Return the containers of an engine's list.
+
+    Raises:
+        NodeLostError: it is none.
+    """
+    if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
+        raise NodeLostError("the docker engine's list of containers is none")
+    return {str(one.get("Id")): one for one in listed}

@@ -1,7 +1,7 @@
 """Linux's inotify, for trees whose links must not be followed.
 
-watchfiles, which is used where there is no inotify, follows links: one to /usr in a tree of ten
-files takes 17,000 watches, and a container can plant it. It also cannot leave out what is ignored.
+Libraries that watch whole trees follow links: with watchfiles, one to /usr in a tree of ten files
+takes 17,000 watches, and a container can plant it. They also cannot leave out what is ignored.
 Here a directory is watched when it is listed, so nothing between the two is missed, and what has
 been written can be asked for: the kernel queues an event before the write returns.
 Source: inotify(7).

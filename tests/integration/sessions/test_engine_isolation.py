@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
+import fcntl
 import os
 import subprocess
 from pathlib import Path
@@ -14,6 +16,8 @@ from offload_builder.node.sessions.engine.idranges import COUNT
 from tests.fixtures.sessionengines import LIMITS, MIB, EngineLoop, docker, engine_settings, run
 
 pytestmark = pytest.mark.timeout(300)
+NS_GET_OWNER_UID = 0xB704
+"""ioctl_ns(2)."""
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +169,29 @@ def test_engines_have_users_images_and_processes_of_their_own(engine, other):
             Path(f"/proc/{one}/ns/{kind}").readlink() for one in (engine.pid, other.pid, "self")
         }
         assert len(names) == 3, kind
+
+
+def test_sockets_past_the_network_are_refused_to_all_processes(engine):
+    seen = run(
+        engine, "--privileged", "--pid=host",
+        script="for p in /proc/[0-9]*; do busybox grep ^Seccomp: $p/status; done",
+    )  # fmt: skip
+
+    assert {line.split()[1] for line in seen.stdout.splitlines()} == {"2"}, seen
+
+
+def test_what_the_kernel_counts_for_users_is_counted_for_each_engine_alone(engine, other):
+    owners = {owner_of_users(engine), owner_of_users(other)}
+
+    # Namespaces and inotify: who made the users of an engine is who pays for what it has.
+    assert owners == {engine.id_base, other.id_base}
+
+
+def owner_of_users(engine) -> int:
+    owner = array.array("I", [0])
+    with Path(f"/proc/{engine.pid}/ns/user").open("rb") as namespace:
+        fcntl.ioctl(namespace, NS_GET_OWNER_UID, owner)
+    return owner[0]
 
 
 def test_memory_of_an_engine_ends_containers_and_not_the_engine(engine):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from offload_builder.node.sessions.engine.groups import EngineGroups
 from offload_builder.node.sessions.engine.host import EngineHost
 from offload_builder.node.sessions.engine.loops import devices_of
 from offload_core.errors import DeviceUnavailableError, NodeLostError
@@ -73,6 +74,39 @@ async def test_a_paused_engine_has_no_process_and_wakes_with_what_was_in_it(tmp_
         volume = await asyncio.to_thread(run, engine, "-v", "volume:/v", script="cat /v/file")
         assert (logs.stdout, volume.stdout) == ("said\n", "in-volume\n")
         assert list(networks.attached) == [engine.engine_id]
+
+
+async def test_what_is_frozen_in_an_engine_ends_with_it(tmp_path):
+    freeze = (
+        "mkdir -p /s; busybox mount -t cgroup -o freezer freezer /s;"
+        "mkdir -p /s/x && echo 1 > /s/x/cgroup.procs && echo FROZEN > /s/x/freezer.state;"
+        "busybox sleep 1000"
+    )
+    async with hosting(tmp_path / "data") as host:
+        engine = await host.create(spec())
+        await asyncio.to_thread(import_image, engine)
+        for words in (("run", "-d", "--name", "held", "box", "sleep", "1000"), ("pause", "held")):
+            done = await asyncio.to_thread(docker, engine, *words)
+            assert done.returncode == 0, done.stderr
+
+        first, own = engine.pid, ("--privileged", "--pid=host", "--cgroupns=host")
+        script = ("box", "/bin/busybox", "sh", "-c", freeze)
+        done = await asyncio.to_thread(docker, engine, "run", "-d", *own, *script)
+        assert done.returncode == 0, done.stderr
+        if not EngineGroups(tmp_path / "data", engine.engine_id).unified:
+            await until(lambda: is_frozen(first), "the first process is frozen")
+
+        await host.remove(engine.engine_id)
+
+        assert not Path(f"/proc/{first}").exists()
+        assert not devices_of(tmp_path / "data")
+        assert not list((tmp_path / "data").iterdir())
+
+
+def is_frozen(pid: int) -> bool:
+    groups = dict(line.split(":")[1:] for line in Path(f"/proc/{pid}/cgroup").read_text().split())
+    state = Path("/sys/fs/cgroup/freezer", groups["freezer"][1:], "freezer.state")
+    return state.read_text() == "FROZEN\n"
 
 
 async def test_a_removed_engine_leaves_nothing_and_is_removed_again_without_harm(tmp_path):

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from offload_client.sessions.control import HelperAwayError, ask_helper
-from offload_client.sessions.records import engine_socket, helper_socket, noted_end, remove_record
+from offload_client.sessions.records import (
+    RECORD_FILE,
+    engine_socket,
+    helper_socket,
+    noted_end,
+    remove_record,
+    write_record,
+)
 from offload_proto.v1 import sessions_service_pb2 as pb
 from tests.fixtures.cutrelay import CutRelay
 from tests.fixtures.engine import DockerEngine
@@ -172,3 +181,65 @@ def test_without_a_record_there_is_no_helper(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 1
     assert b"usage" in done.stderr
+
+
+def test_a_helper_goes_on_while_its_record_cannot_be_read(
+    server: SessionServer, tmp_path: Path
+) -> None:
+    with SessionHelper(server, tmp_path / "home") as helper:
+        record = helper.directory / RECORD_FILE
+        text = record.read_bytes()
+        record.write_bytes(b"{")
+        # It looks more often than its log is long.
+        until(lambda: "cannot read" in helper.log(), "the look at the record")
+        record.write_bytes(text)
+        assert helper.docker("ps").returncode == 0
+
+
+def test_a_helper_without_its_socket_ends_and_another_one_follows(
+    server: SessionServer, tmp_path: Path
+) -> None:
+    with SessionHelper(server, tmp_path / "home") as helper:
+        process = helper.process
+        assert process is not None
+        engine_socket(helper.directory).unlink()
+        # It waits for the end of the other one.
+        helper.start()
+        assert process.wait(PATIENCE) == 0
+        assert helper.docker("ps").returncode == 0
+        assert helper.ask("status")["pid"] == helper.process.pid  # type: ignore[union-attr]
+
+
+def test_a_helper_that_ends_late_takes_nothing_from_its_successor(
+    server: SessionServer, tmp_path: Path
+) -> None:
+    with SessionHelper(server, tmp_path / "home") as helper:
+        process = helper.process
+        assert process is not None
+        # A session was stopped while its helper did not answer, and another one is started.
+        process.send_signal(signal.SIGSTOP)
+        remove_record(helper.directory)
+        write_record(helper.directory, replace(helper.record, session_id="fedcba9876543210"))
+        second = subprocess.Popen(
+            [sys.executable, "-m", "offload_client.sessions.helper", str(helper.directory)],
+            env=helper.environment,
+        )
+        try:
+            until(lambda: engine_socket(helper.directory).exists(), "the second helper")
+            process.send_signal(signal.SIGCONT)
+            assert process.wait(PATIENCE) == 0
+            assert engine_socket(helper.directory).exists()
+            assert helper.ask("status")["pid"] == second.pid
+        finally:
+            second.kill()
+            second.wait()
+
+
+def test_a_helper_may_have_many_connections(server: SessionServer, tmp_path: Path) -> None:
+    with SessionHelper(server, tmp_path / "home") as helper:
+        assert helper.process is not None
+        text = Path(f"/proc/{helper.process.pid}/limits").read_text()
+    soft, hard = next(
+        line.split()[3:5] for line in text.splitlines() if line.startswith("Max open files")
+    )
+    assert int(soft) == min(int(hard), 65536)

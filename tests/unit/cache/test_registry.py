@@ -245,6 +245,17 @@ async def test_a_build_without_a_write_scope_may_not_touch_the_cache(bench: Regi
     await client.push("image", b"layer")
 
 
+async def test_who_may_only_read_pulls_and_pushes_nothing(bench: RegistryBench) -> None:
+    await (await bench.client()).push("image", b"layer")
+    client = await bench.client(may_push=False)
+
+    assert (await client.call("GET", f"image/blobs/{sha256_digest(b'layer')}"))[0] == 200
+    for repository in ("image", "cache"):
+        assert (await client.call("POST", f"{repository}/blobs/uploads/"))[0] == 403
+        body = cache_manifest(b"config", [])
+        assert await client.put_manifest(f"{repository}/manifests/export", body) == 403
+
+
 async def test_bad_cache_manifests_are_refused(client: RegistryClient) -> None:
     await client.push("cache", b"config")
     path = "cache/manifests/export"

@@ -12,6 +12,7 @@ import pytest
 
 from offload_core.aio import TaskSet
 from offload_core.enginecalls import (
+    EngineReply,
     UnixConnection,
     call_engine,
     exchange,
@@ -95,3 +96,18 @@ async def test_a_stream_gives_its_lines_as_they_come(tmp_path: Path) -> None:
         with pytest.raises(NodeLostError, match="page not found"):
             async with stream_engine(connect, "/nothing"):
                 pass
+
+
+async def test_what_is_nested_too_deep_is_no_json() -> None:
+    deep = b"[" * 100_000
+    reply = EngineReply(500, (), deep)
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield deep + b"\n"
+
+    assert reply.message == ""
+    with pytest.raises(UsageError):
+        reply.json()
+    with pytest.raises(UsageError):
+        async for _ in json_lines(pieces()):
+            """None comes."""

@@ -139,7 +139,11 @@ class SessionQueue:
         try:
             written = await self._sessions.table.insert(record)
         except BaseException:
-            self._sessions.forget(session, InternalError("the session could not be written down"))
+            text = "the session could not be written down"
+            self._sessions.forget(session, InternalError(text))
+            # It may be written nevertheless, for a caller that has gone.
+            values = {"state": FAILED, "reason": text, "ended_at": datetime.now(UTC)}
+            self._sessions.table.change(record.session_id, **values)
             raise
         if not written:
             before = await self._sessions.table.find_request(token.token_id, record.request_id)

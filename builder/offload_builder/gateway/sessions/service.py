@@ -249,7 +249,7 @@ class SessionsService(SessionsServiceServicer):
             raise UsageError(
                 f'the session "{record.name}" is {state_name(record.state)}, and cannot be shared'
             )
-        names = await shared_with(self._members, record, request)
+        names = await shared_with(self._members, session.record, request)
         self._sessions.active.change(session, shared_with=names)
         node = self._node_of(session.record)
         task = nodes_pb.SessionTask(session_id=session.session_id)

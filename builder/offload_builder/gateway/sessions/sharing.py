@@ -28,13 +28,14 @@ async def shared_with(
     """
     if len(request.add) > MAX_SHARED or len(request.remove) > MAX_SHARED:
         raise UsageError(f"a session is shared with at most {MAX_SHARED} members")
-    kept = [name for name in record.shared_with if name not in request.remove]
     for name in dict.fromkeys(request.add):
         if name == record.owner:
             raise UsageError(f'the session is that of "{name}", who may use it anyway')
-        if name not in kept:
-            await _check_member(members, record, name)
-            kept.append(name)
+        await _check_member(members, record, name)
+    # Nothing is awaited from here on: another request may have changed the list meanwhile, and whom
+    # that has removed must not come back by this one.
+    kept = [name for name in record.shared_with if name not in request.remove]
+    kept += [name for name in dict.fromkeys(request.add) if name not in kept]
     if len(kept) > MAX_SHARED:
         raise UsageError(f"a session is shared with at most {MAX_SHARED} members")
     return tuple(kept)

@@ -112,7 +112,9 @@ class NodeImages:
             # Neither the disk nor the shared store has kept it.
             return None
         writer = Writer(place.session_id, place.owner, place.role)
-        capability = self._registry.grant(Grant(cache, (), None, "", writer, may_import=False))
+        # The member can read it in the engine's memory, and hold the pull for as long as it wants.
+        grant = Grant(cache, (), None, "", writer, may_import=False, may_push=False)
+        capability = self._registry.grant(grant)
         stack.push_async_callback(self._registry.revoke, capability)
         state = self._registry.state(capability)
         state.image.tags[_TAG] = digest

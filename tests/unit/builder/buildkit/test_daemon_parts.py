@@ -93,6 +93,22 @@ async def test_log_files_stay_small(tmp_path):
     assert (tmp_path / "d.log.1").stat().st_size <= 1000
 
 
+async def test_a_log_that_is_flooded_is_read_slowly(tmp_path):
+    log = DaemonLog(tmp_path / "d.log", bytes_per_second=1)
+    pipe = asyncio.StreamReader()
+    pipe.feed_data((b"x" * 1023 + b"\n") * 3000)
+    pipe.feed_eof()
+    reading = asyncio.create_task(log.copy(pipe))
+    while not (tmp_path / "d.log").exists() or (tmp_path / "d.log").stat().st_size < 1 << 20:
+        await asyncio.sleep(0)
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert not reading.done()
+    assert (tmp_path / "d.log").stat().st_size < 2 << 20
+    reading.cancel()
+    await asyncio.wait((reading,))
+
+
 @pytest.mark.parametrize(
     ("ended", "text"),
     [

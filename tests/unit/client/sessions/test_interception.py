@@ -67,7 +67,8 @@ class Proxied:
     def __init__(self, directory: Path) -> None:
         self.happened: list[str] = []
         self.bodies: list[Any] = []
-        self.answers: list[bytes] = []
+        self.ids: list[str] = []
+        self.wait_answer = b'{"StatusCode": 0}'
         self.known = KnownContainers(directory / "containers.json")
         tunnel = cast("Tunnel", EngineTunnel(directory / "s"))
         self.ports = LocalPorts(tunnel, LOG)
@@ -82,9 +83,10 @@ class Proxied:
             self.happened.append(head.path.rpartition("/")[2])
             if head.path.endswith("/create"):
                 self.bodies.append(json.loads(body))
-                writer.write(response(201, json.dumps({"Id": ID, "Warnings": []}).encode()))
+                told = self.ids.pop(0) if self.ids else ID
+                writer.write(response(201, json.dumps({"Id": told, "Warnings": []}).encode()))
             elif head.path.endswith("/wait"):
-                writer.write(response(200, b'{"StatusCode": 0}'))
+                writer.write(response(200, self.wait_answer))
             else:
                 writer.write(response(204, b""))
             await writer.drain()
@@ -288,3 +290,55 @@ async def test_a_name_belongs_to_whoever_has_it_now(tmp_path: Path) -> None:
         assert not await proxy.passes("/containers/web/start")
         await proxy.ask("/containers/create?name=web", host_config())
         assert await proxy.passes("/containers/web/start")
+
+
+async def test_containers_that_are_created_together_get_ports_of_their_own(tmp_path: Path) -> None:
+    async with proxied(tmp_path) as proxy:
+        published = {"80/tcp": [{"HostPort": "21000-21040"}]}
+        proxy.ids = [f"{number:064x}" for number in range(3)]
+        await asyncio.gather(
+            *(
+                proxy.ask("/containers/create", host_config(PortBindings=published))
+                for _ in range(3)
+            )
+        )
+        ports = [
+            body["HostConfig"]["PortBindings"]["80/tcp"][0]["HostPort"] for body in proxy.bodies
+        ]
+        assert len(set(ports)) == 3
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"HostConfig": ["Binds"]},
+        ["HostConfig"],
+        {"HostConfig": {"PortBindings": {"80/tcp": "80"}}},
+        {"HostConfig": {"PortBindings": {"80/tcp": ["80"]}}},
+        {"HostConfig": {"Binds": "a:b"}},
+        {"HostConfig": {"Mounts": ["a"]}},
+    ],
+)
+async def test_what_is_not_understood_is_left_to_the_engine(tmp_path: Path, wanted: Any) -> None:
+    async with proxied(tmp_path) as proxy:
+        await proxy.ask("/containers/create", wanted)
+        assert proxy.bodies == [wanted]
+
+
+async def test_an_engine_that_talks_without_end_is_not_listened_to(tmp_path: Path) -> None:
+    async with proxied(tmp_path) as proxy:
+        await proxy.ask("/containers/create?name=web", host_config(Binds=[f"{tmp_path}:/a"]))
+        proxy.wait_answer = b" " * (9 << 20)
+        with pytest.raises(OffloadError, match="too much"):
+            await proxy.ask("/containers/web/wait")
+
+
+async def test_an_engine_cannot_take_a_container_for_another_one(tmp_path: Path) -> None:
+    async with proxied(tmp_path) as proxy:
+        published = {"80/tcp": [{"HostPort": ""}]}
+        await proxy.ask("/containers/create?name=web", host_config(PortBindings=published))
+        for told in (ID, "", "../../secrets", ID.upper()):
+            proxy.ids = [told]
+            with pytest.raises(OffloadError, match="which container"):
+                await proxy.ask("/containers/create", host_config(PortBindings=published))
+        assert proxy.known.ids() == {ID}

@@ -15,11 +15,17 @@ RECORD = SessionRecord("a" * 16, "work", "default", "gw:1", "docker-offload-work
 class Ended:
     """A tunnel to nowhere."""
 
-    reconnecting_since = None
+    away_seconds = 0.0
 
     def __init__(self, reason: str) -> None:
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.ended.set_result(reason)
+
+
+class InPlace:
+    """A proxy that docker's commands reach."""
+
+    in_place = True
 
 
 async def test_helper_goes_some_time_after_its_session_and_leaves_a_note(tmp_path):
@@ -27,7 +33,7 @@ async def test_helper_goes_some_time_after_its_session_and_leaves_a_note(tmp_pat
     write_record(directory, RECORD)
     helper = Helper(directory, RECORD, logging.getLogger("test"), tell_seconds=0.0)
     async with asyncio.timeout(60):
-        await helper._until_over(Ended("its time is over"))
+        await helper._until_over(Ended("its time is over"), InPlace())
     assert noted_end(directory) == "its time is over"
     forget_end(directory)
     assert noted_end(directory) == ""

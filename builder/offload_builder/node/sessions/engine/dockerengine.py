@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger(__name__)
 _BLOCK_BYTES = 512
+_LOG_BYTES_PER_SECOND = 1 << 18
+"""Who is root in an engine can write to its log as well."""
 _FORMAT_SECONDS = 60.0
 _STOP_SECONDS = content.STOP_SECONDS + 4.0
 _DETACH_SECONDS = 20.0
@@ -134,7 +136,8 @@ class DockerEngine:
             await asyncio.wait((formatting,))
 
     async def _start(self, users: str, network: Callable[[str], Awaitable[NetworkPlan]]) -> None:
-        process = EngineProcess(DaemonLog(self._folder / LOG))
+        log = DaemonLog(self._folder / LOG, bytes_per_second=_LOG_BYTES_PER_SECOND)
+        process = EngineProcess(log, self._groups)
         self._process = process
         await process.start(self._plan(users), self.socket, network, self._keep)
         self.version = process.version
@@ -282,24 +285,33 @@ class DockerEngine:
                 raise
 
     async def _end(self) -> None:
-        """Kill everything in it."""
+        """Kill everything in it.
+
+        Raises:
+            NodeLostError: it does not end; it can be tried again.
+        """
         process, self._process = self._process, None
         if process is not None:
-            await process.kill()
+            try:
+                await process.kill()
+            except BaseException:
+                self._process = process
+                raise
 
     async def close(self) -> None:
         """Remove everything of it."""
-        async with self._turn:
+        async with self._turn, AsyncExitStack() as rest:
+            # Each of them whatever becomes of the others: what is left of an engine is cut off.
+            rest.callback(self.ended.cancel)
+            rest.push_async_callback(asyncio.to_thread, self._remove)
+            rest.push_async_callback(self._stack.aclose)
+            rest.callback(self._close_users)
             await self._end()
-            if self._users >= 0:
-                os.close(self._users)
-                self._users = -1
-            try:
-                await self._stack.aclose()
-            finally:
-                await asyncio.to_thread(self._remove)
-                if not self.ended.done():
-                    self.ended.cancel()
+
+    def _close_users(self) -> None:
+        if self._users >= 0:
+            os.close(self._users)
+            self._users = -1
 
     def _remove(self) -> None:
         self.socket.unlink(missing_ok=True)

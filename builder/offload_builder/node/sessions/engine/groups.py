@@ -39,6 +39,7 @@ _DEVICES = (
 """What docker allows its containers; in an engine nobody can make nodes of others anyway."""
 _NAMES = ("cpuset.cpus", "cpuset.mems")
 _GONE_SECONDS = 5.0
+_MOST_GROUPS = 4096
 _TRIES = 5
 
 
@@ -112,6 +113,8 @@ class EngineGroups:
             if (group / "memory.swap.max").exists():
                 _write(group / "memory.swap.max", 0)
             _write(group / "pids.max", limits.pids)
+            # A machine has 65,535 groups with memory, for everybody; version 1 knows no such bound.
+            _write(group / "cgroup.max.descendants", _MOST_GROUPS)
             return
         _write(self._upper("cpu") / "cpu.cfs_period_us", PERIOD_MICROSECONDS)
         _write(self._upper("cpu") / "cpu.cfs_quota_us", quota)
@@ -148,7 +151,7 @@ class EngineGroups:
         ]
 
     def kill(self) -> bool:
-        """Kill what runs in them; return whether something did."""
+        """Kill what runs in them, frozen or not; return whether something did."""
         return _kill(root / self._place for root in _roots(self._hierarchy))
 
     def remove(self) -> bool:
@@ -209,7 +212,18 @@ def _kill(groups: Iterable[Path]) -> bool:
                     found = True
                     with contextlib.suppress(OSError):
                         os.kill(pid, signal.SIGKILL)
+                _thaw(group)
     return found
+
+
+def _thaw(group: int) -> None:
+    """Let the processes of a group go on: those that version 1 has frozen do not even die."""
+    with contextlib.suppress(OSError):
+        file = os.open("freezer.state", os.O_WRONLY | os.O_CLOEXEC, dir_fd=group)
+        try:
+            os.write(file, b"THAWED")
+        finally:
+            os.close(file)
 
 
 def _remove(groups: Sequence[Path]) -> bool:

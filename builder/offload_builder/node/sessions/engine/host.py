@@ -211,16 +211,16 @@ class EngineHost:
     async def _keep_ready(self) -> None:
         while True:
             self._taken.clear()
-            for engine in [one for one in self._ready if one.ended.done()]:
-                await self.remove(engine.engine_id)
             wait = _LOOK_SECONDS
-            if len(self._ready) < self._settings.ready and self._has_memory():
-                try:
+            try:
+                for engine in [one for one in self._ready if one.ended.done()]:
+                    await self.remove(engine.engine_id)
+                if len(self._ready) < self._settings.ready and self._has_memory():
                     self._ready.append(await self._make(self._settings.ready_limits))
                     continue
-                except OffloadError as error:
-                    _log.warning("session.engine.not_ready", error=error.message)
-                    wait = _AGAIN_SECONDS
+            except (OffloadError, OSError) as error:
+                _log.warning("session.engine.not_ready", error=str(error))
+                wait = _AGAIN_SECONDS
             with suppress(TimeoutError):
                 async with asyncio.timeout(wait):
                     await self._taken.wait()

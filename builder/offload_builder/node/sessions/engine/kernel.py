@@ -37,6 +37,8 @@ _AT_FDCWD = -100
 _AT_RECURSIVE = 0x8000
 _ATTR_RDONLY, _ATTR_NOSUID, _ATTR_NODEV = 1, 2, 4
 _PR_SET_PDEATHSIG = 1
+_PR_SET_SECUREBITS = 28
+_SECBIT_NO_SETUID_FIXUP = 4
 _SYS_MOUNT_SETATTR = 442
 _SYS_CLONE = {"x86_64": 56, "aarch64": 220}
 _SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
@@ -149,6 +151,17 @@ def set_hostname(name: str) -> None:
 def die_with_parent() -> None:
     """Have the kernel end this process when the thread that started it ends."""
     _check(_libc.prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0), "prctl")
+
+
+def act_as(user: int) -> None:
+    """Become a user and group for all that is made from now on, with the rights that we have.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
+    _check(_libc.prctl(_PR_SET_SECUREBITS, _SECBIT_NO_SETUID_FIXUP, 0, 0, 0), "prctl")
+    os.setegid(user)
+    os.seteuid(user)
 
 
 def fork_sibling() -> int:

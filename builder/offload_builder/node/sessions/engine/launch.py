@@ -24,6 +24,7 @@ import resource
 import sys
 
 from offload_builder.node.sessions.engine import kernel
+from offload_builder.node.sessions.engine.machinesockets import refuse_machine_sockets
 from offload_builder.node.sessions.engine.rootfs import INIT, PROGRAMS, Root, init_program
 
 TYPE_CHECKING = False
@@ -137,7 +138,7 @@ def _make_users(base: int, count: int) -> str:
     if maker == 0:
         os.close(made[0])
         os.close(done[1])
-        _run(lambda: _hold_users(made[1], done[0]))
+        _run(lambda: _hold_users(base, made[1], done[0]))
     os.close(made[1])
     os.close(done[0])
     try:
@@ -154,7 +155,10 @@ def _make_users(base: int, count: int) -> str:
     return f"/proc/{os.getpid()}/fd/{users}"
 
 
-def _hold_users(made: int, done: int) -> None:
+def _hold_users(base: int, made: int, done: int) -> None:
+    # What the engine has of namespaces and inotify counts for whoever made its users. Were that
+    # this machine's root, one engine could take from it and all others what the kernel permits.
+    kernel.act_as(base)
     kernel.die_with_parent()
     kernel.unshare(kernel.CLONE_NEWUSER)
     os.write(made, b".")
@@ -234,5 +238,6 @@ def _begin(plan: Plan, waiting: int) -> None:
     os.dup2(2, 1)
     os.dup2(plan["listener"], _LISTENER, inheritable=True)
     os.closerange(_LISTENER + 1, 1024)
+    refuse_machine_sockets()
     environment = {"PATH": _PATH, "HOME": "/root", "LANG": "C.UTF-8", "LISTEN_FDS": "1"}
     os.execve("/bin/sh", ["sh", "-c", _FIRST, "sh", *plan["command"]], environment)  # noqa: S606

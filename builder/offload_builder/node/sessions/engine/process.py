@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from offload_builder.buildkit.daemon_log import DaemonLog
+    from offload_builder.node.sessions.engine.groups import EngineGroups
     from offload_builder.node.sessions.engine.plan import NetworkPlan, Plan
 
 _PACKAGES = str(Path(offload_builder.__path__[0]).parent)
@@ -32,6 +33,8 @@ _MAX_LINE = 1 << 16
 _BACKLOG = 1024
 _MAX_HEAD = 1 << 14
 _PATIENCE_SECONDS = 10.0
+_FROZEN_SECONDS = 0.2
+"""Whoever is not dead by then may be frozen: a container that is paused, or worse."""
 _TAIL_LINES = 8
 
 
@@ -40,6 +43,7 @@ class EngineProcess:
 
     Args:
         log: what dockerd prints goes there.
+        groups: that its processes are in.
 
     Attributes:
         pid: of the first process of its namespaces.
@@ -47,8 +51,9 @@ class EngineProcess:
         version: of the docker engine, when it is ready.
     """
 
-    def __init__(self, log: DaemonLog) -> None:
+    def __init__(self, log: DaemonLog, groups: EngineGroups) -> None:
         self._log = log
+        self._groups = groups
         self._process = -1
         self._tasks = TaskSet()
         self.pid = 0
@@ -197,11 +202,21 @@ class EngineProcess:
         await self.kill()
 
     async def kill(self) -> None:
-        """End everything in its process namespace at once, and wait for that."""
+        """End everything in its process namespace at once, and wait for that.
+
+        Raises:
+            NodeLostError: it does not end.
+        """
         if self._process >= 0:
             signal.pidfd_send_signal(self._process, signal.SIGKILL)
-            async with asyncio.timeout(_PATIENCE_SECONDS):
-                await asyncio.shield(self.ended)
+            try:
+                async with asyncio.timeout(_PATIENCE_SECONDS):
+                    while not self.ended.done():
+                        await asyncio.wait((self.ended,), timeout=_FROZEN_SECONDS)
+                        if not self.ended.done():
+                            await asyncio.to_thread(self._groups.kill)
+            except TimeoutError as error:
+                raise NodeLostError("the processes of the docker engine do not end") from error
         # What was printed is in the pipe; its end comes with the last process.
         await self._tasks.drain(1.0)
         await self._tasks.close()

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 _log = structlog.get_logger(__name__)
 _END_SECONDS = 10.0
 _POLL_SECONDS = 0.005
+_FROZEN_SECONDS = 0.2
+"""Who is not dead by then may be frozen."""
 
 
 def sweep_engines(data: Path, kept: frozenset[str]) -> None:
@@ -39,8 +41,8 @@ def sweep_engines(data: Path, kept: frozenset[str]) -> None:
     records = [read_record(folder) for folder in folders]
     for record in records:
         record.kill()
-    for record in records:
-        _wait(record)
+    for folder, record in zip(folders, records, strict=True):
+        _wait(record, EngineGroups(data, folder.name))
     for folder in folders:
         for point in reversed(mounts_below(folder)):
             _unmount(point)
@@ -58,13 +60,17 @@ def _unmount(point: str) -> None:
         _log.warning("session.engine.mount_stuck", path=point, error=str(error))
 
 
-def _wait(record: EngineRecord) -> None:
+def _wait(record: EngineRecord, groups: EngineGroups) -> None:
     """Wait until a process that was killed is gone; it may be the child of somebody else."""
     deadline = time.monotonic() + _END_SECONDS
+    frozen = time.monotonic() + _FROZEN_SECONDS
     while record.pid and time.monotonic() < deadline:
         try:
             if start_time(record.pid) != record.started:
                 return
         except OSError:
             return
+        if time.monotonic() > frozen:
+            groups.kill()
+            frozen = time.monotonic() + _FROZEN_SECONDS
         time.sleep(_POLL_SECONDS)

@@ -14,8 +14,11 @@ from offload_core.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-MAX_BODY = 8 << 20
+MAX_BODY = 2 << 20
+"""Bytes; JSON of a few of them becomes many times as much memory."""
 ENGINE_SOCKETS = ("/var/run/docker.sock", "/run/docker.sock")
+_MOUNT = ("Type", "Source")
+_REQUEST = ("Driver", "DeviceIDs", "Capabilities", "Count")
 _HOW_TO_BIND = (
     "use the docker context of the session (offload start makes it), which brings directories"
     " here, or copy files with docker cp"
@@ -49,14 +52,22 @@ def read_creation(body: bytes, devices: Sequence[str]) -> Creation:
         DeviceUnavailableError: it wants a device that the session has not got.
     """
     try:
-        wish = json.loads(body)
-    except ValueError:
+        wish = json.loads(body, object_pairs_hook=_once)
+    except (ValueError, RecursionError):
         # The engine says what is wrong with it.
         return Creation(body, "", models=False)
-    host = wish.get("HostConfig") if isinstance(wish, dict) else None
-    if not isinstance(host, dict):
-        image = wish.get("Image") if isinstance(wish, dict) else ""
-        return Creation(body, str(image or ""), models=False)
+    if not isinstance(wish, dict):
+        return Creation(body, "", models=False)
+    wish = _as_engine_reads(wish, ("HostConfig", "Image"))
+    if not isinstance(wish.get("HostConfig"), dict):
+        return Creation(body, str(wish.get("Image") or ""), models=False)
+    host = _as_engine_reads(wish["HostConfig"], ("Binds", "Mounts", "DeviceRequests"))
+    wish["HostConfig"] = host
+    host |= {
+        name: [_as_engine_reads(item, keys) if isinstance(item, dict) else item for item in listed]
+        for name, keys in (("Mounts", _MOUNT), ("DeviceRequests", _REQUEST))
+        if (listed := _list(host, name))
+    }
     for source in _bound(host):
         if not _is_here(source):
             raise UsageError(
@@ -67,11 +78,32 @@ def read_creation(body: bytes, devices: Sequence[str]) -> Creation:
     requests = host.get("DeviceRequests")
     if not isinstance(requests, list) or not requests:
         return Creation(body, image, models)
-    rewritten = rewrite_requests(requests, devices)
+    try:
+        rewritten = rewrite_requests(requests, devices)
+    except (TypeError, ValueError):
+        # Not of the types that they should have, which the engine says as well.
+        return Creation(body, image, models)
     if rewritten == requests:
         return Creation(body, image, models)
     host["DeviceRequests"] = rewritten
     return Creation(json.dumps(wish).encode(), image, models)
+
+
+def _as_engine_reads(found: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Return an object with these names as they are: the engine finds them in any case.
+
+    Raises:
+        UsageError: one is there twice; nobody could say which one holds.
+    """
+    known = {name.casefold(): name for name in names}
+    return _once([(known.get(key.casefold(), key), value) for key, value in found.items()])
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise UsageError("the container's settings have one of their names more than once")
+    return found
 
 
 def _bound(host: dict[str, Any]) -> Iterator[str]:

@@ -43,6 +43,35 @@ def test_brought_directories_named_volumes_and_the_own_socket_pass_unchanged(sou
     assert read_creation(body, ()).body is body
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"hostconfig": {"binds": ["/etc:/x"]}}',
+        '{"Ho\u017ftConfig": {"Binds": ["/etc:/x"]}}',
+        '{"HostConfig": {"MOUNTS": [{"type": "bind", "SOURCE": "/etc"}]}}',
+        '{"HostConfig": {"Binds": ["/etc:/x"]}, "HostConfig": {}}',
+        '{"HostConfig": {"Binds": []}, "hostconfig": {"Binds": ["/etc:/x"]}}',
+        '{"HostConfig": {"Mounts": [{"Type": "bind", "Source": "/etc", "type": "tmpfs"}]}}',
+    ],
+)
+def test_names_are_found_as_the_engine_finds_them_and_only_once(text):
+    with pytest.raises(UsageError, match=r"no directory /etc|more than once"):
+        read_creation(text.encode(), ())
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * 100_000,
+        b'{"HostConfig": {"DeviceRequests": [{"Capabilities": [["gpu"]], "Count": "x"}]}}',
+        b'{"HostConfig": {"DeviceRequests": [{"Driver": "cdi", "DeviceIDs": 3}]}}',
+        b'{"HostConfig": {"DeviceRequests": [{"Capabilities": 3}]}}',
+    ],
+)
+def test_what_cannot_be_understood_is_left_to_the_engine(body):
+    assert read_creation(body, GPUS).body is body
+
+
 def test_gpus_become_devices_of_the_session():
     every = [{"Driver": "cdi", "DeviceIDs": ["nvidia.com/gpu=0", "nvidia.com/gpu=1"]}]
     assert devices(wish(DeviceRequests=[request(Count=-1)])) == every
