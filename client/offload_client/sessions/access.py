@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from offload_client.gateway import GatewayCalls
-from offload_core.errors import NodeLostError, NotFoundError
+from offload_core.errors import NodeLostError, NotFoundError, SessionGoneError
 from offload_proto.v1 import sessions_service_pb2 as pb
 from offload_proto.v1.sessions_service_pb2_grpc import SessionsServiceStub
 
@@ -29,12 +29,6 @@ CONNECTION_OPTIONS = (
     ("grpc.http2.ping_timeout_ms", 15_000),
 )
 """Of connections that a session is kept by."""
-
-
-class SessionGoneError(NotFoundError):
-    """A session has ended and comes not back."""
-
-    reason = "SESSION_GONE"
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,15 @@ from typing import TYPE_CHECKING, Any, Self
 
 import grpc
 
-from offload_client.sessions.access import GONE, NodeChannel, SessionGoneError, SessionPlace
+from offload_client.sessions.access import GONE, NodeChannel, SessionPlace
 from offload_client.sessions.nodestream import NodeStream, PortStream, Traffic, node_error
 from offload_core.aio import TaskSet, finish
-from offload_core.errors import NodeLostError, NotFoundError, OffloadError
+from offload_core.errors import (
+    NodeLostError,
+    NotFoundError,
+    OffloadError,
+    SessionGoneError,
+)
 from offload_core.sessionmetadata import SESSION_KEY, UNATTENDED_KEY
 from offload_core.versions import call_metadata
 from offload_proto.v1 import session_node_service_pb2 as pb

@@ -15,7 +15,7 @@ RECORD = SessionRecord("a" * 16, "work", "default", "gw:1", "docker-offload-work
 class Ended:
     """A tunnel to nowhere."""
 
-    away_seconds = 0.0
+    reconnecting_since = None
 
     def __init__(self, reason: str) -> None:
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -23,7 +23,7 @@ class Ended:
 
 
 class InPlace:
-    """A proxy that docker's commands reach."""
+    """A proxy whose socket is there."""
 
     in_place = True
 

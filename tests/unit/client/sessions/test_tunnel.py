@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from offload_client.sessions import tunnel as module
-from offload_client.sessions.access import NodeChannel, SessionGoneError, SessionPlace
+from offload_client.sessions.access import NodeChannel, SessionPlace
 from offload_client.sessions.tunnel import Tunnel
-from offload_core.errors import GatewayUnreachableError, NodeLostError
+from offload_core.errors import GatewayUnreachableError, NodeLostError, SessionGoneError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
