@@ -197,9 +197,12 @@ def _finish(plan: Plan, network: NetworkPlan, root: Root, told: int, waiting: in
     _, status = os.waitpid(inside, 0)
     if status:
         raise OSError("/proc of the engine cannot be mounted")
+    # As who made its users: a node has given up the right over the processors of others.
+    kernel.act_as(plan["id_base"])
     for _, folder in plan["groups"]:
         with open(f"{folder}/cgroup.procs", "w", encoding="ascii") as file:
             file.write(str(first))
+    kernel.act_as(0)
     kernel.change_root(plan["root"])
     # The node has the number on its disk by now.
     if not sys.stdin.readline():
