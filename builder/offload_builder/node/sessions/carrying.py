@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from offload_builder.node.sessions.room import MAX_PIECE
 from offload_core.aio import stop
 from offload_core.errors import UsageError
 from offload_proto.v1.session_node_service_pb2 import Piece
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from offload_builder.node.sessions.calls import SessionCall
     from offload_builder.node.sessions.contract import EngineStream
 
-MAX_PIECE = 1 << 20
 QUEUED_PIECES = 2
 """From a connection, on their way to the client: while one is sent, the next is read."""
 ENGINE_END_SECONDS = 2.0
@@ -34,7 +34,8 @@ async def carry(
 ) -> AsyncGenerator[Piece, None]:
     """Yield what a connection says, and give it what the client sends, until both have ended.
 
-    Whoever is slow holds up the other side: at most a few pieces are on their way. The connection
+    Whoever is slow holds up the other side: at most a few pieces are on their way, and small ones
+    where many calls have some. The connection
     is of no use afterwards, and whoever has opened it closes it.
 
     Args:
@@ -54,12 +55,13 @@ async def carry(
     taking = loop.create_task(_take(call, pieces, stream, count))
     # What cannot be written to any more is not read to the end either.
     taking.add_done_callback(lambda done: stream.cut() if _failed(done) else None)
-    reading = loop.create_task(_read(stream, queue))
+    reading = loop.create_task(_read(call, stream, queue))
     call.on_end(stream.cut)
     try:
         while data := await queue.get():
             count(0, len(data))
             yield Piece(data=data)
+            call.hold(-len(data))
         call.check()
         await reading
         if not _failed(taking):
@@ -79,10 +81,11 @@ def _failed(task: asyncio.Task[None]) -> bool:
     return task.done() and (task.cancelled() or task.exception() is not None)
 
 
-async def _read(stream: EngineStream, queue: asyncio.Queue[bytes]) -> None:
+async def _read(call: SessionCall, stream: EngineStream, queue: asyncio.Queue[bytes]) -> None:
     failure: Exception | None = None
     try:
-        while data := await stream.read():
+        while data := await stream.read(call.piece):
+            call.hold(len(data))
             await queue.put(data)
     except OSError:
         # It broke, or this side has cut it; for the client that is an end as any other.
@@ -105,7 +108,9 @@ async def _take(
             check_size(piece)
             call.count()
             count(len(piece.data), 0)
-            await stream.write(piece.data)
+            call.hold(len(piece.data))
+            await stream.write(piece.data, call.piece)
+            call.hold(-len(piece.data))
         if piece.ended:
             break
     await stream.end()
