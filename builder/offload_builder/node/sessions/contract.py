@@ -128,6 +128,13 @@ class Engine(Protocol):
     @property
     def log(self) -> Path: ...  # noqa: D102
 
+    def open_network(self) -> int:
+        """Return a descriptor of its network namespace, which the caller closes.
+
+        Raises:
+            NodeLostError: it has none any more.
+        """
+
     def disk_used(self) -> int:
         """Return how many bytes of this machine's disk it has."""
 
