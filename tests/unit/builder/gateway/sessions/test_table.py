@@ -169,6 +169,8 @@ def test_session_without_a_name_is_the_default_one():
         {"devices": ["a/b=c"] * 17},
         {"node_labels": {"": "x"}},
         {"node_labels": {"k": "v" * 101}},
+        {"node_labels": {"k": "\x1b[31m"}},
+        {"node_labels": {"a b": "x"}},
         {"cpu_millis": -1},
         {"memory_bytes": 1 << 61},
         {"ttl": {"seconds": 0}},
