@@ -21,13 +21,14 @@ import structlog
 from offload_builder.node.sessions.room import MAX_PIECE
 from offload_core.enginehttp import MAX_HEAD, RequestReader, error_response
 from offload_core.errors import NodeLostError, OffloadError, UsageError
+from offload_core.sparselog import SparseLog
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from offload_core.enginehttp import RequestHead
 
-log = structlog.get_logger(__name__)
+log = SparseLog(structlog.get_logger(__name__))
 
 _ONE_READ = 1 << 18
 """A unix socket holds about as much."""
