@@ -243,7 +243,10 @@ class SessionsTable:
             lambda db: (db.execute(sums).all(), db.execute(still).all())
         )
         # PostgreSQL sums integers up to a number without a bound.
-        found = [SessionTotal(*row[:4], int(row[4]), row[5]) for row in totals]
+        found = [
+            SessionTotal(member, currency, price, count, int(time), newest)
+            for member, currency, price, count, time, newest in totals
+        ]
         return found, [_record(row) for row in rows]
 
     async def mark_stopped(self, session_id: str, reason: str) -> SessionRecord | None:
