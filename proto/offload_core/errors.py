@@ -12,8 +12,10 @@
     ├── AccessDeniedError         you may not                                         exit 4
     ├── NotFoundError             no such build, project, node                        exit 5
     │   ├── PlatformUnavailableError  no node of the pool builds a platform           exit 5
-    │   └── DeviceUnavailableError    no node has a device that a build needs         exit 5
+    │   ├── DeviceUnavailableError    no node has a device that a build needs         exit 5
+    │   └── SessionGoneError      a session has ended and comes not back              exit 5
     ├── QuotaExceededError        a limit is reached                                  exit 6
+    │   └── PortTakenError        a port of this machine is in use                    exit 6
     ├── QueueTimeoutError         waited too long for a node                          exit 6
     ├── GatewayUnreachableError   no answer from the gateway                          exit 7
     ├── NodeLostError             the node or its BuildKit died during the build      exit 7
@@ -157,6 +159,12 @@ class DeviceUnavailableError(NotFoundError):
     reason = "DEVICE_UNAVAILABLE"
 
 
+class SessionGoneError(NotFoundError):
+    """A session has ended and comes not back."""
+
+    reason = "SESSION_GONE"
+
+
 class QuotaExceededError(OffloadError):
     """A limit is reached."""
 
@@ -164,6 +172,12 @@ class QuotaExceededError(OffloadError):
     reason = "QUOTA_EXCEEDED"
     exit_code = 6
     retryable = True
+
+
+class PortTakenError(QuotaExceededError):
+    """A port of this machine is in use, so a session cannot forward it."""
+
+    reason = "PORT_TAKEN"
 
 
 class QueueTimeoutError(QuotaExceededError):

@@ -215,11 +215,14 @@ class Starting:
                 )
             except BaseException:
                 if running is None:
-                    from offload_core.aio import finish
-
-                    await finish(self._undo(calls, session.session_id), 10.0)
+                    await self._given_up(calls, session.session_id)
                 raise
         return record, session, running is not None
+
+    async def _given_up(self, calls: SessionCalls, session_id: str) -> None:
+        from offload_core.aio import finish
+
+        await finish(self._undo(calls, session_id), 10.0)
 
     async def _undo(self, calls: SessionCalls, session_id: str) -> None:
         try:
@@ -255,8 +258,12 @@ class Starting:
                     + (f": {steps.reason}" if steps.reason else ""),
                     hint="give it longer with --timeout",
                 ) from None
-            steps.ready()
-            await finish_display(display, None)
+            try:
+                steps.ready()
+                await finish_display(display, None)
+            except BaseException:
+                await self._given_up(calls, reply.session.session_id)
+                raise
         return reply.session
 
     def _tell(self, news: str, session: Session, seconds: float) -> None:

@@ -149,6 +149,13 @@ class Stopping:
             OffloadError: it could not be stopped; this machine goes on using it.
         """
         with self._local.alone(record.name):
+            if record.session_id:
+                # Whoever thinks about the question finds another session of this name, perhaps.
+                now = self._local.record(record.name)
+                if now is None or now.session_id != record.session_id:
+                    self._invocation.out(f'The session "{record.name}" was stopped meanwhile')
+                    return
+                record = now
             said = await self._at_gateway(record)
             restored = await self._local.detach(record)
         self._invocation.out(said)
@@ -160,10 +167,15 @@ class Stopping:
             return f'Forgot the session "{record.name}", whose record could not be read'
         if not record.mine:
             return f'Left the session "{record.name}" of {record.owner}; it goes on'
+        from offload_client.sessions.gatewaycalls import is_open
+
         try:
             calls = await self._calls(record)
             # Whoever cannot be stopped keeps the helper.
-            await calls.get(record.session_id)
+            session = await calls.get(record.session_id)
+            if not is_open(session):
+                why = f": {session.reason}" if session.reason else ""
+                return f'The session "{record.name}" was gone already{why}'
             await self._local.quiet(record)
             await calls.stop(record.session_id)
         except NotFoundError:

@@ -59,10 +59,13 @@ def use(
     async def run(connections: Connections) -> None:
         if record is not None:
             with local.alone(record.name):
-                await _woken(invocation, connections, record)
-                await local.revive(record)
-                former = None if no_use else local.use(record)
-            tell_context(invocation, local, record, former)
+                now = local.record(record.name)
+                if now is None or now.session_id != record.session_id:
+                    raise NotFoundError(f'the session "{record.name}" was stopped meanwhile')
+                await _woken(invocation, connections, now)
+                await local.revive(now)
+                former = None if no_use else local.use(now)
+            tell_context(invocation, local, now, former)
             return
         from offload_client.sessions.gatewaycalls import SessionCalls
 
@@ -72,9 +75,11 @@ def use(
         found = await calls.find(session or "", me)
         known = local.of_session(found.session_id)
         here = known.name if known else name or local.free_name(found.spec.name, found.owner)
-        if known is None and local.record(here) is not None:
-            raise UsageError(f'this machine has another session "{here}"; choose another --name')
         with local.alone(here), local.prepared(here) as helper:
+            if known is None and local.record(here) is not None:
+                raise UsageError(
+                    f'this machine has another session "{here}"; choose another --name'
+                )
             opened = (await calls.open(found.session_id)).session
             if known is None:
                 fresh = await local.attach(

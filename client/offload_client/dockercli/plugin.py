@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 METADATA = "docker-cli-plugin-metadata"
 HOOKS = "docker-cli-plugin-hooks"
 """What docker's CLI runs after its own commands where the user's configuration says so."""
+HOOK_SECONDS = 1.0
 NAME = "offload"
 SOCKET = "DOCKER_CLI_PLUGIN_SOCKET"
 _VALUES = {
@@ -113,10 +114,11 @@ def hook_answer() -> str:
     from offload_core.errors import OffloadError
 
     try:
-        views = session_views(Invocation.of_process(()))
+        # After every docker command: a helper that hangs must not be felt.
+        views = session_views(Invocation.of_process(()), in_use=True, timeout=HOOK_SECONDS)
     except (OffloadError, OSError):
         return ""
-    news = [text for view in views if view["in_use"] and (text := urgent_news(view))]
+    news = [text for view in views if (text := urgent_news(view))]
     if not news:
         return ""
     # Go's templates begin with two braces, which a sentence of a node must not.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from offload_client.gateway import GatewayCalls
-from offload_core.errors import NodeLostError, NotFoundError
+from offload_core.errors import NodeLostError, NotFoundError, SessionGoneError
 from offload_proto.v1 import sessions_service_pb2 as pb
 from offload_proto.v1.sessions_service_pb2_grpc import SessionsServiceStub
 
@@ -22,14 +22,13 @@ if TYPE_CHECKING:
 
 WAKE_SECONDS = 90.0
 GONE = (pb.SESSION_STATE_ENDED, pb.SESSION_STATE_LOST, pb.SESSION_STATE_FAILED)
-LOCAL_POOL = (("grpc.use_local_subchannel_pool", 1),)
-"""Channels of their own connections: one that has failed leaves its back-off to no other."""
-
-
-class SessionGoneError(NotFoundError):
-    """A session has ended and comes not back."""
-
-    reason = "SESSION_GONE"
+CONNECTION_OPTIONS = (
+    # One that has failed leaves its back-off to no other.
+    ("grpc.use_local_subchannel_pool", 1),
+    # Where nothing comes back any more, people wait for docker; the library gives up after 60 s.
+    ("grpc.http2.ping_timeout_ms", 15_000),
+)
+"""Of connections that a session is kept by."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from offload_client.sessions.records import (
     sessions_directory,
     write_record,
 )
+from offload_client.sessions.statusview import OVER
 from offload_core.errors import ConfigError, InvalidValueError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
@@ -95,6 +96,9 @@ class Attachments:
             return read_record(self.directory(name))
         if not records:
             raise NotFoundError("no session is in use on this machine", hint="run 'offload start'")
+        if len(records) == 1:
+            # Whatever docker's configuration says, or does not say when it is damaged.
+            return records[0]
         current = self.contexts.current()
         for record in records:
             if record.context and record.context == current:
@@ -102,10 +106,8 @@ class Attachments:
         for record in records:
             if record.name == DEFAULT_NAME:
                 return record
-        if len(records) > 1:
-            names = ", ".join(record.name for record in records)
-            raise UsageError(f"there are several sessions: {names}; give a name")
-        return records[0]
+        names = ", ".join(record.name for record in records)
+        raise UsageError(f"there are several sessions: {names}; give a name")
 
     def free_name(self, wanted: str, owner: str) -> str:
         """Return a name for a session that is new here.
@@ -207,6 +209,10 @@ class Attachments:
             OffloadError: it does not start, or the docker context cannot be written.
         """
         directory = self.directory(record.name)
+        status = await asked(directory, "status")
+        if status is not None and status.get("state") in OVER:
+            # It was given up, and came back with its node.
+            await end_helper(directory)
         missing = not await helper_answers(directory)
         if missing:
             with self.prepared(record.name) as helper:
@@ -243,9 +249,13 @@ class Attachments:
         """
         directory = self.directory(record.name)
         await end_helper(directory)
-        restored = None
+        restored, damage = None, None
         if record.context:
-            restored = self.contexts.restore(record.context, record.former_context)
+            try:
+                restored = self.contexts.restore(record.context, record.former_context)
+            except ConfigError as error:
+                # Docker cannot read it either; the session goes all the same.
+                damage = error
             self.contexts.remove(record.context, engine_socket(directory))
         remove_record(directory)
         for other in self.records():
@@ -253,6 +263,11 @@ class Attachments:
                 former = record.former_context
                 former = "" if former == other.context else former
                 write_record(self.directory(other.name), replace(other, former_context=former))
+        if damage is not None:
+            raise ConfigError(
+                f'the session "{record.name}" is gone here, but {damage.message}',
+                hint=f"afterwards run: docker context use {record.former_context or 'default'}",
+            ) from damage
         return restored
 
     async def containers_running(self, records: Sequence[SessionRecord]) -> dict[str, int]:

@@ -6,7 +6,9 @@ Requests: `{"do": "status"}`, `{"do": "ports"}`, `{"do": "stop"}`, `{"do": "diag
 from __future__ import annotations
 
 import json
+import os
 import socket
+import struct
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ def ask_helper(path: Path | str, do: str, *, timeout: float = ASK_SECONDS) -> di
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(timeout)
             connection.connect(str(path))
+            if _peer_uid(connection) != os.getuid():
+                raise HelperAwayError("somebody else listens there")
             connection.sendall(json.dumps({"do": do}).encode() + b"\n")
             while not data.endswith(b"\n") and len(data) <= MAX_ANSWER:
                 part = connection.recv(1 << 16)
@@ -47,3 +51,9 @@ def ask_helper(path: Path | str, do: str, *, timeout: float = ASK_SECONDS) -> di
     except (OSError, ValueError) as error:
         raise HelperAwayError(str(error)) from error
     return answer
+
+
+def _peer_uid(connection: socket.socket) -> int:
+    data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    uid: int = struct.unpack("3i", data)[1]
+    return uid

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import shutil
+import stat
 import sys
 import tarfile
 import time
@@ -253,7 +254,7 @@ def write_bundle(path: Path, folder: str, texts: Mapping[str, str]) -> None:
         ConfigError: it cannot be written.
     """
     try:
-        file = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        file = os.open(path, _ready_for_writing(path), 0o600)
         with (
             open(file, "wb") as stream,  # noqa: PTH123 - the mode counts from the first moment
             tarfile.open(fileobj=stream, mode="w:gz") as archive,
@@ -265,3 +266,25 @@ def write_bundle(path: Path, folder: str, texts: Mapping[str, str]) -> None:
                 archive.addfile(entry, io.BytesIO(data))
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _ready_for_writing(path: Path) -> int:
+    """Return how a file is opened that is for its owner alone.
+
+    In a directory for everybody, somebody may have put something there to get what is written.
+
+    Raises:
+        ConfigError: it is a link of another user.
+        OSError: a file that is there cannot be removed.
+    """
+    flags = os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return flags | os.O_EXCL
+    if stat.S_ISREG(status.st_mode):
+        path.unlink()
+        return flags | os.O_EXCL
+    if stat.S_ISLNK(status.st_mode) and status.st_uid not in (0, os.geteuid()):
+        raise ConfigError(f"{path} is a link of another user")
+    return flags | os.O_TRUNC

@@ -12,7 +12,12 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from offload_client.sessions.control import HelperAwayError, ask_helper
-from offload_client.sessions.records import helper_socket, list_records, session_directory
+from offload_client.sessions.records import (
+    helper_socket,
+    list_records,
+    noted_end,
+    session_directory,
+)
 from offload_client.sessions.statusview import pretty_lines, view_of_helper
 
 if TYPE_CHECKING:
@@ -129,8 +134,20 @@ def _text(views: Sequence[dict[str, Any]], output: str, *, lines: bool = False) 
     return "\n\n".join("\n".join(pretty_lines(view)) for view in views)
 
 
-def session_views(invocation: Invocation, name: str | None = None) -> list[dict[str, Any]]:
+def session_views(
+    invocation: Invocation,
+    name: str | None = None,
+    *,
+    in_use: bool = False,
+    timeout: float = ASK_SECONDS,
+) -> list[dict[str, Any]]:
     """Return what the helpers of this machine's sessions say; blocks.
+
+    Args:
+        invocation: the command.
+        name: of one session; None for all.
+        in_use: only the one that docker uses.
+        timeout: seconds of silence of each.
 
     Raises:
         NotFoundError: there is no such session here.
@@ -147,15 +164,22 @@ def session_views(invocation: Invocation, name: str | None = None) -> list[dict[
                 f'there is no session "{name}" on this machine', hint="list them with: offload ps"
             )
     current = current_context(invocation)
-    return [_view(invocation, record, current) for record in records]
+    if in_use:
+        records = [record for record in records if record.context and record.context == current]
+    return [_view(invocation, record, current, timeout) for record in records]
 
 
-def _view(invocation: Invocation, record: SessionRecord, current: str) -> dict[str, Any]:
-    path = helper_socket(session_directory(invocation, record.name))
+def _view(
+    invocation: Invocation, record: SessionRecord, current: str, timeout: float
+) -> dict[str, Any]:
+    directory = session_directory(invocation, record.name)
     try:
-        answer = ask_helper(path, "status", timeout=ASK_SECONDS)
+        answer = ask_helper(helper_socket(directory), "status", timeout=timeout)
     except HelperAwayError:
         answer = None
+    if answer is None and (reason := noted_end(directory)):
+        answer = {"state": "ended", "reason": reason}
+        return view_of_helper(record, answer, time.time(), current) | {"helper": "not running"}
     return view_of_helper(record, answer, time.time(), current)
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from offload_client.connections import Connections
 from offload_client.invocation import Invocation
 from offload_client.progress.cells import printable
-from offload_client.sessions.access import LOCAL_POOL, GatewayAccess
+from offload_client.sessions.access import CONNECTION_OPTIONS, GONE, GatewayAccess
 from offload_client.sessions.apiproxy import ApiProxy
 from offload_client.sessions.containers import KnownContainers
 from offload_client.sessions.controlserver import ControlServer
@@ -35,7 +35,9 @@ from offload_client.sessions.records import (
     LOG_FILE,
     RECORD_FILE,
     engine_socket,
+    forget_end,
     helper_socket,
+    note_end,
     prepare_sockets,
     read_record,
 )
@@ -61,6 +63,8 @@ if TYPE_CHECKING:
 CONTAINERS_FILE = "containers.json"
 AWAY_SECONDS = 1800.0
 """After so long without its node, a session is given up here."""
+TELL_SECONDS = 600.0
+"""For so long after the end of a session docker's commands hear why it ended."""
 LOOK_SECONDS = 2.0
 MAX_WARNINGS = 20
 MAX_SHOWN = 1000
@@ -82,6 +86,7 @@ class Helper:
         *,
         make_mounts: MakeMounts | None = None,
         away_seconds: float = AWAY_SECONDS,
+        tell_seconds: float = TELL_SECONDS,
     ) -> None:
         """Prepare.
 
@@ -92,12 +97,14 @@ class Helper:
             make_mounts: returns what synchronises directories, given the tunnel and who is told
                 sentences that people should read; None where that is not possible.
             away_seconds: ends after so long without the node.
+            tell_seconds: ends so long after the session.
         """
         self._directory = directory
         self._record = record
         self._log = log
         self._make_mounts = make_mounts
         self._away_seconds = away_seconds
+        self._tell_seconds = tell_seconds
         self._stopping = asyncio.Event()
         self._warnings: list[str] = []
         self._started = time.time()
@@ -110,7 +117,7 @@ class Helper:
         """
         async with AsyncExitStack() as stack:
             connections = await stack.enter_async_context(
-                Connections(persistent=True, options=LOCAL_POOL)
+                Connections(persistent=True, options=CONNECTION_OPTIONS)
             )
             access = GatewayAccess(Invocation.of_process([]), connections, self._record)
             tunnel = Tunnel(access, self._record.session_id, self._log)
@@ -150,7 +157,8 @@ class Helper:
         self._stopping.set()
 
     async def _until_over(self, tunnel: Tunnel, proxy: ApiProxy) -> None:
-        while not self._stopping.is_set() and not tunnel.ended.done():
+        over_at: float | None = None
+        while not self._stopping.is_set():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_SECONDS):
                     await self._stopping.wait()
@@ -160,6 +168,13 @@ class Helper:
             if not proxy.in_place:
                 self._log.info("docker clients come here no more: the socket is gone, or another's")
                 return
+            if tunnel.ended.done():
+                if over_at is None:
+                    over_at = time.monotonic()
+                    note_end(self._directory, tunnel.ended.result())
+                if time.monotonic() - over_at >= self._tell_seconds:
+                    return
+                continue
             if tunnel.away_seconds > self._away_seconds:
                 self._log.info("the session could not be reached for too long")
                 return
@@ -197,6 +212,13 @@ class Helper:
             "received_bytes": tunnel.traffic.received,
             "warnings": self._warnings,
         }
+        if tunnel.ended.done():
+            gone = news is not None and news.state in GONE
+            return told | {
+                "state": told["state"] if gone else "ended",
+                "reason": tunnel.ended.result(),
+                "reconnecting_since": None,
+            }
         if news is not None:
             told["activity"] = _activity(news.activity)
             if news.HasField("remaining"):
@@ -270,6 +292,7 @@ async def serve(directory: Path, *, make_mounts: MakeMounts | None = None) -> in
     if lock is None:
         return 0
     log = open_log(directory / LOG_FILE)
+    forget_end(directory)
     try:
         helper = Helper(directory, read_record(directory), log, make_mounts=make_mounts)
         loop = asyncio.get_running_loop()

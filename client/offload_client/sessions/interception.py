@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from offload_client.sessions.bindsources import take_sources
 from offload_client.sessions.containers import KnownContainer
-from offload_client.sessions.localports import PortTakenError
 from offload_client.sessions.portspecs import from_engine, plan
 from offload_core.enginecalls import EngineReply, exchange
 from offload_core.enginehttp import ResponseReader, error_response, response
-from offload_core.errors import NodeLostError, OffloadError, UsageError
+from offload_core.errors import NodeLostError, OffloadError, PortTakenError, UsageError
 
 if TYPE_CHECKING:
     import logging

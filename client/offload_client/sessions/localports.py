@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from offload_client.sessions.listeners import TcpListener, UdpListener
 from offload_client.sessions.portspecs import Binding, bind
 from offload_core.aio import TaskSet, finish
-from offload_core.errors import QuotaExceededError
+from offload_core.errors import PortTakenError
 
 if TYPE_CHECKING:
     import logging
@@ -26,12 +26,6 @@ class _Opened:
     name: str
     bindings: tuple[Binding, ...]
     listeners: list[TcpListener | UdpListener] = field(default_factory=list)
-
-
-class PortTakenError(QuotaExceededError):
-    """A port of this machine cannot be used."""
-
-    reason = "PORT_TAKEN"
 
 
 class LocalPorts:

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 DEFAULT_NAME = "default"
 RECORD_FILE = "session.json"
 LOG_FILE = "helper.log"
+END_FILE = "ended"
+"""Why the session has ended, once it has."""
+_MAX_END_BYTES = 1000
 LOCK_FILE = "helper.lock"
 """Locked for as long as the helper lives."""
 _CONTEXT = "docker-offload"
@@ -168,6 +172,27 @@ def remove_record(directory: Path) -> None:
     shutil.rmtree(_socket_directory(directory), ignore_errors=True)
 
 
+def note_end(directory: Path, reason: str) -> None:
+    """Write down why a session has ended; where that cannot be, its helper alone says so."""
+    with contextlib.suppress(OSError):
+        replace_small_file(directory / END_FILE, reason.encode()[:_MAX_END_BYTES])
+
+
+def forget_end(directory: Path) -> None:
+    """Take a session for one that is there, as somebody uses it again."""
+    with contextlib.suppress(OSError):
+        (directory / END_FILE).unlink(missing_ok=True)
+
+
+def noted_end(directory: Path) -> str:
+    """Return why a session has ended; empty when it has not, as far as this machine knows."""
+    try:
+        with (directory / END_FILE).open("rb") as file:
+            return file.read(_MAX_END_BYTES).decode("utf-8", "replace").strip()
+    except OSError:
+        return ""
+
+
 def engine_socket(directory: Path) -> Path:
     """Return where the API of a session's engine is for docker clients."""
     return _socket_directory(directory) / "engine.sock"
@@ -194,12 +219,17 @@ def prepare_sockets(directory: Path) -> None:
     """
     place = _socket_directory(directory)
     try:
-        place.mkdir(mode=0o700, parents=True, exist_ok=True)
-        ours = [place] if place == directory else [place, place.parent, place.parent.parent]
+        if place == directory:
+            place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            ours = [place]
+        else:
+            ours = [place.parent.parent, place.parent, place]
+        # From above, so that nothing is made or changed below what somebody else has planted.
         for folder in ours:
+            folder.mkdir(mode=0o700, exist_ok=True)
             status = folder.lstat()
-            if status.st_uid != os.getuid():
-                raise ConfigError(f"{folder} belongs to another user")
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+                raise ConfigError(f"{folder} is no directory of yours")
             if status.st_mode & 0o077:
                 folder.chmod(0o700)
     except OSError as error:

@@ -17,8 +17,9 @@ _SECRET_NAME = re.compile(
 )
 _PEM = re.compile(r"-----BEGIN [A-Z0-9 ]+-----.*?(?:-----END [A-Z0-9 ]+-----|\Z)", re.DOTALL)
 _JWT = re.compile(r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]*)?")
+# Only from the beginning of a word: else long ones, as a node may send, take forever.
 _ASSIGNED = re.compile(
-    r"""(?P<name>["']?[A-Za-z0-9_.-]*(?:token|secret|passw(?:or)?d|passphrase|credentials?|"""
+    r"""(?P<name>["']?(?<![A-Za-z0-9_.-])[A-Za-z0-9_.-]*(?:token|secret|passw(?:or)?d|passphrase|credentials?|"""
     r"""private_?key|authorization|api_?key|access_?key|identitytoken|registrytoken|auth)["']?)"""
     r"""(?P<mark>\s*[:=]\s*)(?P<value>"[^"]*"|'[^']*'|(?:Bearer|Basic)\s+\S+|[^\s,;}\]]+)""",
     re.IGNORECASE,

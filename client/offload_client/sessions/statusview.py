@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 UNKNOWN = "N/A"
 URGENT_SECONDS = 300.0
+OVER = ("ended", "lost", "failed")
 
 
 def view_of_helper(
@@ -49,6 +50,9 @@ def view_of_helper(
     state = str(answer.get("state") or "unknown")
     warnings: Sequence[str] = answer.get("warnings") or ()
     pauses_at, removed_at = activity.get("pauses_at"), activity.get("removed_at")
+    if state in OVER:
+        clear = f"clear it away with: offload stop {record.name}"
+        return view | {"state": state, "reason": f"{answer.get('reason') or 'it ended'}; {clear}"}
     if answer.get("reconnecting_since") is not None:
         view["helper"] = "reconnecting"
     remaining = answer.get("remaining_seconds")
@@ -138,6 +142,8 @@ def pretty_lines(view: Mapping[str, Any]) -> list[str]:
 
 def urgent_news(view: Mapping[str, Any]) -> str:
     """Return one sentence that a person should read now; empty for none."""
+    if view.get("state") in OVER:
+        return f"The session has ended: offload stop {view.get('name')}"
     if view.get("helper") == "not running":
         return f"The session has no helper: offload use {view.get('name')}"
     left = view.get("seconds_until_end")

@@ -14,10 +14,16 @@ from typing import TYPE_CHECKING, Any, Self
 
 import grpc
 
-from offload_client.sessions.access import GONE, NodeChannel, SessionGoneError, SessionPlace
+from offload_client.sessions.access import GONE, NodeChannel, SessionPlace
 from offload_client.sessions.nodestream import NodeStream, PortStream, Traffic, node_error
 from offload_core.aio import TaskSet, finish
-from offload_core.errors import NodeLostError, NotFoundError, OffloadError
+from offload_core.errors import (
+    NodeLostError,
+    NotFoundError,
+    OffloadError,
+    SessionGoneError,
+)
+from offload_core.sessionmetadata import SESSION_KEY, UNATTENDED_KEY
 from offload_core.versions import call_metadata
 from offload_proto.v1 import session_node_service_pb2 as pb
 from offload_proto.v1.session_node_service_pb2_grpc import SessionNodeServiceStub
@@ -32,7 +38,6 @@ if TYPE_CHECKING:
 
     from offload_client.sessions.access import SessionAccess
 
-SESSION_KEY = "offload-session"
 SPARES = 3
 """Connections to the engine that are open before anybody needs them."""
 PATIENCE_SECONDS = 10.0
@@ -142,7 +147,8 @@ class Tunnel:
         """Return a new connection to the engine.
 
         Args:
-            wake: start the engine of a paused session; else that is an error.
+            wake: somebody wants it: start the engine of a paused session. Else that is an error,
+                and what the connection carries keeps no session from being paused.
 
         Raises:
             OffloadError: the session is gone, or its node cannot be reached.
@@ -153,6 +159,9 @@ class Tunnel:
                 raise NodeLostError("the session is paused")
             await self._wake()
             line = await self._ready()
+        if not wake:
+            # It says at its beginning what it is for; spare ones have begun.
+            return self._open_engine(line, (UNATTENDED_KEY, "1"))
         while self._spares:
             spare = self._spares.pop(0)
             if not spare.done:
@@ -205,8 +214,8 @@ class Tunnel:
             raise node_error(error) from error
         return dict(reply.texts)
 
-    def _open_engine(self, line: _Line) -> NodeStream:
-        stream = NodeStream(line.stub.Engine(metadata=self._metadata), self.traffic)
+    def _open_engine(self, line: _Line, *extra: tuple[str, str]) -> NodeStream:
+        stream = NodeStream(line.stub.Engine(metadata=(*self._metadata, *extra)), self.traffic)
         line.track(stream)
         return stream
 

@@ -14,11 +14,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from offload_client.sessions.localports import PortTakenError
 from offload_client.sessions.portspecs import from_engine
 from offload_core.aio import TaskSet, stop
 from offload_core.enginecalls import call_engine, json_lines, stream_engine
-from offload_core.errors import NodeLostError, OffloadError
+from offload_core.errors import NodeLostError, OffloadError, PortTakenError
 
 if TYPE_CHECKING:
     import logging

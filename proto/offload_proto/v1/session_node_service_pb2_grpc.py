@@ -80,7 +80,9 @@ class SessionNodeServiceServicer:
     def Engine(self, request_iterator, context):
         """Engine is one connection to the API of the session's docker engine, byte for byte. The node
         connects when the call begins; a call that has carried nothing counts as no use, so that
-        clients can keep a few ready.
+        clients can keep a few ready. With the metadata "offload-unattended" it counts as no use
+        whatever it carries, and waits while the session is paused: for programs that keep an eye on
+        the engine, as the one that opens ports when containers start.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -41,7 +41,9 @@ class SessionNodeServiceStub:
     Engine: _grpc.StreamStreamMultiCallable[_session_node_service_pb2.Piece, _session_node_service_pb2.Piece]
     """Engine is one connection to the API of the session's docker engine, byte for byte. The node
     connects when the call begins; a call that has carried nothing counts as no use, so that
-    clients can keep a few ready.
+    clients can keep a few ready. With the metadata "offload-unattended" it counts as no use
+    whatever it carries, and waits while the session is paused: for programs that keep an eye on
+    the engine, as the one that opens ports when containers start.
     """
     Port: _grpc.StreamStreamMultiCallable[_session_node_service_pb2.PortRequest, _session_node_service_pb2.Piece]
     """Port is one connection to a TCP port of the session. The first message must be PortOpen."""
@@ -67,7 +69,9 @@ class SessionNodeServiceAsyncStub(SessionNodeServiceStub):
     Engine: _aio.StreamStreamMultiCallable[_session_node_service_pb2.Piece, _session_node_service_pb2.Piece]  # type: ignore[assignment]
     """Engine is one connection to the API of the session's docker engine, byte for byte. The node
     connects when the call begins; a call that has carried nothing counts as no use, so that
-    clients can keep a few ready.
+    clients can keep a few ready. With the metadata "offload-unattended" it counts as no use
+    whatever it carries, and waits while the session is paused: for programs that keep an eye on
+    the engine, as the one that opens ports when containers start.
     """
     Port: _aio.StreamStreamMultiCallable[_session_node_service_pb2.PortRequest, _session_node_service_pb2.Piece]  # type: ignore[assignment]
     """Port is one connection to a TCP port of the session. The first message must be PortOpen."""
@@ -102,7 +106,9 @@ class SessionNodeServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_session_node_service_pb2.Piece], _abc.AsyncIterator[_session_node_service_pb2.Piece]]:
         """Engine is one connection to the API of the session's docker engine, byte for byte. The node
         connects when the call begins; a call that has carried nothing counts as no use, so that
-        clients can keep a few ready.
+        clients can keep a few ready. With the metadata "offload-unattended" it counts as no use
+        whatever it carries, and waits while the session is paused: for programs that keep an eye on
+        the engine, as the one that opens ports when containers start.
         """
 
     @_abc_1.abstractmethod

@@ -17,9 +17,9 @@ from cryptography import x509
 
 from offload_builder.node.sessions.limits import duration
 from offload_builder.node.sessions.nodesessions import RESTARTED
-from offload_builder.node.sessions.service import SESSION_KEY
 from offload_builder.node.sessions.sessiontasks import SessionTasks
 from offload_core.errors import NodeLostError
+from offload_core.sessionmetadata import SESSION_KEY
 from offload_core.status import error_from_rpc
 from offload_core.tls import NODE_SUFFIX, certificate_identity, open_channel
 from offload_core.versions import call_metadata

@@ -16,6 +16,7 @@ from offload_client.sessions.records import (
     RECORD_FILE,
     engine_socket,
     helper_socket,
+    noted_end,
     remove_record,
     write_record,
 )
@@ -117,12 +118,20 @@ def test_a_paused_session_is_woken_by_the_next_command(
 def test_a_helper_ends_with_its_session(server: SessionServer, tmp_path: Path, end: str) -> None:
     with SessionHelper(server, tmp_path / "home") as helper:
         assert helper.docker("ps").returncode == 0
-        if end == "told":
-            server.reason = "it was idle for too long"
-            server.state = pb.SESSION_STATE_ENDED
-        elif end == "unknown":
-            server.known = False
-            server.forget()
+        if end in ("told", "unknown"):
+            if end == "told":
+                server.reason = "it was idle for too long"
+                server.state = pb.SESSION_STATE_ENDED
+            else:
+                server.known = False
+                server.forget()
+            until(lambda: noted_end(helper.directory), "the note of the end")
+            # It stays for a while, so that docker's commands hear why.
+            done = helper.docker("ps")
+            assert done.returncode == 1
+            assert noted_end(helper.directory).encode() in done.stderr
+            assert helper.ask("status")["state"] == "ended"
+            remove_record(helper.directory)
         elif end == "record":
             remove_record(helper.directory)
         else:

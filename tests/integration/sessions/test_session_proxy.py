@@ -276,11 +276,8 @@ def test_datagrams_reach_a_container_and_come_back(helper: SessionHelper) -> Non
     option = "volume-nocopy,volume-opt=type=none,volume-opt=o=bind,volume-opt=device="
     mounts = [
         part
-        for folder in folders
-        for part in (
-            "--mount",
-            f"type=volume,src=of{folder.replace('/', '-')},dst={folder},readonly,{option}{folder}",
-        )
+        for at, folder in enumerate(folders)
+        for part in ("--mount", f"type=volume,src=v{at},dst={folder},readonly,{option}{folder}")
     ]
     python = str(Path(sys.executable).resolve())
     output(
@@ -360,6 +357,16 @@ def test_a_container_without_ports_costs_no_further_call(
     output(helper, "start", "plain")
     # One connection was taken, and one put in its place.
     assert server.calls == ["Engine"]
+
+
+def test_a_program_that_watches_says_that_nobody_waits_for_it(
+    helper: SessionHelper, server: SessionServer
+) -> None:
+    server.calls.clear()
+    output(helper, "run", "-d", "--name", "watched", "box", "/bin/sleep", "600")
+    # Its events, and what runs already.
+    until(lambda: server.calls.count("unattended") >= 2, "the watcher")
+    output(helper, "rm", "-f", "watched")
 
 
 def test_a_diagnosis_has_both_sides(helper: SessionHelper) -> None:

@@ -57,7 +57,7 @@ def from_rpc(failure: Failure) -> OffloadError:
 
 def test_reasons_are_unique_and_each_class_has_one_of_its_own():
     reasons = [cls.reason for cls in EVERY]
-    assert len(set(reasons)) == len(reasons) == 24
+    assert len(set(reasons)) == len(reasons) == 26
     assert all(error_for_reason(cls.reason) is cls for cls in EVERY)
     assert error_for_reason("NO_SUCH_REASON") is None
 

@@ -14,9 +14,6 @@ BINDS = "/offload/binds"
 """Where directories of members' machines are, in the root file system of an engine."""
 MODELS_VOLUME = "offload-models"
 """Name of the volume with a project's model files."""
-UNATTENDED_KEY = "offload-unattended"
-"""Metadata of an Engine call that counts as no use whatever it carries: the client's programs keep
-an eye on the engine with it, and nobody waits for it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,12 +12,12 @@ from grpc.aio import AbortError
 from offload_builder.node.services import member_identity
 from offload_builder.node.sessions.calls import END_SECONDS
 from offload_builder.node.sessions.carrying import ENGINE_END_SECONDS, carry
-from offload_builder.node.sessions.contract import UNATTENDED_KEY
 from offload_builder.node.sessions.datagrams import DatagramPeer
 from offload_builder.node.sessions.diagnosis import describe
 from offload_builder.node.sessions.socketstream import SocketStream
 from offload_core.errors import NodeLostError, QuotaExceededError, UsageError
 from offload_core.interceptors import abort_with
+from offload_core.sessionmetadata import SESSION_KEY, UNATTENDED_KEY
 from offload_proto.v1.session_node_service_pb2 import DiagnoseResponse, Piece, PortOpen
 from offload_proto.v1.session_node_service_pb2_grpc import SessionNodeServiceServicer
 from offload_proto.v1.sessions_service_pb2 import SessionState
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
         SessionNews,
     )
 
-SESSION_KEY = "offload-session"
 OPEN_SECONDS = 10.0
 MAX_FOLLOWERS = 64
 """Of one session."""

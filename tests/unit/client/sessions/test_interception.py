@@ -17,13 +17,13 @@ import pytest
 from offload_client.sessions.bindmounts import BindMounts
 from offload_client.sessions.containers import KnownContainers
 from offload_client.sessions.interception import Interception
-from offload_client.sessions.localports import LocalPorts, PortTakenError
+from offload_client.sessions.localports import LocalPorts
 from offload_client.sessions.portspecs import Binding
 from offload_client.sessions.tunnel import Tunnel
 from offload_core.aio import TaskSet
 from offload_core.enginecalls import UnixConnection
 from offload_core.enginehttp import RequestReader, response
-from offload_core.errors import ConfigError, OffloadError
+from offload_core.errors import ConfigError, OffloadError, PortTakenError
 
 ID = "f" * 64
 LOG = logging.getLogger("test")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from offload_client.invocation import Invocation
+from offload_client.sessions import records
 from offload_client.sessions.records import (
     RECORD_FILE,
     SessionRecord,
@@ -82,3 +83,25 @@ def test_sockets_of_a_long_directory_are_elsewhere(tmp_path: Path) -> None:
     assert stat.S_IMODE(place.stat().st_mode) == 0o700
     remove_record(directory)
     assert not place.exists()
+
+
+def test_sockets_are_put_into_nothing_of_another_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, victim = tmp_path / "planted" / "sessions" / "0", tmp_path / "victim"
+    victim.mkdir(mode=0o755)
+    (tmp_path / "planted").symlink_to(victim)
+    monkeypatch.setattr(records, "_socket_directory", lambda _: place)
+    with pytest.raises(ConfigError, match="no directory of yours"):
+        prepare_sockets(tmp_path / "default")
+    assert list(victim.iterdir()) == []
+    assert stat.S_IMODE(victim.stat().st_mode) == 0o755
+
+
+def test_sessions_are_at_the_same_place_for_docker_and_for_helpers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", "state")
+    monkeypatch.chdir(tmp_path)
+    directory = session_directory(Invocation.of_process([]), "default")
+    assert directory == tmp_path / "state" / "offload" / "sessions" / "default"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
@@ -9,34 +10,42 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 from offload_client.cli.sessionimages import image_row, with_images
 from offload_client.cli.sessionrows import fill_template
-from offload_client.cli.sessionstop import question
+from offload_client.cli.sessionstart import Starting
+from offload_client.cli.sessionstop import Stopping, question
 from offload_client.dockercli.plugin import hook_answer, is_builder_alias
 from offload_client.invocation import Invocation, text_stream
 from offload_client.sessions.attaching import Attachments
+from offload_client.sessions.diagnosis import write_bundle
 from offload_client.sessions.faststatus import fast_status
 from offload_client.sessions.gatewaycalls import choose
 from offload_client.sessions.launch import helper_environment
 from offload_client.sessions.records import (
     SessionRecord,
+    engine_socket,
     helper_socket,
     prepare_sockets,
     remove_record,
     session_directory,
     write_record,
 )
+from offload_client.settings import Settings
 from offload_core.errors import ConfigError, NotFoundError, UsageError
 from offload_proto.v1.builds_service_pb2 import Build, BuildState
-from offload_proto.v1.sessions_service_pb2 import Session, SessionSpec
+from offload_proto.v1.sessions_service_pb2 import OpenSessionResponse, Session, SessionSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from offload_client.connections import Connections
+    from offload_client.sessions.gatewaycalls import SessionCalls
 
 
 @pytest.fixture
@@ -233,6 +242,20 @@ def test_docker_hears_of_a_session_in_use_that_ends_soon(invocation: Invocation)
     assert "no helper" in hook_answer()
 
 
+def test_docker_waits_for_no_helper_of_a_session_that_it_does_not_use(
+    invocation: Invocation,
+) -> None:
+    directory = remember(invocation, "other")
+    prepare_sockets(directory)
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(helper_socket(directory)))
+        silent.listen()
+        silent.setblocking(False)
+        assert hook_answer() == ""
+        with pytest.raises(BlockingIOError):
+            silent.accept()
+
+
 def test_images_at_hand_are_those_of_the_owner_on_the_node_of_the_session() -> None:
     def build(build_id: str, name: str, member: str, node: str, digest: str = "d") -> Build:
         return Build(
@@ -254,3 +277,82 @@ def test_images_at_hand_are_those_of_the_owner_on_the_node_of_the_session() -> N
     found = [image_row(one, session)["AtHand"] for one in with_images(builds, older=False)]
     assert found == ["yes", "no", "no"]
     assert image_row(builds[1], None)["AtHand"] == "-"
+
+
+async def test_stop_leaves_the_session_that_was_started_under_its_question(
+    invocation: Invocation, capfd: pytest.CaptureFixture[str]
+) -> None:
+    directory = remember(invocation, "web")
+    local = Attachments(invocation)
+    asked_about = local.chosen("web")
+    write_record(directory, replace(asked_about, session_id="another"))
+    stopping = Stopping(invocation, cast("Connections", None), local, force=True)
+    await stopping.stop(asked_about)
+    assert "stopped meanwhile" in capfd.readouterr().out
+    record = local.record("web")
+    assert record is not None
+    assert record.session_id == "another"
+
+
+async def test_damaged_configuration_of_docker_keeps_no_session_here(
+    invocation: Invocation, tmp_path: Path
+) -> None:
+    directory = remember(invocation, "web")
+    local = Attachments(invocation)
+    record = local.chosen("web")
+    local.contexts.write(record.context, engine_socket(directory))
+    config = tmp_path / ".docker" / "config.json"
+    config.write_text("{")
+    assert local.chosen(None) == record
+    with pytest.raises(ConfigError, match=r"gone here, but .*not valid JSON") as failed:
+        await local.detach(record)
+    assert "docker context use default" in failed.value.hint
+    assert config.read_text() == "{"
+    assert local.records() == []
+    assert local.contexts.host(record.context) is None
+
+
+def test_bundle_is_for_its_owner_whatever_lay_there(tmp_path: Path) -> None:
+    path, other = tmp_path / "a.tar.gz", tmp_path / "other"
+    path.write_text("planted")
+    path.chmod(0o666)
+    with path.open() as kept:
+        write_bundle(path, "a", {"b": "c"})
+        assert kept.read() == "planted"
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.unlink()
+    path.symlink_to(other)
+    os.chown(path, 65534, 65534, follow_symlinks=False)
+    with pytest.raises(ConfigError, match="link of another user"):
+        write_bundle(path, "a", {"b": "c"})
+    assert not other.exists()
+
+
+class _Calls:
+    """A gateway that starts a session at once."""
+
+    def __init__(self) -> None:
+        self.stopped: list[str] = []
+
+    async def start(self, project: str, spec: SessionSpec, **_: Any) -> OpenSessionResponse:
+        return OpenSessionResponse(session=Session(session_id="a1", project_id=project, spec=spec))
+
+    async def stop(self, session_id: str, *, timeout: float) -> None:
+        assert timeout
+        self.stopped.append(session_id)
+
+
+async def test_start_that_is_interrupted_at_its_very_end_leaves_no_session(
+    invocation: Invocation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def interrupted(*_: object) -> None:
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr("offload_client.build.runner.finish_display", interrupted)
+    calls = _Calls()
+    settings = Settings("g:1", "p")
+    nothing = cast("Connections", None)
+    starting = Starting(invocation, nothing, settings, SessionSpec(name="web"), "quiet")
+    with pytest.raises(asyncio.CancelledError):
+        await starting._started(cast("SessionCalls", calls), None)
+    assert calls.stopped == ["a1"]

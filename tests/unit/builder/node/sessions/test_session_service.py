@@ -13,15 +13,16 @@ import pytest
 from offload_builder.node.config import NodeConfig
 from offload_builder.node.sessions import calls, service
 from offload_builder.node.sessions.carrying import QUEUED_PIECES
-from offload_builder.node.sessions.contract import UNATTENDED_KEY, SessionPlace
+from offload_builder.node.sessions.contract import SessionPlace
 from offload_builder.node.sessions.limits import Machine, SessionBounds
 from offload_builder.node.sessions.nodesessions import NodeSessions
 from offload_builder.node.sessions.room import MAX_PIECE, MIN_PIECE
-from offload_builder.node.sessions.service import SESSION_KEY, SessionNode
+from offload_builder.node.sessions.service import SessionNode
 from offload_builder.node.sessions.sessionmetrics import SessionMetrics
 from offload_builder.node.sessions.socketstream import DirectDoor
 from offload_core.errors import NodeLostError
 from offload_core.interceptors import ErrorInterceptor
+from offload_core.sessionmetadata import SESSION_KEY, UNATTENDED_KEY
 from offload_core.status import error_from_rpc
 from offload_core.tls import Identity
 from offload_core.versions import call_metadata
