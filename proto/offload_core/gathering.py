@@ -26,9 +26,9 @@ class Gathering:
         self._copying = False
         self._changed = asyncio.Event()
 
-    async def put(self, data: bytes) -> None:
-        """Add bytes, once there is room."""
-        while self._size >= FULL_BYTES and not self._ended:
+    async def put(self, data: bytes, *, most: int = FULL_BYTES) -> None:
+        """Add bytes, once fewer than `most` wait."""
+        while self._size >= most and not self._ended:
             await self._change()
         self._parts.append(data)
         self._size += len(data)

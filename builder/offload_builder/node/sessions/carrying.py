@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from offload_builder.node.sessions.room import MAX_PIECE
 from offload_core.aio import stop
 from offload_core.errors import UsageError
 from offload_core.gathering import Gathering
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from offload_builder.node.sessions.calls import SessionCall
     from offload_builder.node.sessions.contract import EngineStream
 
-MAX_PIECE = 1 << 20
 ENGINE_END_SECONDS = 2.0
 """After an engine has ended its direction, for the client to end the other one."""
 
@@ -31,7 +31,8 @@ async def carry(
 ) -> AsyncGenerator[StreamPiece, None]:
     """Yield what a connection says, and give it what the client sends, until both have ended.
 
-    Whoever is slow holds up the other side: at most a few pieces are on their way. The connection
+    Whoever is slow holds up the other side: at most a few pieces are on their way, and small ones
+    where many calls have some. The connection
     is of no use afterwards, and whoever has opened it closes it.
 
     Args:
@@ -51,12 +52,13 @@ async def carry(
     taking = loop.create_task(_take(call, pieces, stream, count))
     # What cannot be written to any more is not read to the end either.
     taking.add_done_callback(lambda done: stream.cut() if _failed(done) else None)
-    reading = loop.create_task(_read(stream, said))
+    reading = loop.create_task(_read(call, stream, said))
     call.on_end(stream.cut)
     try:
         while data := await said.take():
             count(0, len(data))
             yield StreamPiece(data=data)
+            call.hold(-len(data))
         call.check()
         await reading
         if not _failed(taking):
@@ -76,10 +78,11 @@ def _failed(task: asyncio.Task[None]) -> bool:
     return task.done() and (task.cancelled() or task.exception() is not None)
 
 
-async def _read(stream: EngineStream, said: Gathering) -> None:
+async def _read(call: SessionCall, stream: EngineStream, said: Gathering) -> None:
     try:
-        while data := await stream.read():
-            await said.put(data)
+        while data := await stream.read(call.piece):
+            call.hold(len(data))
+            await said.put(data, most=call.piece)
     except OSError:
         # It broke, or this side has cut it; for the client that is an end as any other.
         pass
@@ -98,7 +101,9 @@ async def _take(
             check_size(piece)
             call.count()
             count(len(piece.data), 0)
-            await stream.write(piece.data)
+            call.hold(len(piece.data))
+            await stream.write(piece.data, call.piece)
+            call.hold(-len(piece.data))
         if piece.ended:
             break
     await stream.end()
