@@ -7,7 +7,7 @@ import contextlib
 import json
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from offload_core.enginehttp import ResponseHead, ResponseReader
 from offload_core.errors import NodeLostError, UsageError
@@ -80,7 +80,7 @@ class UnixConnection:
         self._writer = writer
 
     @classmethod
-    async def open(cls, path: Path | str) -> UnixConnection:
+    async def open(cls, path: Path | str) -> Self:
         """Connect.
 
         Raises:

@@ -147,12 +147,14 @@ async def _stop(config: GatewayConfig, session_id: str) -> SessionRecord:
 
 
 async def _usage(config: GatewayConfig, project_id: str, since: datetime) -> Sequence[MemberUsage]:
+    from offload_builder.gateway.sessions.table import SessionTotal
     from offload_builder.gateway.sessions.usage import sum_up
 
     async with gateway_sessions(config) as (members, table, _):
         await members.project(project_id)
-        records = await table.used_since(project_id, since)
-        return sum_up(records, lambda record: record.used_milliseconds, config.cost_currency)
+        totals, still = await table.used_since(project_id, since)
+        totals += [SessionTotal.of(record, record.used_milliseconds) for record in still]
+        return sum_up(totals, config.cost_currency)
 
 
 def _row(record: SessionRecord, *, for_people: bool) -> dict[str, object]:

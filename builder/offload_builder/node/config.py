@@ -14,7 +14,8 @@ from offload_builder.node.steplimits import StepBounds
 from offload_cache.collection.timing import MIN_GRACE_SECONDS
 from offload_cache.s3config import S3Config
 from offload_core.config import option
-from offload_core.errors import ConfigError
+from offload_core.errors import ConfigError, InvalidValueError
+from offload_core.nodelabels import MAX_LABELS, check_label
 from offload_core.trust import join_address, split_address
 
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -358,6 +359,7 @@ class NodeConfig(SessionOptions):
         StepBounds.of(self).check()
         check_build_limits(self)
         self.check_sessions()
+        self._check_labels()
         if self.cache_grace < MIN_GRACE_SECONDS:
             raise ConfigError("cache_grace must be an hour or more")
         self._check_choices()
@@ -375,6 +377,15 @@ class NodeConfig(SessionOptions):
         if self.s3_endpoint:
             check_bucket(self.s3_bucket)
             self.shared_store()
+
+    def _check_labels(self) -> None:
+        if len(self.labels) > MAX_LABELS:
+            raise ConfigError(f"labels must be {MAX_LABELS} or fewer")
+        for key, value in self.labels.items():
+            try:
+                check_label(key, value)
+            except InvalidValueError as error:
+                raise ConfigError(f"labels: {error.message}", hint=error.hint) from error
 
     def _check_choices(self) -> None:
         for name, allowed in (("log_level", LOG_LEVELS), ("isolation", ISOLATIONS)):

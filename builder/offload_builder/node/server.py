@@ -18,7 +18,7 @@ from offload_builder.node.enrolment import ensure_identity
 from offload_builder.node.proxy.server import BuildkitPort
 from offload_builder.node.renewal import IdentityKeeper
 from offload_builder.node.services import Blobs, NodeBuilds
-from offload_builder.node.sessions.service import SessionNode
+from offload_builder.node.sessions.service import SessionNode, add_session_node
 from offload_builder.node.sessions.sessionmetrics import SessionMetrics
 from offload_builder.node.sessions.sync.places import SyncPlaces
 from offload_builder.node.sessions.sync.service import SessionSyncService
@@ -34,7 +34,6 @@ from offload_proto.v1.node_service_pb2_grpc import (
     add_BlobsServiceServicer_to_server,
     add_NodeBuildsServiceServicer_to_server,
 )
-from offload_proto.v1.session_node_service_pb2_grpc import add_SessionNodeServiceServicer_to_server
 from offload_proto.v1.session_sync_service_pb2_grpc import add_SessionSyncServiceServicer_to_server
 
 if TYPE_CHECKING:
@@ -105,7 +104,7 @@ class NodeServer:
             add_NodeBuildsServiceServicer_to_server(NodeBuilds(self.agent), server)
             add_BlobsServiceServicer_to_server(Blobs(self.agent), server)
             add_TunnelServiceServicer_to_server(TunnelService(self.agent.isolation.tunnels), server)
-            add_SessionNodeServiceServicer_to_server(SessionNode(self.agent.sessions), server)
+            add_session_node(SessionNode(self.agent.sessions), server)
             places = SyncPlaces(self.agent.sessions, self.agent.context_store)
             add_SessionSyncServiceServicer_to_server(
                 SessionSyncService(self.agent.copies, places.open), server

@@ -110,6 +110,8 @@ class Helper:
         self._tell_seconds = tell_seconds
         self._stopping = asyncio.Event()
         self._warnings: list[str] = []
+        self._node_warnings: list[str] = []
+        self._state = 0
         self._started = time.time()
 
     async def run(self) -> None:
@@ -174,7 +176,7 @@ class Helper:
             if tunnel.ended.done():
                 if over_at is None:
                     over_at = time.monotonic()
-                    note_end(self._directory, tunnel.ended.result())
+                    note_end(self._directory, _shown(tunnel.ended.result()))
                 if time.monotonic() - over_at >= self._tell_seconds:
                     return
                 continue
@@ -222,7 +224,7 @@ class Helper:
             gone = news is not None and news.state in GONE
             return told | {
                 "state": told["state"] if gone else "ended",
-                "reason": tunnel.ended.result(),
+                "reason": _shown(tunnel.ended.result()),
                 "reconnecting_since": None,
             }
         if news is not None:
@@ -257,8 +259,18 @@ class Helper:
         return {"texts": texts}
 
     def _keep_warning(self, tunnel: Tunnel) -> None:
-        if tunnel.news is not None and tunnel.news.warning:
-            self._warn(tunnel.news.warning)
+        news = tunnel.news
+        if news is None:
+            return
+        if news.state != self._state:
+            # What was to come has come.
+            self._state = news.state
+            self._warnings = [one for one in self._warnings if one not in self._node_warnings]
+            self._node_warnings.clear()
+        text = _shown(news.warning)
+        if text and text not in self._warnings:
+            self._node_warnings.append(text)
+            self._warn(text)
 
     def _warn(self, text: str) -> None:
         text = _shown(text)

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from offload_core.errors import NodeLostError
+from offload_core.aio import stop
+from offload_core.errors import NodeLostError, OffloadError
+from offload_core.gathering import MANY_BYTES, Gathering
+from offload_core.pieces import StreamPiece
 from offload_core.status import error_from_rpc
-from offload_proto.v1.session_node_service_pb2 import Piece, PortRequest
 
 if TYPE_CHECKING:
-    from offload_core.errors import OffloadError
+    from offload_proto.v1.session_node_service_pb2 import PortOpen
 
 PIECE_BYTES = 1 << 20
 
@@ -45,12 +47,14 @@ class NodeStream:
         """Take a call.
 
         Args:
-            call: a grpc.aio.StreamStreamCall of pieces.
+            call: a grpc.aio.StreamStreamCall of `StreamPiece`.
             traffic: counts its bytes.
         """
         self._call = call
         self._traffic = traffic
         self._ended = False
+        self._outgoing = Gathering()
+        self._sending: asyncio.Task[None] | None = None
 
     @property
     def done(self) -> bool:
@@ -60,9 +64,6 @@ class NodeStream:
     def when_done(self, then: Any) -> None:
         """Call a function without arguments once it has ended."""
         self._call.add_done_callback(lambda _: then())
-
-    def _message(self, piece: Piece) -> Any:
-        return piece
 
     async def receive(self) -> bytes:
         """Return the next bytes; none at the end.
@@ -92,15 +93,35 @@ class NodeStream:
         return b""
 
     async def send(self, data: bytes) -> None:
-        """Send bytes.
+        """Send bytes; many of them are on their way when this returns, and a few have gone.
 
         Raises:
             OffloadError: the node is lost, or has ended it.
         """
+        if not data:
+            return
+        if self._sending is None and len(data) < MANY_BYTES:
+            await self._send_piece(data)
+            return
+        if self._sending is None:
+            self._sending = asyncio.create_task(self._send_all(), name="send")
         for at in range(0, len(data), PIECE_BYTES):
             part = data if len(data) <= PIECE_BYTES else data[at : at + PIECE_BYTES]
-            await self._write(Piece(data=part))
-            self._traffic.sent += len(part)
+            if self._sending.done():
+                self._sending.result()
+            await self._outgoing.put(part)
+
+    async def _send_all(self) -> None:
+        try:
+            while data := await self._outgoing.take():
+                await self._send_piece(data)
+        finally:
+            # Nobody waits for room any more.
+            self._outgoing.end()
+
+    async def _send_piece(self, data: bytes) -> None:
+        await self._write(StreamPiece(data))
+        self._traffic.sent += len(data)
 
     async def half_close(self) -> None:
         """Say that no more comes; the other direction goes on.
@@ -108,32 +129,31 @@ class NodeStream:
         Raises:
             OffloadError: the node is lost, or has ended it.
         """
-        await self._write(Piece(ended=True))
+        if self._sending is not None:
+            self._outgoing.end()
+            await asyncio.shield(self._sending)
+        await self._write(StreamPiece(ended=True))
 
-    async def _write(self, piece: Piece) -> None:
+    async def _write(self, message: StreamPiece | PortOpen) -> None:
         try:
-            await self._call.write(self._message(piece))
+            await self._call.write(message)
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
             raise node_error(error) from error
 
     async def aclose(self) -> None:
         """End it, whatever is on its way."""
         self._call.cancel()
+        if self._sending is not None:
+            await stop(self._sending, expected=(OffloadError,))
 
 
 class PortStream(NodeStream):
     """A connection to a port, or a peer of one of UDP."""
 
-    def _message(self, piece: Piece) -> Any:
-        return PortRequest(piece=piece)
-
-    async def open(self, request: PortRequest) -> None:
+    async def open(self, wish: PortOpen) -> None:
         """Say which port.
 
         Raises:
             OffloadError: the node is lost, or refuses.
         """
-        try:
-            await self._call.write(request)
-        except (grpc.RpcError, asyncio.InvalidStateError) as error:
-            raise node_error(error) from error
+        await self._write(wish)

@@ -23,6 +23,7 @@ from offload_core.errors import (
     OffloadError,
     SessionGoneError,
 )
+from offload_core.pieces import read_piece, write_piece, write_port_request
 from offload_core.sessionmetadata import SESSION_KEY, UNATTENDED_KEY
 from offload_core.versions import call_metadata
 from offload_proto.v1 import session_node_service_pb2 as pb
@@ -38,8 +39,10 @@ if TYPE_CHECKING:
 
     from offload_client.sessions.access import SessionAccess
 
+_SERVICE = pb.DESCRIPTOR.services_by_name["SessionNodeService"].full_name
 SPARES = 3
 """Connections to the engine that are open before anybody needs them."""
+REFILL_SECONDS = 0.05
 PATIENCE_SECONDS = 10.0
 """How long a new connection waits for a tunnel that is away, from when it went away."""
 LEAST_PATIENCE = 1.0
@@ -57,9 +60,17 @@ class _Line:
     def __init__(self, channel: NodeChannel, access: SessionAccess) -> None:
         self.channel = channel
         self.stub: Any = SessionNodeServiceStub(channel.channel)
+        # Beside the stub's own methods: pieces come and go without protobuf.
+        self.engine = self._streams_of("Engine", write_piece)
+        self.port = self._streams_of("Port", write_port_request)
+        self.datagrams = self._streams_of("Datagrams", write_port_request)
         self._access = access
         self._streams = 0
         self._retired = False
+
+    def _streams_of(self, method: str, write: Callable[[Any], bytes]) -> Any:
+        path = f"/{_SERVICE}/{method}"
+        return self.channel.channel.stream_stream(path, write, read_piece)
 
     def track(self, stream: NodeStream) -> None:
         """Count a stream."""
@@ -112,6 +123,7 @@ class Tunnel:
         self._spares: list[NodeStream] = []
         self._line: _Line | None = None
         self._place: SessionPlace | None = None
+        self._refilling: asyncio.TimerHandle | None = None
         self._up = asyncio.Event()
         self._waking: asyncio.Future[None] | None = None
         self._tasks = TaskSet(on_error=self._failed)
@@ -127,6 +139,9 @@ class Tunnel:
         trace: TracebackType | None,
     ) -> None:
         await finish(self._tasks.close(), 6)
+        self._line = None
+        if self._refilling is not None:
+            self._refilling.cancel()
         await self._drop_spares()
 
     def on_change(self, listener: Callable[[], None]) -> None:
@@ -165,9 +180,9 @@ class Tunnel:
         while self._spares:
             spare = self._spares.pop(0)
             if not spare.done:
-                self._refill()
+                self._refill_soon()
                 return spare
-        self._refill()
+        self._refill_soon()
         return self._open_engine(line)
 
     async def port(self, port: int, host: str = "") -> PortStream:
@@ -177,7 +192,7 @@ class Tunnel:
             OffloadError: the session is gone, or its node cannot be reached.
         """
         line = await self._ready()
-        return await self._open_port(line, line.stub.Port, port, host)
+        return await self._open_port(line, line.port, port, host)
 
     async def datagrams(self, port: int, host: str = "") -> PortStream:
         """Return a new peer of a UDP port of the session; pieces are datagrams.
@@ -186,7 +201,7 @@ class Tunnel:
             OffloadError: the session is gone, or its node cannot be reached.
         """
         line = await self._ready()
-        return await self._open_port(line, line.stub.Datagrams, port, host)
+        return await self._open_port(line, line.datagrams, port, host)
 
     async def channel(self) -> tuple[aio.Channel, tuple[tuple[str, str], ...]]:
         """Return the connection of now, and the metadata that calls for the session have.
@@ -215,7 +230,7 @@ class Tunnel:
         return dict(reply.texts)
 
     def _open_engine(self, line: _Line, *extra: tuple[str, str]) -> NodeStream:
-        stream = NodeStream(line.stub.Engine(metadata=(*self._metadata, *extra)), self.traffic)
+        stream = NodeStream(line.engine(metadata=(*self._metadata, *extra)), self.traffic)
         line.track(stream)
         return stream
 
@@ -223,7 +238,7 @@ class Tunnel:
         stream = PortStream(method(metadata=self._metadata), self.traffic)
         line.track(stream)
         try:
-            await stream.open(pb.PortRequest(open=pb.PortOpen(port=port, host=host)))
+            await stream.open(pb.PortOpen(port=port, host=host))
         except BaseException:
             await stream.aclose()
             raise
@@ -343,8 +358,16 @@ class Tunnel:
         self._refill()
         self._tell()
 
+    def _refill_soon(self) -> None:
+        """Open spare connections once the command that took the last one has had its turn."""
+        if self._refilling is None:
+            self._refilling = asyncio.get_running_loop().call_later(REFILL_SECONDS, self._refill)
+
     def _refill(self) -> None:
         """Open spare connections where some are missing."""
+        if self._refilling is not None:
+            self._refilling.cancel()
+            self._refilling = None
         if self._line is None or self.paused:
             return
         self._spares = [spare for spare in self._spares if not spare.done]

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
+import socket
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from offload_builder.egress.firewall.namespaces import NetworkNamespace
+from offload_builder.node.sessions.dialing import PortDialer
 from offload_builder.node.sessions.engine.groups import EngineGroups
 from offload_builder.node.sessions.engine.host import EngineHost
 from offload_builder.node.sessions.engine.loops import devices_of
@@ -74,6 +78,30 @@ async def test_a_paused_engine_has_no_process_and_wakes_with_what_was_in_it(tmp_
         volume = await asyncio.to_thread(run, engine, "-v", "volume:/v", script="cat /v/file")
         assert (logs.stdout, volume.stdout) == ("said\n", "in-volume\n")
         assert list(networks.attached) == [engine.engine_id]
+
+
+async def test_ports_are_those_of_the_engines_own_network_whatever_its_process_is(tmp_path):
+    networks = LoneNetworks()
+    async with hosting(tmp_path / "data", networks) as host:
+        engine = await host.create(spec())
+        dialer = PortDialer()
+        server = await asyncio.to_thread(_listening, Path(f"/proc/{engine.pid}/ns/net"))
+        with server, contextlib.closing(dialer):
+            await host.pause(engine)
+            assert engine.pid == 0
+            with await dialer.tcp(engine, "", server.getsockname()[1]):
+                pass
+        await host.remove(engine.engine_id)
+        with pytest.raises(NodeLostError):
+            await dialer.tcp(engine, "", 80)
+
+
+def _listening(namespace: Path) -> socket.socket:
+    entered = NetworkNamespace("test", namespace)
+    try:
+        return asyncio.run(entered.listen_tcp("127.0.0.1"))
+    finally:
+        entered.close()
 
 
 async def test_what_is_frozen_in_an_engine_ends_with_it(tmp_path):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from offload_builder.gateway.plaintext import plain_line
 from offload_builder.gateway.sessions.placement import SessionNode, SessionWish
 from offload_core.devices import MAX_NAME
+from offload_core.nodelabels import MAX_LABEL, MAX_LABELS
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from offload_builder.gateway.sessions.active import ActiveSession
     from offload_builder.gateway.sessions.table import SessionRecord
 
-MAX_LABELS = 100
-"""Of one node; more are not known."""
 _MAX_PROBLEM = 300
 
 
@@ -39,7 +38,9 @@ def node_view(node: AttachedNode, sessions: Sequence[ActiveSession]) -> SessionN
         draining=beat.draining,
         problem=plain_line(beat.sessions_problem, _MAX_PROBLEM).rstrip("."),
         project_ids=frozenset(node.token.project_ids),
-        labels=frozenset((plain_line(key, 100), plain_line(value, 100)) for key, value in labels),
+        labels=frozenset(
+            (plain_line(key, MAX_LABEL), plain_line(value, MAX_LABEL)) for key, value in labels
+        ),
         devices=node.devices,
         taken=frozenset(taken),
         cpu_millis=most.cpu_millis,

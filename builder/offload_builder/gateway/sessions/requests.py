@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from offload_builder.gateway.sessions.table import QUEUED, SessionRecord, new_session_id
 from offload_core.devices import MAX_NAME, read_wish
 from offload_core.errors import InvalidValueError, QuotaExceededError, UsageError
+from offload_core.nodelabels import check_label
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,7 +25,6 @@ DEFAULT_NAME = "default"
 MAX_REQUEST_ID = 64
 MAX_DEVICES = 16
 MAX_LABELS = 16
-MAX_LABEL = 100
 MAX_SHARED = 50
 MAX_OPEN = 10_000
 """In the whole pool, those that wait included, whatever the configuration says."""
@@ -77,13 +77,10 @@ def _check_devices(spec: sessions_pb.SessionSpec) -> None:
                 f"{name[:100]!a} is no name of a device; use VENDOR/CLASS=NAME, for example "
                 "nvidia.com/gpu=0"
             )
-    labels = spec.node_labels
-    if len(labels) > MAX_LABELS or any(
-        not key or len(key) > MAX_LABEL or len(value) > MAX_LABEL for key, value in labels.items()
-    ):
-        raise InvalidValueError(
-            f"a session names at most {MAX_LABELS} labels of at most {MAX_LABEL} characters"
-        )
+    if len(spec.node_labels) > MAX_LABELS:
+        raise InvalidValueError(f"a session names at most {MAX_LABELS} labels")
+    for key, value in spec.node_labels.items():
+        check_label(key, value)
 
 
 def _check_sizes(spec: sessions_pb.SessionSpec) -> None:

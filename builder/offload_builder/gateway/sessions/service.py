@@ -20,6 +20,7 @@ from offload_builder.gateway.sessions.table import (
     RUNNING,
     SessionQuery,
     SessionRecord,
+    SessionTotal,
     state_name,
 )
 from offload_builder.gateway.sessions.usage import sum_up
@@ -270,13 +271,12 @@ class SessionsService(SessionsServiceServicer):
                 since = request.since.ToDatetime(tzinfo=UTC)
             except (ValueError, OverflowError) as error:
                 raise UsageError("since is not a valid time") from error
-        records = await self._sessions.table.used_since(request.project_id, since)
-        seen = [
-            self._sessions.newest(record)
-            for record in records
-            if caller.token.is_admin or record.owner == caller.token.name
-        ]
-        usages = sum_up(seen, self._sessions.used_milliseconds, self._config.cost_currency)
+        owner = "" if caller.token.is_admin else caller.token.name
+        totals, still = await self._sessions.table.used_since(request.project_id, since, owner)
+        for record in map(self._sessions.newest, still):
+            used = self._sessions.used_milliseconds(record)
+            totals.append(SessionTotal.of(record, used))
+        usages = sum_up(totals, self._config.cost_currency)
         return sessions_pb.GetSessionUsageResponse(members=[item.message() for item in usages])
 
     async def _visible(self, session_id: str, token: TokenRecord) -> SessionRecord:

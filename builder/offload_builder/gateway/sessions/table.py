@@ -30,6 +30,8 @@ OPEN_STATES = frozenset({QUEUED, STARTING, RUNNING, PAUSED, STOPPING})
 FINAL_STATES = frozenset({ENDED, LOST, FAILED})
 
 MAX_LIST = 1000
+MAX_TOTALS = 10_000
+"""As many sessions may be open in a pool."""
 
 
 def new_session_id() -> str:
@@ -95,6 +97,31 @@ class SessionRecord:
         """Return the values of the table's columns."""
         lists = {"shared_with": list(self.shared_with), "devices": list(self.devices)}
         return self.__dict__ | lists
+
+
+@dataclass(frozen=True)
+class SessionTotal:
+    """Several sessions of one owner at one price, summed up."""
+
+    owner: str
+    currency: str
+    micros_per_hour: int
+    sessions: int
+    used_milliseconds: int
+    newest_at: datetime
+    """When the last of them was asked for."""
+
+    @classmethod
+    def of(cls, record: SessionRecord, used_milliseconds: int) -> SessionTotal:
+        """Return one session, used for so long until now."""
+        return cls(
+            record.owner,
+            record.currency,
+            record.micros_per_hour,
+            1,
+            used_milliseconds,
+            record.created_at,
+        )
 
 
 @dataclass(frozen=True)
@@ -181,15 +208,46 @@ class SessionsTable:
         rows = await self._store.read(lambda db: db.execute(limited).all())
         return [_record(row) for row in rows]
 
-    async def used_since(self, project_id: str, since: datetime) -> list[SessionRecord]:
-        """Return the sessions of a project that were there after a time."""
+    async def used_since(
+        self, project_id: str, since: datetime, owner: str = ""
+    ) -> tuple[list[SessionTotal], list[SessionRecord]]:
+        """Return sums of the sessions of a project that ended after a time, and the open ones.
+
+        Args:
+            project_id: the project.
+            since: the time.
+            owner: whose sessions; all members' when empty.
+        """
         table = schema.sessions
-        query = sa.select(table).where(
-            table.c.project_id == project_id,
-            sa.or_(table.c.ended_at.is_(None), table.c.ended_at > since),
+        wanted = [table.c.project_id == project_id]
+        if owner:
+            wanted.append(table.c.owner == owner)
+        used = sa.func.sum(table.c.used_milliseconds)
+        # As many rows as members and rates, however many sessions there were.
+        sums = (
+            sa.select(
+                table.c.owner,
+                table.c.currency,
+                table.c.micros_per_hour,
+                sa.func.count(),
+                used,
+                sa.func.max(table.c.created_at),
+            )
+            .where(*wanted, table.c.state.not_in(OPEN_STATES), table.c.ended_at > since)
+            .group_by(table.c.owner, table.c.currency, table.c.micros_per_hour)
+            .order_by(used.desc(), table.c.owner)
+            .limit(MAX_TOTALS)
         )
-        rows = await self._store.read(lambda db: db.execute(query).all())
-        return [_record(row) for row in rows]
+        still = sa.select(table).where(*wanted, table.c.state.in_(OPEN_STATES)).limit(MAX_TOTALS)
+        totals, rows = await self._store.read(
+            lambda db: (db.execute(sums).all(), db.execute(still).all())
+        )
+        # PostgreSQL sums integers up to a number without a bound.
+        found = [
+            SessionTotal(member, currency, price, count, int(time), newest)
+            for member, currency, price, count, time, newest in totals
+        ]
+        return found, [_record(row) for row in rows]
 
     async def mark_stopped(self, session_id: str, reason: str) -> SessionRecord | None:
         """Note that an open session is to end, for the gateway to find; None for no such one."""

@@ -18,6 +18,7 @@ from offload_builder.gateway.sessions.table import (
     STOPPING,
     SessionRecord,
 )
+from offload_core.sparselog import SparseLog
 from offload_proto.v1 import nodes_service_pb2 as nodes_pb
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from offload_builder.gateway.sessions.queue import SessionQueue
 
 log = structlog.get_logger(__name__)
+refusals = SparseLog(log)
 
 LATE_NEWS_SECONDS = 5.0
 """How long a node that is back may take to say how a session ended that it does not have."""
@@ -110,7 +112,7 @@ class SessionTracking:
         if session is None:
             await self._unknown(node, update)
         elif session.record.node_id != node.node_id:
-            log.warning(
+            refusals.warning(
                 "session.update.refused", session_id=session.session_id, node_id=node.node_id
             )
         else:
@@ -155,7 +157,7 @@ class SessionTracking:
             if not ended:
                 self._ending.drop(node, update.session_id, "the gateway does not know it")
         elif record.node_id != node.node_id:
-            log.warning(
+            refusals.warning(
                 "session.update.refused", session_id=record.session_id, node_id=node.node_id
             )
         elif record.state == LOST and ended:

@@ -9,9 +9,9 @@ from offload_builder.gateway.sessions.cost import amount
 from offload_proto.v1 import sessions_service_pb2 as sessions_pb
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
-    from offload_builder.gateway.sessions.table import SessionRecord
+    from offload_builder.gateway.sessions.table import SessionTotal
 
 
 @dataclass
@@ -41,25 +41,23 @@ class MemberUsage:
         return found
 
 
-def sum_up(
-    records: Iterable[SessionRecord], used: Callable[[SessionRecord], int], currency: str
-) -> list[MemberUsage]:
+def sum_up(totals: Iterable[SessionTotal], currency: str) -> list[MemberUsage]:
     """Return what each member used, those with the longest time first.
 
     Args:
-        records: the sessions.
-        used: returns the milliseconds of one of them until now.
+        totals: of all sessions that count.
         currency: of the pool's rates now. Amounts in another one, from before, are left out;
             where the pool has no rates now, the newest that there is counts.
     """
     found: dict[str, MemberUsage] = {}
-    listed = list(records)
-    currency = currency or next((item.currency for item in listed if item.currency), "")
-    for record in listed:
-        usage = found.setdefault(record.owner, MemberUsage(record.owner, currency=currency))
-        milliseconds = used(record)
-        usage.sessions += 1
-        usage.used_milliseconds += milliseconds
-        if record.currency == currency:
-            usage.micros += amount(milliseconds, record.micros_per_hour)
+    listed = list(totals)
+    priced = [item for item in listed if item.currency]
+    if priced and not currency:
+        currency = max(priced, key=lambda item: item.newest_at).currency
+    for total in listed:
+        usage = found.setdefault(total.owner, MemberUsage(total.owner, currency=currency))
+        usage.sessions += total.sessions
+        usage.used_milliseconds += total.used_milliseconds
+        if total.currency == currency:
+            usage.micros += amount(total.used_milliseconds, total.micros_per_hour)
     return sorted(found.values(), key=lambda item: (-item.used_milliseconds, item.member))

@@ -3,24 +3,43 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from offload_builder.node.sessions.room import Room
 from offload_core.aio import stop
 from offload_core.errors import QuotaExceededError
 
 if TYPE_CHECKING:
-    from collections import Counter
     from collections.abc import Callable, Coroutine, Iterator
 
     from offload_core.errors import OffloadError
 
 T = TypeVar("T")
 
-MAX_CALLS = 1024
-"""Of one member at a node, and of one session, at a time."""
+MAX_CALLS = 256
+"""Of one member at a node, and of one session, at a time. Each may send a piece of 1 MiB that the
+engine does not take."""
+SESSION_BYTES = 64 << 20
+"""On their way in all calls of a session."""
+NODE_BYTES = 256 << 20
 END_SECONDS = 2.0
 """For a call that is ended to say why, while its client takes nothing."""
+
+
+@dataclass(frozen=True)
+class NodeCalls:
+    """What all sessions of a node have together.
+
+    Attributes:
+        of_members: open calls of each member.
+        room: for bytes on their way.
+    """
+
+    of_members: Counter[str] = field(default_factory=Counter)
+    room: Room = field(default_factory=lambda: Room(NODE_BYTES))
 
 
 class SessionCall:
@@ -33,13 +52,17 @@ class SessionCall:
         ended: set when the node ends it.
     """
 
-    def __init__(self, member: str, changed: Callable[[], None], *, counts: bool) -> None:
+    def __init__(
+        self, member: str, changed: Callable[[], None], room: Room, *, counts: bool
+    ) -> None:
         self.member = member
         self.counts = counts
         self.error: OffloadError | None = None
         self.ended = asyncio.Event()
         self._never = False
         self._changed = changed
+        self._room = room
+        self._held = 0
         self._cut: Callable[[], None] | None = None
         self._task = asyncio.current_task()
         self._timer: asyncio.TimerHandle | None = None
@@ -49,6 +72,16 @@ class SessionCall:
         if not (self.counts or self._never):
             self.counts = True
             self._changed()
+
+    @property
+    def piece(self) -> int:
+        """How many bytes it may take at once now."""
+        return self._room.piece()
+
+    def hold(self, size: int) -> None:
+        """Have so many more bytes on their way; fewer when it is negative."""
+        self._held += size
+        self._room.take(size)
 
     def never_count(self) -> None:
         """Never take it for use."""
@@ -94,16 +127,22 @@ class SessionCall:
 
     def close(self) -> None:
         """Hear that the call is over."""
+        self.hold(-self._held)
         if self._timer is not None:
             self._timer.cancel()
 
 
 class OpenCalls:
-    """Of one session."""
+    """Of one session.
 
-    def __init__(self, of_members: Counter[str], changed: Callable[[], None]) -> None:
-        """Count calls of members at the whole node in `of_members`."""
-        self._of_members = of_members
+    Attributes:
+        room: for bytes on their way in them.
+    """
+
+    def __init__(self, node: NodeCalls, changed: Callable[[], None]) -> None:
+        """Count them among those of the node."""
+        self._of_members = node.of_members
+        self.room = Room(SESSION_BYTES, node.room)
         self._changed = changed
         self._calls: set[SessionCall] = set()
 
@@ -128,7 +167,7 @@ class OpenCalls:
             raise QuotaExceededError(f"{member} has {MAX_CALLS} connections to this node already")
         if len(self._calls) >= MAX_CALLS:
             raise QuotaExceededError(f"this session has {MAX_CALLS} connections already")
-        call = SessionCall(member, self._changed, counts=counts)
+        call = SessionCall(member, self._changed, self.room, counts=counts)
         self._of_members[member] += 1
         self._calls.add(call)
         if counts:

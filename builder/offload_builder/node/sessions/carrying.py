@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from offload_builder.node.sessions.room import MAX_PIECE
 from offload_core.aio import stop
 from offload_core.errors import UsageError
-from offload_proto.v1.session_node_service_pb2 import Piece
+from offload_core.gathering import Gathering
+from offload_core.pieces import StreamPiece
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -15,26 +17,22 @@ if TYPE_CHECKING:
     from offload_builder.node.sessions.calls import SessionCall
     from offload_builder.node.sessions.contract import EngineStream
 
-MAX_PIECE = 1 << 20
-QUEUED_PIECES = 2
-"""From a connection, on their way to the client: while one is sent, the next is read."""
 ENGINE_END_SECONDS = 2.0
 """After an engine has ended its direction, for the client to end the other one."""
-
-_END = b""
 
 
 async def carry(
     call: SessionCall,
-    pieces: AsyncIterator[Piece],
+    pieces: AsyncIterator[StreamPiece],
     stream: EngineStream,
     count: Callable[[int, int], None],
     *,
     end_seconds: float | None = None,
-) -> AsyncGenerator[Piece, None]:
+) -> AsyncGenerator[StreamPiece, None]:
     """Yield what a connection says, and give it what the client sends, until both have ended.
 
-    Whoever is slow holds up the other side: at most a few pieces are on their way. The connection
+    Whoever is slow holds up the other side: at most a few pieces are on their way, and small ones
+    where many calls have some. The connection
     is of no use afterwards, and whoever has opened it closes it.
 
     Args:
@@ -50,20 +48,21 @@ async def carry(
         OffloadError: the node has ended the call.
     """
     loop = asyncio.get_running_loop()
-    queue: asyncio.Queue[bytes] = asyncio.Queue(QUEUED_PIECES)
+    said = Gathering()
     taking = loop.create_task(_take(call, pieces, stream, count))
     # What cannot be written to any more is not read to the end either.
     taking.add_done_callback(lambda done: stream.cut() if _failed(done) else None)
-    reading = loop.create_task(_read(stream, queue))
+    reading = loop.create_task(_read(call, stream, said))
     call.on_end(stream.cut)
     try:
-        while data := await queue.get():
+        while data := await said.take():
             count(0, len(data))
-            yield Piece(data=data)
+            yield StreamPiece(data=data)
+            call.hold(-len(data))
         call.check()
         await reading
         if not _failed(taking):
-            yield Piece(ended=True)
+            yield StreamPiece(ended=True)
             await asyncio.wait((taking,), timeout=end_seconds)
         call.check()
         if taking.done() and not taking.cancelled():
@@ -79,24 +78,21 @@ def _failed(task: asyncio.Task[None]) -> bool:
     return task.done() and (task.cancelled() or task.exception() is not None)
 
 
-async def _read(stream: EngineStream, queue: asyncio.Queue[bytes]) -> None:
-    failure: Exception | None = None
+async def _read(call: SessionCall, stream: EngineStream, said: Gathering) -> None:
     try:
-        while data := await stream.read():
-            await queue.put(data)
+        while data := await stream.read(call.piece):
+            call.hold(len(data))
+            await said.put(data, most=call.piece)
     except OSError:
         # It broke, or this side has cut it; for the client that is an end as any other.
         pass
-    except Exception as error:  # noqa: BLE001 - raised by `carry`
-        failure = error
-    await queue.put(_END)
-    if failure is not None:
-        raise failure
+    finally:
+        said.end()
 
 
 async def _take(
     call: SessionCall,
-    pieces: AsyncIterator[Piece],
+    pieces: AsyncIterator[StreamPiece],
     stream: EngineStream,
     count: Callable[[int, int], None],
 ) -> None:
@@ -105,13 +101,15 @@ async def _take(
             check_size(piece)
             call.count()
             count(len(piece.data), 0)
-            await stream.write(piece.data)
+            call.hold(len(piece.data))
+            await stream.write(piece.data, call.piece)
+            call.hold(-len(piece.data))
         if piece.ended:
             break
     await stream.end()
 
 
-def check_size(piece: Piece) -> None:
+def check_size(piece: StreamPiece) -> None:
     """Refuse a piece that would have the node keep too much.
 
     Raises:

@@ -125,6 +125,13 @@ class Engine(Protocol):
     @property
     def log(self) -> Path: ...  # noqa: D102
 
+    def open_network(self) -> int:
+        """Return a descriptor of its network namespace, which the caller closes.
+
+        Raises:
+            NodeLostError: it has none any more.
+        """
+
     def disk_used(self) -> int:
         """Return how many bytes of this machine's disk it has."""
 
@@ -186,8 +193,12 @@ class KeptCopies(Protocol):
 class EngineStream(Protocol):
     """One connection to the API of an engine; one task reads and one writes at a time."""
 
-    async def write(self, data: bytes) -> None:
+    async def write(self, data: bytes, ahead: int = 1 << 20) -> None:
         """Send bytes to the engine.
+
+        Args:
+            data: what to send.
+            ahead: bytes that the engine may not have taken yet when this returns.
 
         Raises:
             OSError: it takes no more.
@@ -196,8 +207,8 @@ class EngineStream(Protocol):
     async def end(self) -> None:
         """Say that nothing more is sent; what the engine has to say still comes."""
 
-    async def read(self) -> bytes:
-        """Return what the engine says, at most 1 MiB; b"" at the end and after `cut`.
+    async def read(self, most: int = 1 << 20) -> bytes:
+        """Return what the engine says, at most so many bytes; b"" at the end and after `cut`.
 
         Raises:
             OSError: the connection broke.

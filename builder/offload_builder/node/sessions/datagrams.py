@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from offload_core.aio import stop
 from offload_core.errors import UsageError
-from offload_proto.v1.session_node_service_pb2 import Piece
+from offload_core.pieces import StreamPiece
 
 if TYPE_CHECKING:
     import socket
@@ -47,7 +47,7 @@ class DatagramPeer:
         if not self._over.done():
             self._over.set_result(None)
 
-    async def carry(self, pieces: AsyncIterator[Piece]) -> AsyncGenerator[Piece, None]:
+    async def carry(self, pieces: AsyncIterator[StreamPiece]) -> AsyncGenerator[StreamPiece, None]:
         """Yield datagrams of the port and send it the client's, until neither says anything.
 
         Raises:
@@ -70,7 +70,7 @@ class DatagramPeer:
                     reading = self._loop.create_task(self._read())
                     self._active = self._loop.time()
                     self._count(0, len(data))
-                    yield Piece(data=data)
+                    yield StreamPiece(data=data)
             self._call.check()
             if taking.done():
                 taking.result()
@@ -78,7 +78,7 @@ class DatagramPeer:
             self._end()
             await stop(taking, reading, expected=(Exception,))
 
-    async def _take(self, pieces: AsyncIterator[Piece]) -> None:
+    async def _take(self, pieces: AsyncIterator[StreamPiece]) -> None:
         async for piece in pieces:
             if piece.ended:
                 return

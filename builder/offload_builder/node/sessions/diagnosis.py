@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 CALL_SECONDS = 5.0
 LOG_BYTES = 64 << 10
+MAX_LINE = 2048
+"""Characters of one line of the log that are kept. Whoever is root in an engine can write to its
+log, and the patterns are not to have much of that at a time."""
 _INFO = (
     "Containers", "ContainersRunning", "ContainersPaused", "ContainersStopped", "Images",
     "Driver", "DriverStatus", "MemoryLimit", "SwapLimit", "CpuCfsPeriod", "CpuCfsQuota",
@@ -36,10 +39,14 @@ _INFO = (
 _VERSION = ("Version", "ApiVersion", "MinAPIVersion", "GitCommit", "GoVersion", "Os", "Arch",
             "KernelVersion", "BuildTime")  # fmt: skip
 _FIELD = re.compile(
-    r"""(?P<key>\b(?!time\b|level\b|msg\b)[A-Za-z][\w.-]*)=(?:"(?:[^"\\]|\\.)*"|[^\s"]\S*)"""
+    r"""(?<![\w.-])(?P<key>(?!(?:time|level|msg)=)[\w.-]++)="""
+    r"""(?:"(?:[^"\\]|\\.)*(?:"|\\?$)|[^\s"]\S*)"""
 )
 _QUOTED = re.compile(r"""\\"(?:[^"\\]|\\[^"])*\\"|'[^']*'|`[^`]*`""")
-_REFERENCE = re.compile(r"\b[\w.-]+(?::\d+)?(?:/[\w.-]+)+(?::[\w.-]+)?(?:@sha256:[0-9a-f]{64})?")
+_UNENDED = re.compile(r"""(?:\\"|['`]).*""")
+_REFERENCE = re.compile(
+    r"(?<![\w.-])[\w.-]++(?::\d++)?(?:/[\w.-]++)++(?::[\w.-]++)?(?:@sha256:[0-9a-f]{64})?"
+)
 _LONG_HEX = re.compile(r"\b[0-9a-f]{12,}\b")
 
 
@@ -108,8 +115,14 @@ def _log(path: Path) -> str:
 
 def cleaned(line: str) -> str:
     """Return a line of an engine's log without what members have put into the engine."""
+    cut = len(line) > MAX_LINE
+    if cut:
+        # Half a word would be no word that the patterns know.
+        line = line[:MAX_LINE].rpartition(" ")[0]
     line = _FIELD.sub(r"\g<key>=...", line)
     line = _QUOTED.sub("...", line)
+    if cut:
+        line = _UNENDED.sub("...", line) + " [cut]"
     line = _REFERENCE.sub("...", line)
     return _LONG_HEX.sub("...", line)
 

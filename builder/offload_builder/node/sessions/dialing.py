@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import os
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,8 +36,6 @@ class PortDialer:
 
     def __init__(self) -> None:
         self._namespace: NetworkNamespace | None = None
-        self._pid = 0
-        self._opening = asyncio.Lock()
 
     async def tcp(self, engine: Engine, host: str, port: int) -> socket.socket:
         """Return a connection to a TCP port.
@@ -59,7 +58,7 @@ class PortDialer:
 
     async def _connected(self, engine: Engine, host: str, port: int, kind: int) -> socket.socket:
         hosts = _addresses(host, port)
-        namespace = await self._enter(engine)
+        namespace = self._enter(engine)
         loop = asyncio.get_running_loop()
         failure: OSError = ConnectionRefusedError()
         for address in hosts:
@@ -84,21 +83,24 @@ class PortDialer:
             f"{failure.strerror or 'no answer'}"
         ) from failure
 
-    async def _enter(self, engine: Engine) -> NetworkNamespace:
-        """Return the engine's namespace, which is another one after a pause."""
-        async with self._opening:
-            pid = engine.pid
-            if self._namespace is None or self._pid != pid:
-                self.close()
-                path = Path(f"/proc/{pid}/ns/net")
-                try:
-                    self._namespace = await asyncio.to_thread(
-                        NetworkNamespace, f"session-{engine.engine_id[:8]}", path
-                    )
-                except OffloadError as error:
-                    raise NodeLostError("the network of this session is gone") from error
-                self._pid = pid
-            return self._namespace
+    def _enter(self, engine: Engine) -> NetworkNamespace:
+        """Return the engine's namespace.
+
+        Raises:
+            NodeLostError: the engine has gone.
+        """
+        if self._namespace is None:
+            # At once, for nothing here waits: whoever is cancelled leaves nothing open.
+            descriptor = engine.open_network()
+            try:
+                self._namespace = NetworkNamespace(
+                    f"session-{engine.engine_id[:8]}", Path(f"/proc/{os.getpid()}/fd/{descriptor}")
+                )
+            except OffloadError as error:
+                raise NodeLostError("the network of this session is gone") from error
+            finally:
+                os.close(descriptor)
+        return self._namespace
 
     def close(self) -> None:
         """Let go of the namespace; sockets that were given out stay."""

@@ -1,17 +1,20 @@
-"""How many containers of an engine run, by its events rather than by asking again and again."""
+"""How many containers of an engine run, by its events rather than by asking again and again.
+
+An engine is in the hands of its member: it may say as much as it likes, and is heard for no more
+than a few hundred kilobytes in a second.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from contextlib import aclosing
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 import structlog
 
-from offload_core.enginecalls import UnixConnection, call_engine, json_lines, stream_engine
-from offload_core.errors import OffloadError
+from offload_core.enginecalls import UnixConnection, call_engine, stream_engine
+from offload_core.errors import OffloadError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,6 +27,12 @@ AGAIN_SECONDS = 1.0
 """After the stream of events broke."""
 GATHER_SECONDS = 0.05
 """Containers often come and go in numbers."""
+MAX_LIST = 1 << 20
+"""Bytes of a list of containers."""
+MANY = 1000
+"""Containers that are said to run where the list is longer: one takes about a kilobyte of it."""
+BYTES_PER_SECOND = 1 << 18
+"""Of events, and of lists: some two hundred containers that come or go, or run."""
 _KINDS = ("start", "die", "destroy")
 _EVENTS = "/events?filters=" + quote(json.dumps({"type": ["container"], "event": list(_KINDS)}))
 
@@ -31,14 +40,27 @@ _EVENTS = "/events?filters=" + quote(json.dumps({"type": ["container"], "event":
 async def running_containers(engine: Engine) -> int:
     """Return how many containers run, those that are paused or start again included.
 
+    A list that is too long to be read counts as `MANY`: such an engine is in use.
+
     Raises:
         OffloadError: the engine does not say.
     """
-    reply = await call_engine(lambda: UnixConnection.open(engine.socket), "GET", "/containers/json")
+    return (await _listed(engine))[0]
+
+
+async def _listed(engine: Engine) -> tuple[int, int]:
+    """Return how many containers run, and how many bytes their list has."""
+    try:
+        reply = await call_engine(
+            lambda: UnixConnection.open(engine.socket), "GET", "/containers/json", limit=MAX_LIST
+        )
+    except UsageError as error:
+        log.debug("session.watch.unread", engine_id=engine.engine_id, cause=error.message)
+        return MANY, MAX_LIST
     found = reply.json() if reply.status == 200 else None
     if not isinstance(found, list):
-        raise OffloadError(f"the docker engine does not list its containers: {reply.message}")
-    return len(found)
+        raise OffloadError(f"the docker engine does not list its containers: {reply.message[:300]}")
+    return len(found), len(reply.body)
 
 
 async def watch_containers(engine: Engine, tell: Callable[[int], None]) -> None:
@@ -54,16 +76,16 @@ async def watch_containers(engine: Engine, tell: Callable[[int], None]) -> None:
 
 async def _watch(engine: Engine, tell: Callable[[int], None]) -> None:
     changed = asyncio.Event()
-    async with stream_engine(lambda: UnixConnection.open(engine.socket), _EVENTS) as pieces:
+    async with stream_engine(lambda: _Paced.open(engine.socket), _EVENTS) as pieces:
         # After the stream is open: nothing between the two is missed.
         counting = asyncio.ensure_future(_count(engine, tell, changed))
         try:
             changed.set()
-            async with aclosing(json_lines(pieces)) as events:  # type: ignore[type-var]
-                async for _ in events:
-                    changed.set()
-                    if counting.done():
-                        break
+            async for _ in pieces:
+                # Whatever an event says, the list says how things are.
+                changed.set()
+                if counting.done():
+                    break
         finally:
             counting.cancel()
             await asyncio.wait((counting,))
@@ -75,5 +97,19 @@ async def _count(engine: Engine, tell: Callable[[int], None], changed: asyncio.E
     while True:
         await changed.wait()
         changed.clear()
-        tell(await running_containers(engine))
-        await asyncio.sleep(GATHER_SECONDS)
+        count, size = await _listed(engine)
+        tell(count)
+        await asyncio.sleep(GATHER_SECONDS + size / BYTES_PER_SECOND)
+
+
+class _Paced(UnixConnection):
+    """A connection of which no more than `BYTES_PER_SECOND` are read."""
+
+    _pause = 0.0
+
+    async def receive(self) -> bytes:
+        """Return the next bytes, once there has been time for those before."""
+        await asyncio.sleep(self._pause)
+        data = await super().receive()
+        self._pause = len(data) / BYTES_PER_SECOND
+        return data

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Self
 
 import structlog
 
+from offload_builder.node.sessions.calls import NodeCalls
 from offload_builder.node.sessions.contract import EngineSpec
 from offload_builder.node.sessions.lifetime import Lifetime
 from offload_builder.node.sessions.limits import duration, free_disk
@@ -107,7 +108,7 @@ class NodeSessions:
         self._making: dict[str, asyncio.Task[None]] = {}
         self._upkeep: dict[str, Upkeep] = {}
         self._ending: dict[str, asyncio.Task[None]] = {}
-        self._calls_of_members: Counter[str] = Counter()
+        self._node_calls = NodeCalls()
         self._tasks = TaskSet(_crashed)
         self._draining = False
         self._empty = asyncio.Event()
@@ -248,7 +249,7 @@ class NodeSessions:
         limits = self.bounds.give(spec)
         devices = self.reserved.choose(spec.devices, gpu=spec.gpu, found=self._devices())
         self.reserved.take(place.session_id, limits.engine, devices, free_disk=free)
-        session = NodeSession(place, limits, devices, self._calls_of_members, self._session_changed)
+        session = NodeSession(place, limits, devices, self._node_calls, self._session_changed)
         self._sessions[place.session_id] = session
         self._empty.clear()
         return session

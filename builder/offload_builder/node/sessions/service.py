@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import grpc
 from grpc.aio import AbortError
 
 from offload_builder.node.services import member_identity
@@ -17,9 +18,16 @@ from offload_builder.node.sessions.diagnosis import describe
 from offload_builder.node.sessions.socketstream import SocketStream
 from offload_core.errors import NodeLostError, QuotaExceededError, UsageError
 from offload_core.interceptors import abort_with
+from offload_core.pieces import StreamPiece, read_piece, read_port_request, write_piece
 from offload_core.sessionmetadata import SESSION_KEY, UNATTENDED_KEY
-from offload_proto.v1.session_node_service_pb2 import DiagnoseResponse, Piece, PortOpen
-from offload_proto.v1.session_node_service_pb2_grpc import SessionNodeServiceServicer
+from offload_proto.v1.session_node_service_pb2 import (
+    DESCRIPTOR,
+    DiagnoseRequest,
+    DiagnoseResponse,
+    FollowRequest,
+    PortOpen,
+    SessionNews,
+)
 from offload_proto.v1.sessions_service_pb2 import SessionState
 
 if TYPE_CHECKING:
@@ -31,12 +39,6 @@ if TYPE_CHECKING:
     from offload_builder.node.sessions.contract import EngineStream
     from offload_builder.node.sessions.nodesessions import NodeSessions
     from offload_builder.node.sessions.session import NodeSession
-    from offload_proto.v1.session_node_service_pb2 import (
-        DiagnoseRequest,
-        FollowRequest,
-        PortRequest,
-        SessionNews,
-    )
 
 OPEN_SECONDS = 10.0
 MAX_FOLLOWERS = 64
@@ -44,6 +46,7 @@ MAX_FOLLOWERS = 64
 DIAGNOSE_SECONDS = 20.0
 
 T = TypeVar("T")
+PortMessage = PortOpen | StreamPiece | None
 Context = Any  # grpc.aio.ServicerContext with its two type parameters
 
 
@@ -57,7 +60,7 @@ def called_session(sessions: NodeSessions, context: Context) -> tuple[NodeSessio
     return sessions.find(_metadata(context, SESSION_KEY), member), member
 
 
-class SessionNode(SessionNodeServiceServicer):
+class SessionNode:
     """Its sessions are found by name and certificate; who may not use one learns nothing of it."""
 
     def __init__(self, sessions: NodeSessions) -> None:
@@ -85,8 +88,8 @@ class SessionNode(SessionNodeServiceServicer):
                 yield message
 
     async def Engine(  # noqa: N802 - name of the RPC
-        self, request_iterator: AsyncIterator[Piece], context: Context
-    ) -> AsyncIterator[Piece]:
+        self, request_iterator: AsyncIterator[StreamPiece], context: Context
+    ) -> AsyncIterator[StreamPiece]:
         """Carry one connection to the engine; see the .proto file."""
         unattended = bool(_metadata(context, UNATTENDED_KEY))
         async with AsyncExitStack() as stack:
@@ -125,8 +128,8 @@ class SessionNode(SessionNodeServiceServicer):
         return session.engine
 
     async def Port(  # noqa: N802 - name of the RPC
-        self, request_iterator: AsyncIterator[PortRequest], context: Context
-    ) -> AsyncIterator[Piece]:
+        self, request_iterator: AsyncIterator[PortMessage], context: Context
+    ) -> AsyncIterator[StreamPiece]:
         """Carry one connection to a TCP port; see the .proto file."""
         async with AsyncExitStack() as stack:
             session, call = stack.enter_context(self._call(context, counts=True))
@@ -142,8 +145,8 @@ class SessionNode(SessionNodeServiceServicer):
                     yield message
 
     async def Datagrams(  # noqa: N802 - name of the RPC
-        self, request_iterator: AsyncIterator[PortRequest], context: Context
-    ) -> AsyncIterator[Piece]:
+        self, request_iterator: AsyncIterator[PortMessage], context: Context
+    ) -> AsyncIterator[StreamPiece]:
         """Carry the datagrams of one peer; see the .proto file."""
         async with AsyncExitStack() as stack:
             session, call = stack.enter_context(self._call(context, counts=True))
@@ -171,6 +174,24 @@ class SessionNode(SessionNodeServiceServicer):
             raise NodeLostError("the node could not describe the session in time") from error
 
 
+def add_session_node(service: SessionNode, server: grpc.aio.Server) -> None:
+    """Have a server offer the service; pieces come and go without protobuf."""
+    stream, answer = grpc.stream_stream_rpc_method_handler, write_piece
+    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        "Follow": grpc.unary_stream_rpc_method_handler(
+            service.Follow, FollowRequest.FromString, SessionNews.SerializeToString
+        ),
+        "Engine": stream(service.Engine, read_piece, answer),
+        "Port": stream(service.Port, read_port_request, answer),
+        "Datagrams": stream(service.Datagrams, read_port_request, answer),
+        "Diagnose": grpc.unary_unary_rpc_method_handler(
+            service.Diagnose, DiagnoseRequest.FromString, DiagnoseResponse.SerializeToString
+        ),
+    }
+    name = DESCRIPTOR.services_by_name["SessionNodeService"].full_name
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
+
+
 def _metadata(context: Context, key: str) -> str:
     value = dict(context.invocation_metadata() or ()).get(key, "")
     return value if isinstance(value, str) else ""
@@ -192,7 +213,7 @@ async def _woken(session: NodeSession) -> None:
             task.cancel()
 
 
-async def _first(pieces: AsyncIterator[Piece]) -> Piece | None:
+async def _first(pieces: AsyncIterator[StreamPiece]) -> StreamPiece | None:
     """Return the first piece with something in it; None when there is none."""
     async for piece in pieces:
         if piece.data:
@@ -202,33 +223,35 @@ async def _first(pieces: AsyncIterator[Piece]) -> Piece | None:
     return None
 
 
-async def _again(first: Piece, pieces: AsyncIterator[Piece]) -> AsyncGenerator[Piece, None]:
+async def _again(
+    first: StreamPiece, pieces: AsyncIterator[StreamPiece]
+) -> AsyncGenerator[StreamPiece, None]:
     yield first
     async for piece in pieces:
         yield piece
 
 
-async def _open(requests: AsyncIterator[PortRequest]) -> PortOpen:
+async def _open(requests: AsyncIterator[PortMessage]) -> PortOpen:
     try:
         async with asyncio.timeout(OPEN_SECONDS):
             first = await anext(requests, None)
     except TimeoutError:
         first = None
-    if first is None or first.WhichOneof("message") != "open":
+    if not isinstance(first, PortOpen):
         raise UsageError("the first message of this call must be PortOpen")
-    return first.open
+    return first
 
 
-async def _pieces(requests: AsyncIterator[PortRequest]) -> AsyncGenerator[Piece, None]:
+async def _pieces(requests: AsyncIterator[PortMessage]) -> AsyncGenerator[StreamPiece, None]:
     async for request in requests:
-        if request.WhichOneof("message") != "piece":
+        if not isinstance(request, StreamPiece):
             raise UsageError("after PortOpen only pieces can come")
-        yield request.piece
+        yield request
 
 
 async def _told(
-    answers: AsyncGenerator[Piece, None], call: SessionCall, context: Context
-) -> AsyncGenerator[Piece, None]:
+    answers: AsyncGenerator[StreamPiece, None], call: SessionCall, context: Context
+) -> AsyncGenerator[StreamPiece, None]:
     """Yield answers; a client that takes nothing hears nevertheless why the node ends the call."""
     async with AsyncExitStack() as stack:
         messages = await stack.enter_async_context(aclosing(answers))

@@ -17,9 +17,9 @@ from offload_proto.v1.session_node_service_pb2 import SessionNews
 from offload_proto.v1.sessions_service_pb2 import SessionActivity, SessionState
 
 if TYPE_CHECKING:
-    from collections import Counter
     from collections.abc import AsyncGenerator, Callable, Iterable
 
+    from offload_builder.node.sessions.calls import NodeCalls
     from offload_builder.node.sessions.contract import Engine, EngineDoor, SessionPlace
     from offload_builder.node.sessions.lifetime import Lifetime
     from offload_builder.node.sessions.limits import GivenLimits
@@ -62,7 +62,7 @@ class NodeSession:
         place: SessionPlace,
         limits: GivenLimits,
         devices: tuple[str, ...],
-        calls_of_members: Counter[str],
+        node_calls: NodeCalls,
         changed: Callable[[NodeSession], None],
     ) -> None:
         self.place = place
@@ -73,7 +73,7 @@ class NodeSession:
         self.engine: Engine | None = None
         self.door: EngineDoor | None = None
         self.life: Lifetime | None = None
-        self.calls = OpenCalls(calls_of_members, self._use_changed)
+        self.calls = OpenCalls(node_calls, self._use_changed)
         self.dialer = PortDialer()
         self.containers = 0
         self.received_bytes = 0

@@ -7,13 +7,12 @@ import contextlib
 import socket
 from typing import TYPE_CHECKING
 
+from offload_builder.node.sessions.room import MAX_PIECE
 from offload_core.errors import NodeLostError
 
 if TYPE_CHECKING:
     from offload_builder.node.sessions.contract import Engine, EngineStream, SessionPlace
 
-READ_BYTES = 1 << 20
-"""Of one piece. Larger reads are what makes streams fast: each costs about the same."""
 _FIRST_BYTES = 64 << 10
 """Most replies fit, and a buffer of this size costs nothing to make."""
 CONNECT_SECONDS = 10.0
@@ -26,8 +25,9 @@ class SocketStream:
         connection.setblocking(False)
         self._connection = connection
 
-    async def write(self, data: bytes) -> None:
-        """Send bytes; raises OSError when the other side takes no more."""
+    async def write(self, data: bytes, ahead: int = MAX_PIECE) -> None:
+        """Send bytes, all of them; raises OSError when the other side takes no more."""
+        del ahead
         await asyncio.get_running_loop().sock_sendall(self._connection, data)
 
     async def end(self) -> None:
@@ -35,14 +35,15 @@ class SocketStream:
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_WR)
 
-    async def read(self) -> bytes:
-        """Return what has come, at most `READ_BYTES`; waits only while nothing has."""
-        first = await asyncio.get_running_loop().sock_recv(self._connection, _FIRST_BYTES)
+    async def read(self, most: int = MAX_PIECE) -> bytes:
+        """Return what has come, at most so many bytes; waits only while nothing has."""
+        size = min(most, _FIRST_BYTES)
+        first = await asyncio.get_running_loop().sock_recv(self._connection, size)
         if len(first) < _FIRST_BYTES:
             return first
         parts, size = [first], len(first)
         with contextlib.suppress(BlockingIOError):
-            while size < READ_BYTES and (more := self._connection.recv(READ_BYTES - size)):
+            while size < most and (more := self._connection.recv(most - size)):
                 parts.append(more)
                 size += len(more)
         return b"".join(parts)

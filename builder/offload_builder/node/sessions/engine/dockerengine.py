@@ -94,6 +94,21 @@ class DockerEngine:
         """File with what dockerd prints."""
         return self._folder / LOG
 
+    def open_network(self) -> int:
+        """Return a descriptor of its network namespace, which the caller closes.
+
+        Raises:
+            NodeLostError: it has none any more.
+        """
+        network = self._network
+        try:
+            # Of the node's own, for a number of a process may be another one's already.
+            if network is not None:
+                return os.open(network.namespace, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise NodeLostError("the network of the docker engine is gone") from error
+        raise NodeLostError("the docker engine has no network any more")
+
     def disk_used(self) -> int:
         """Return how many bytes of this machine's disk it has."""
         try:
@@ -301,6 +316,8 @@ class DockerEngine:
     async def close(self) -> None:
         """Remove everything of it."""
         async with self._turn, AsyncExitStack() as rest:
+            # Its path is soon that of something else.
+            self._network = None
             # Each of them whatever becomes of the others: what is left of an engine is cut off.
             rest.callback(self.ended.cancel)
             rest.push_async_callback(asyncio.to_thread, self._remove)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -31,6 +32,7 @@ _PROGRAM = (
 )
 _MAX_LINE = 1 << 16
 _BACKLOG = 1024
+_VERSION = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+~_-]{0,39}")
 _MAX_HEAD = 1 << 14
 _PATIENCE_SECONDS = 10.0
 _FROZEN_SECONDS = 0.2
@@ -273,4 +275,6 @@ async def ask_version(address: Path) -> str:
     if " 200 " not in head[0]:
         raise OSError(f"it answers {head[0]}")
     server = next((line for line in head if line.lower().startswith("server:")), "")
-    return server.partition("/")[2].partition(" ")[0]
+    version = server.partition("/")[2].partition(" ")[0]
+    # Whoever has had the engine may have it answer anything after a pause.
+    return version if _VERSION.fullmatch(version) else ""

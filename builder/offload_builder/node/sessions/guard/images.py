@@ -22,6 +22,7 @@ from offload_core.enginecalls import UnixConnection, call_engine, json_lines, re
 from offload_core.enginehttp import ResponseReader
 from offload_core.errors import InvalidValueError, NodeLostError, OffloadError
 from offload_core.reference import familiar_reference, split_reference
+from offload_core.sparselog import SparseLog
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from offload_builder.node.sessions.contract import SessionPlace
     from offload_builder.node.sessions.guard.stream import Exchange
 
-log = structlog.get_logger(__name__)
+log = SparseLog(structlog.get_logger(__name__))
 
 AUTH_HEADER = "X-Registry-Auth"
 _CHUNKED = (

@@ -18,22 +18,24 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from offload_builder.node.sessions.room import MAX_PIECE
 from offload_core.enginehttp import MAX_HEAD, RequestReader, error_response
 from offload_core.errors import NodeLostError, OffloadError, UsageError
+from offload_core.sparselog import SparseLog
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from offload_core.enginehttp import RequestHead
 
-log = structlog.get_logger(__name__)
+log = SparseLog(structlog.get_logger(__name__))
 
-MAX_READ = 1 << 20
 _ONE_READ = 1 << 18
 """A unix socket holds about as much."""
 MAX_WAITING = 1 << 20
-"""Bytes from the client that are held while the engine takes others, and answers of ours that the
-client has not taken."""
+"""Bytes of answers of ours that the client has not taken."""
+_BUFFER_BYTES = 1 << 20
+"""A unix socket takes 208 KiB otherwise, and each of them waits for the engine."""
 CONNECT_SECONDS = 10.0
 _STREAMS = (b"application/vnd.docker.raw-stream", b"application/vnd.docker.multiplexed-stream")
 
@@ -93,6 +95,8 @@ class GuardedStream:
         self._loop = asyncio.get_running_loop()
         self._incoming: deque[bytes] = deque()
         self._incoming_bytes = 0
+        self._taken_bytes = 0
+        """Of them, what is read or sent just now."""
         self._ended = False
         self._own: deque[bytes] = deque()
         self._own_bytes = 0
@@ -118,6 +122,7 @@ class GuardedStream:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             connection.setblocking(False)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
             async with asyncio.timeout(CONNECT_SECONDS):
                 await asyncio.get_running_loop().sock_connect(connection, str(path))
         except (OSError, TimeoutError) as error:
@@ -131,15 +136,16 @@ class GuardedStream:
 
     # The client's side.
 
-    async def write(self, data: bytes) -> None:
+    async def write(self, data: bytes, ahead: int = MAX_PIECE) -> None:
         """Send bytes to the engine.
+
+        Args:
+            data: what to send.
+            ahead: bytes that the engine may not have taken yet when this returns.
 
         Raises:
             OSError: it takes no more.
         """
-        while not self._raw and self._incoming_bytes >= MAX_WAITING:
-            self._check()
-            await self._wait()
         self._check()
         if self._raw:
             await self._loop.sock_sendall(self._socket, data)
@@ -147,6 +153,9 @@ class GuardedStream:
         self._incoming.append(data)
         self._incoming_bytes += len(data)
         self._move()
+        while not self._raw and self._incoming_bytes > ahead:
+            await self._wait()
+            self._check()
 
     async def end(self) -> None:
         """Say that nothing more is sent; what the engine has to say still comes."""
@@ -155,8 +164,8 @@ class GuardedStream:
         if self._raw:
             self._shut_down(socket.SHUT_WR)
 
-    async def read(self) -> bytes:
-        """Return what the engine says, at most 1 MiB; b"" at the end and after `cut`.
+    async def read(self, most: int = MAX_PIECE) -> bytes:
+        """Return what the engine says, at most so many bytes; b"" at the end and after `cut`.
 
         Raises:
             OSError: the connection broke.
@@ -170,7 +179,7 @@ class GuardedStream:
             if self._over:
                 return b""
             try:
-                data = self._receive()
+                data = self._receive(most)
             except (BlockingIOError, InterruptedError):
                 await self._until_readable()
                 continue
@@ -217,15 +226,15 @@ class GuardedStream:
         self._own_bytes += len(data)
         self._move()
 
-    def _receive(self) -> bytes:
+    def _receive(self, most: int) -> bytes:
         """Return what is there, and no more: whoever waits for a little gets it at once."""
-        data = self._socket.recv(_ONE_READ)
+        data = self._socket.recv(min(_ONE_READ, most))
         if len(data) < _ONE_READ // 2:
             return data
         pieces, size = [data], len(data)
-        while size < MAX_READ:
+        while size < most:
             try:
-                more = self._socket.recv(min(_ONE_READ, MAX_READ - size))
+                more = self._socket.recv(min(_ONE_READ, most - size))
             except (BlockingIOError, InterruptedError, ConnectionResetError):
                 break
             if not more:
@@ -328,6 +337,7 @@ class GuardedStream:
             await exchange.answer(error_response(500, _sentence(error)))
 
     async def _take(self) -> bytes:
+        self._done()
         while not self._incoming:
             if self._ended or self._broken is not None:
                 return b""
@@ -335,10 +345,16 @@ class GuardedStream:
         return self._next()
 
     def _next(self) -> bytes:
+        self._done()
         data = self._incoming.popleft()
-        self._incoming_bytes -= len(data)
-        self._moved.set()
+        self._taken_bytes = len(data)
         return data
+
+    def _done(self) -> None:
+        """Hear that what was taken is with the engine."""
+        self._incoming_bytes -= self._taken_bytes
+        self._taken_bytes = 0
+        self._moved.set()
 
     def _look(self, data: bytes) -> None:
         """Read the head of the reply that decides whether this is still HTTP."""

@@ -17,6 +17,7 @@ from offload_builder.node.sessions.sync.supply import Supply
 from offload_builder.node.sessions.sync.workerlink import SyncWorker
 from offload_core.aio import TaskSet, stop
 from offload_core.errors import NodeLostError, OffloadError, QuotaExceededError, UsageError
+from offload_core.sparselog import SparseLog
 from offload_proto.v1.session_sync_service_pb2 import SyncRequest, SyncResponse, SyncWant
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from offload_builder.node.contextstore import ContextStore
     from offload_proto.v1.session_sync_service_pb2 import SyncOpen, SyncPart
 
-log = structlog.get_logger(__name__)
+log = SparseLog(structlog.get_logger(__name__))
 
 MAX_DIRECTORIES = 32
 """Of one session; each has a process of some 25 MB."""

@@ -12,6 +12,7 @@ import structlog
 
 from offload_builder.node.contextstore import ANY_SIZE
 from offload_core.errors import OffloadError
+from offload_core.sparselog import SparseLog
 from offload_core.treesync.content import MESSAGE_BYTES, unpack
 from offload_proto.v1.session_sync_service_pb2 import SyncContent, SyncWant
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from offload_builder.node.contextstore import ContextStore
     from offload_proto.v1.session_sync_service_pb2 import SyncPart
 
-log = structlog.get_logger(__name__)
+log = SparseLog(structlog.get_logger(__name__))
 
 
 class Supply:

@@ -14,6 +14,7 @@ import structlog
 from offload_builder.node.sessions.sync.frames import read_frame, write_frame
 from offload_builder.node.sessions.sync.worker import ERROR_PREFIX
 from offload_core.errors import NodeLostError, error_for_reason
+from offload_core.sparselog import SparseLog
 from offload_proto.v1.session_sync_service_pb2 import SyncResponse
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from offload_proto.v1.session_sync_service_pb2 import SyncRequest
 
-log = structlog.get_logger(__name__)
+log = SparseLog(structlog.get_logger(__name__))
 
 _END_SECONDS = 5.0
 _LOG_BYTES = 2000

@@ -9,7 +9,7 @@ import pytest
 
 from offload_builder.gateway.config import GatewayConfig
 from offload_builder.gateway.sessions.cost import Rates, amount, cost_message, count_gpus
-from offload_builder.gateway.sessions.table import ENDED, SessionRecord
+from offload_builder.gateway.sessions.table import ENDED, SessionRecord, SessionTotal
 from offload_builder.gateway.sessions.usage import sum_up
 from offload_core.errors import ConfigError
 
@@ -49,21 +49,21 @@ def test_amounts_are_rounded_and_unset_without_a_currency() -> None:
     assert (cost.micros, cost.currency, cost.micros_per_hour) == (200_000, "EUR", 100_000)
 
 
-def used(item: SessionRecord) -> int:
-    return item.used_milliseconds
+def total(owner: str, used: int, **values: Any) -> SessionTotal:
+    return SessionTotal.of(record(owner, used, **values), used)
 
 
 def test_usage_is_by_member_and_in_one_currency() -> None:
-    records = [
-        record("ann", HOUR), record("ann", HOUR), record("bob", 3 * HOUR),
-        record("bob", HOUR, currency="USD"), record("cy", 5, currency="", rate=0),
+    totals = [
+        total("ann", HOUR), total("ann", HOUR), total("bob", 3 * HOUR),
+        total("bob", HOUR, currency="USD"), total("cy", 5, currency="", rate=0),
     ]  # fmt: skip
-    found = {item.member: item for item in sum_up(records, used, "EUR")}
+    found = {item.member: item for item in sum_up(totals, "EUR")}
     assert list(found) == ["bob", "ann", "cy"]
     assert (found["ann"].sessions, found["ann"].micros) == (2, 200_000)
     assert (found["bob"].used_milliseconds, found["bob"].micros) == (4 * HOUR, 300_000)
     assert found["cy"].message().cost.currency == "EUR"
-    (free,) = sum_up([record("cy", 5, currency="", rate=0)], used, "")
+    (free,) = sum_up([total("cy", 5, currency="", rate=0)], "")
     assert not free.message().HasField("cost")
 
 

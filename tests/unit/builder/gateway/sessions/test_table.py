@@ -19,6 +19,7 @@ from offload_builder.gateway.sessions.table import (
     SessionQuery,
     SessionRecord,
     SessionsTable,
+    SessionTotal,
 )
 from offload_builder.gateway.store import Store
 from offload_builder.gateway.tokens import TokenRecord
@@ -75,8 +76,30 @@ async def test_member_finds_own_and_shared_sessions_and_no_others(table):
     assert await names(member="ann", open_only=True, project_ids=("p",)) == ["s2", "s1"]
     assert await names(member="a%") == []
     assert await names(limit=2) == ["s5", "s4"]
-    since = await table.used_since("p", NOW + timedelta(seconds=1))
-    assert sorted(item.name for item in since) == ["s1", "s2", "s3"]
+
+
+async def test_use_is_summed_up_in_the_database_and_only_for_its_owner(table):
+    ended: dict[str, Any] = {"state": ENDED, "ended_at": NOW, "used_milliseconds": 5}
+    for number in range(1, 5):
+        await table.insert(record(number, **ended, currency="EUR", micros_per_hour=7))
+    await table.insert(record(5, **ended, currency="USD", micros_per_hour=7))
+    await table.insert(record(6, "bob", **ended))
+    await table.insert(record(7, **ended, project_id="q"))
+    await table.insert(record(8, **ended | {"ended_at": NOW - timedelta(days=2)}))
+    await table.insert(record(9))
+    await table.insert(record(10, "bob"))
+    since = NOW - timedelta(days=1)
+
+    totals, still = await table.used_since("p", since, "ann")
+    assert totals == [
+        SessionTotal("ann", "EUR", 7, 4, 20, NOW + timedelta(seconds=4)),
+        SessionTotal("ann", "USD", 7, 1, 5, NOW + timedelta(seconds=5)),
+    ]
+    assert [item.name for item in still] == ["s9"]
+    totals, still = await table.used_since("p", since)
+    assert [(item.owner, item.sessions) for item in totals] == [("ann", 4), ("ann", 1), ("bob", 1)]
+    assert len(still) == 2
+    assert await table.used_since("p", NOW + timedelta(seconds=1), "cy") == ([], [])
 
 
 async def test_only_sessions_that_ended_long_ago_are_forgotten(table):
@@ -146,6 +169,8 @@ def test_session_without_a_name_is_the_default_one():
         {"devices": ["a/b=c"] * 17},
         {"node_labels": {"": "x"}},
         {"node_labels": {"k": "v" * 101}},
+        {"node_labels": {"k": "\x1b[31m"}},
+        {"node_labels": {"a b": "x"}},
         {"cpu_millis": -1},
         {"memory_bytes": 1 << 61},
         {"ttl": {"seconds": 0}},

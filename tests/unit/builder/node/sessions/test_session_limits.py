@@ -81,6 +81,27 @@ def test_options_that_cannot_work_are_refused(options):
         NodeConfig(gateway="g:1", **options)
 
 
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"": "x"},
+        {"a b": "x"},
+        {"k" * 101: "x"},
+        {"k": "v" * 101},
+        {"k": "\x1b[31m"},
+        {str(number): "x" for number in range(101)},
+    ],
+)
+def test_labels_that_members_could_not_name_are_refused_at_the_nodes_start(labels):
+    with pytest.raises(ConfigError, match="label"):
+        NodeConfig(gateway="g:1", labels=labels)
+
+
+def test_labels_of_a_node_may_say_much():
+    labels = {"topology.example/zone": "eu west, Köln", "gpu": "a100", "spare": ""}
+    assert NodeConfig(gateway="g:1", labels=labels).labels == labels
+
+
 def test_sessions_share_places_memory_and_disk():
     held = Reservations(3, 3 * GIB)
     held.take("a", SMALL, (), free_disk=GIB)

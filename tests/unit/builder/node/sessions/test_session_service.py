@@ -15,7 +15,8 @@ from offload_builder.node.sessions import calls, service
 from offload_builder.node.sessions.contract import SessionPlace
 from offload_builder.node.sessions.limits import Machine, SessionBounds
 from offload_builder.node.sessions.nodesessions import NodeSessions
-from offload_builder.node.sessions.service import SessionNode
+from offload_builder.node.sessions.room import MAX_PIECE, MIN_PIECE
+from offload_builder.node.sessions.service import SessionNode, add_session_node
 from offload_builder.node.sessions.sessionmetrics import SessionMetrics
 from offload_builder.node.sessions.socketstream import DirectDoor
 from offload_core.errors import NodeLostError
@@ -33,7 +34,6 @@ from offload_proto.v1.session_node_service_pb2 import (
 )
 from offload_proto.v1.session_node_service_pb2_grpc import (
     SessionNodeServiceStub,
-    add_SessionNodeServiceServicer_to_server,
 )
 from offload_proto.v1.sessions_service_pb2 import SessionSpec, SessionState
 from tests.fixtures.standinengine import NoCopies, NoModels, NoNetworks, StandInHost
@@ -94,7 +94,7 @@ async def world(tmp_path, monkeypatch, **options):
             lambda: None,
         ) as sessions,
     ):
-        add_SessionNodeServiceServicer_to_server(SessionNode(sessions), server)
+        add_session_node(SessionNode(sessions), server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         try:
@@ -256,6 +256,37 @@ async def test_calls_are_bounded(tmp_path, monkeypatch):
             await there.stub.Engine(metadata=there.metadata()).read()
         assert reason(caught.value) == "QUOTA_EXCEEDED"
         call.cancel()
+
+
+async def test_calls_that_take_nothing_hold_little_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(calls, "SESSION_BYTES", 1 << 20)
+    count = 20
+    async with world(tmp_path, monkeypatch) as there:
+        room = there.session.calls.room
+        opened = [there.stub.Engine(metadata=there.metadata()) for _ in range(count)]
+        for call in opened:
+            await call.write(Piece(data=b"FLOOD\n"))
+            await call.read()
+        # One that is taken goes on meanwhile.
+        size = 0
+        while size < 4 << 20:
+            size += len((await opened[0].read()).data)
+        assert room.held <= (1 << 20) + count * 4 * MIN_PIECE
+        for call in opened:
+            call.cancel()
+        await until(lambda: room.held == 0)
+
+
+async def test_fifty_calls_that_wait_leave_a_transfer_its_large_pieces(tmp_path, monkeypatch):
+    async with world(tmp_path, monkeypatch) as there:
+        waiting = [await there.call() for _ in range(50)]
+        for call in waiting:
+            await call.write(Piece(data=b"x"))
+            await call.read()
+        assert there.session.calls.open_calls == len(waiting)
+        assert there.session.calls.room.piece() == MAX_PIECE
+        for call in waiting:
+            call.cancel()
 
 
 async def test_a_piece_that_is_too_large_is_refused(tmp_path, monkeypatch):
