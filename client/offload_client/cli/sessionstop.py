@@ -176,7 +176,8 @@ class Stopping:
             if not is_open(session):
                 why = f": {session.reason}" if session.reason else ""
                 return f'The session "{record.name}" was gone already{why}'
-            await self._local.quiet(record)
+            for warning in await self._local.quiet(record):
+                self._invocation.err(f"WARNING: {warning}")
             await calls.stop(record.session_id)
         except NotFoundError:
             return f'The session "{record.name}" was gone already'

@@ -233,9 +233,13 @@ class Attachments:
             write_record(self.directory(record.name), replace(record, former_context=former))
         return former
 
-    async def quiet(self, record: SessionRecord) -> None:
-        """End the helper of a session, which first brings back what containers wrote."""
-        await end_helper(self.directory(record.name))
+    async def quiet(self, record: SessionRecord) -> list[str]:
+        """End the helper of a session, which first brings back what containers wrote.
+
+        Returns:
+            Sentences about what it could not bring back.
+        """
+        return await end_helper(self.directory(record.name))
 
     async def detach(self, record: SessionRecord) -> str | None:
         """End the use of a session here: helper, context, record.

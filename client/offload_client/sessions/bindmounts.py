@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class BindMounts(Protocol):
@@ -27,6 +27,9 @@ class BindMounts(Protocol):
 
     async def after_exit(self) -> None:
         """Wait until what containers have written is here."""
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Return how each of them stands, as `offload status` tells it."""
 
     async def aclose(self) -> None:
         """End."""

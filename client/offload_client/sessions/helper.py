@@ -68,6 +68,9 @@ TELL_SECONDS = 600.0
 LOOK_SECONDS = 2.0
 MAX_WARNINGS = 20
 MAX_SHOWN = 1000
+LAST_FILES_SECONDS = 60.0
+"""How long the end may wait for what containers wrote."""
+RUNNING = SessionState.SESSION_STATE_RUNNING
 TAKE_OVER_SECONDS = 25.0
 """How long another helper of the same session may take for its end."""
 TAKE_OVER_POLL = 0.05
@@ -140,9 +143,9 @@ class Helper:
                 tasks.start(self._resume(mounts, known), name="resume")
             interception = Interception(tunnel, known, ports, mounts, self._log)
             answers = {
-                "status": lambda: self._status(tunnel, ports),
+                "status": lambda: self._status(tunnel, ports, mounts),
                 "ports": lambda: self._ports(ports),
-                "stop": self._stop,
+                "stop": lambda: self._stop(tunnel, mounts),
                 "diagnose": lambda: self._diagnose(tunnel),
             }
             proxy = await stack.enter_async_context(
@@ -199,7 +202,9 @@ class Helper:
             except OffloadError as error:
                 self._warn(f"{source.path} is not synchronised: {error.message}")
 
-    async def _status(self, tunnel: Tunnel, ports: LocalPorts) -> dict[str, Any]:
+    async def _status(
+        self, tunnel: Tunnel, ports: LocalPorts, mounts: BindMounts | None
+    ) -> dict[str, Any]:
         news = tunnel.news
         told: dict[str, Any] = {
             "session_id": self._record.session_id,
@@ -210,6 +215,7 @@ class Helper:
             "reconnecting_since": tunnel.reconnecting_since,
             "problem": _shown(tunnel.problem),
             "ports": ports.listing(),
+            "directories": mounts.describe() if mounts is not None else [],
             "sent_bytes": tunnel.traffic.sent,
             "received_bytes": tunnel.traffic.received,
             "warnings": self._warnings,
@@ -230,9 +236,19 @@ class Helper:
     async def _ports(self, ports: LocalPorts) -> dict[str, Any]:
         return {"ports": ports.listing()}
 
-    async def _stop(self) -> dict[str, Any]:
+    async def _stop(self, tunnel: Tunnel, mounts: BindMounts | None) -> dict[str, Any]:
+        """End, once what containers wrote is here; say what is not."""
+        before = set(self._warnings)
+        running = tunnel.news is not None and tunnel.news.state == RUNNING
+        reached = tunnel.reconnecting_since is None and not tunnel.ended.done()
+        if mounts is not None and running and reached:
+            try:
+                async with asyncio.timeout(LAST_FILES_SECONDS):
+                    await mounts.after_exit()
+            except TimeoutError:
+                self._warn("some of what containers wrote is not here: it took too long")
         self.end()
-        return {"stopping": True}
+        return {"stopping": True, "warnings": [one for one in self._warnings if one not in before]}
 
     async def _diagnose(self, tunnel: Tunnel) -> dict[str, Any]:
         texts = {"helper.log": log_tail(self._directory / LOG_FILE)}

@@ -39,6 +39,7 @@ EXIT_SECONDS = 60.0
 """How long the end of a container may wait for its files."""
 _CONTAINER = re.compile(r"/containers/([^/]+)/(start|restart|stop|kill|wait)")
 _ID = re.compile(r"[0-9a-f]{64}")
+_REMOVED = re.compile(r"/containers/([^/]+)")
 _OWN_HEADERS = frozenset(
     ("content-length", "transfer-encoding", "content-type", "connection", "trailer")
 )
@@ -74,6 +75,10 @@ class Interception:
 
     def find(self, head: RequestHead) -> Handler | None:
         """Return who answers a request; None for the engine itself."""
+        if head.method == "DELETE":
+            match = _REMOVED.fullmatch(head.path)
+            known = self._known.find(match[1]) if match else None
+            return self._stop if known is not None and known.sources else None
         if head.method != "POST":
             return None
         if head.path == "/containers/create":

@@ -30,6 +30,8 @@ GO = b"go\n"
 READY_SECONDS = 30.0
 POLL_SECONDS = 0.02
 STOP_SECONDS = 20.0
+LAST_FILES_SECONDS = 75.0
+"""A helper that ends fetches files for a minute at most."""
 """The helper may still bring files of containers here."""
 _IDENTITY_PREFIXES = ("OFFLOAD_", "XDG_", "ACTIONS_ID_TOKEN_", "BUILDKITE_", "CIRCLE_OIDC_")
 _IDENTITY_VARIABLES = frozenset(
@@ -177,18 +179,23 @@ async def asked(directory: Path, do: str, *, timeout: float = 5.0) -> dict[str, 
         return None
 
 
-async def end_helper(directory: Path) -> None:
+async def end_helper(directory: Path) -> list[str]:
     """End the helper of a session, which first brings back what containers wrote.
 
     Nothing happens when there is none. One that does not end goes when its record goes.
+
+    Returns:
+        Sentences about what it could not bring back.
     """
-    if await asked(directory, "stop", timeout=STOP_SECONDS) is None:
-        return
+    answer = await asked(directory, "stop", timeout=LAST_FILES_SECONDS)
+    if answer is None:
+        return []
     deadline = time.monotonic() + STOP_SECONDS
     while time.monotonic() < deadline:
         if not _lives(directory):
-            return
+            break
         await asyncio.sleep(POLL_SECONDS)
+    return [str(warning) for warning in answer.get("warnings") or ()]
 
 
 def _lives(directory: Path) -> bool:

@@ -70,6 +70,7 @@ def view_of_helper(
         "bytes_to_session": activity.get("received_bytes"),
         "bytes_from_session": activity.get("sent_bytes"),
         "ports": list(answer.get("ports") or ()),
+        "directories": list(answer.get("directories") or ()),
     }
 
 
@@ -111,6 +112,20 @@ def port_text(port: Mapping[str, Any]) -> str:
     host = str(port.get("address") or "")
     host = f"[{host}]" if ":" in host else host
     return f"{host}:{port.get('port', '?')}->{port.get('container_port', '?')}"
+
+
+def directory_text(directory: Mapping[str, Any]) -> str:
+    """Return how a directory of this machine stands, for example "/app (copying, 5MB there)"."""
+    text, state = str(directory.get("path") or ""), directory.get("state")
+    if state == "same":
+        return text
+    if state == "ended":
+        return f"{text} (not synchronised any more)"
+    if state == "reconnecting":
+        return f"{text} (reconnecting)"
+    here, there = directory.get("entries_here") or 0, directory.get("entries_there") or 0
+    sent = size(directory.get("sent_bytes") or 0)
+    return f"{text} (copying: {there} of {here} files, {sent} there)"
 
 
 def size(count: int) -> str:
@@ -172,6 +187,7 @@ def _further(view: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Devices", ", ".join(view.get("devices") or ())),
         ("Containers", "" if running is None else f"{running} running"),
         ("Ports", ", ".join(map(port_text, ports))),
+        ("Directories", ", ".join(map(directory_text, view.get("directories") or ()))),
         ("Bytes", _bytes(view)),
         ("Disk", size(view["disk_bytes"]) if view.get("disk_bytes") else ""),
         ("Time used", "" if view.get("used_seconds") is None else length(view["used_seconds"])),

@@ -24,47 +24,47 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%offload/v1/session_sync_service.proto\x12\noffload.v1\"\xe0\x01\n\x0bSyncRequest\x12$\n\x04open\x18\x01 \x01(\x0b\x32\x14.offload.v1.SyncOpenH\x00\x12&\n\x05\x61pply\x18\x02 \x01(\x0b\x32\x15.offload.v1.SyncApplyH\x00\x12&\n\x05\x66lush\x18\x03 \x01(\x0b\x32\x15.offload.v1.SyncFlushH\x00\x12$\n\x04want\x18\x04 \x01(\x0b\x32\x14.offload.v1.SyncWantH\x00\x12*\n\x07\x63ontent\x18\x05 \x01(\x0b\x32\x17.offload.v1.SyncContentH\x00\x42\t\n\x07message\"\xac\x02\n\x0cSyncResponse\x12(\n\x06opened\x18\x01 \x01(\x0b\x32\x16.offload.v1.SyncOpenedH\x00\x12*\n\x07\x63hanges\x18\x02 \x01(\x0b\x32\x17.offload.v1.SyncChangesH\x00\x12*\n\x07\x61pplied\x18\x03 \x01(\x0b\x32\x17.offload.v1.SyncAppliedH\x00\x12*\n\x07\x66lushed\x18\x04 \x01(\x0b\x32\x17.offload.v1.SyncFlushedH\x00\x12$\n\x04want\x18\x05 \x01(\x0b\x32\x14.offload.v1.SyncWantH\x00\x12*\n\x07\x63ontent\x18\x06 \x01(\x0b\x32\x17.offload.v1.SyncContentH\x00\x12\x11\n\x07warning\x18\x07 \x01(\tH\x00\x42\t\n\x07message\"\xb5\x01\n\x08SyncOpen\x12\x0f\n\x07root_id\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\r\x12\x10\n\x08group_id\x18\x03 \x01(\r\x12\x0f\n\x07ignored\x18\x04 \x03(\x0c\x12\x0c\n\x04only\x18\x05 \x01(\x0c\x12\x11\n\tmax_files\x18\x06 \x01(\x03\x12\x11\n\tmax_bytes\x18\x07 \x01(\x03\x12\x10\n\x08state_id\x18\x08 \x01(\t\x12\x10\n\x08sequence\x18\t \x01(\x04\x12\x0c\n\x04zstd\x18\n \x01(\x08\"=\n\nSyncOpened\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x10\n\x08state_id\x18\x02 \x01(\t\x12\x0f\n\x07tree_id\x18\x03 \x01(\t\"\x97\x01\n\tSyncEntry\x12\x0c\n\x04path\x18\x01 \x01(\x0c\x12\"\n\x04kind\x18\x02 \x01(\x0e\x32\x14.offload.v1.SyncKind\x12\x0c\n\x04mode\x18\x03 \x01(\r\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\x12\x16\n\x0emodified_at_ns\x18\x05 \x01(\x12\x12\x0e\n\x06sha256\x18\x06 \x01(\x0c\x12\x0e\n\x06target\x18\x07 \x01(\x0c\"U\n\x0bSyncChanges\x12&\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x15.offload.v1.SyncEntry\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x0c\n\x04more\x18\x03 \x01(\x08\"n\n\rSyncOperation\x12%\n\x06wanted\x18\x01 \x01(\x0b\x32\x15.offload.v1.SyncEntry\x12\'\n\x08\x65xpected\x18\x02 \x01(\x0b\x32\x15.offload.v1.SyncEntry\x12\r\n\x05\x61side\x18\x03 \x01(\x0c\"F\n\tSyncApply\x12\n\n\x02id\x18\x01 \x01(\x04\x12-\n\noperations\x18\x02 \x03(\x0b\x32\x19.offload.v1.SyncOperation\"j\n\nSyncResult\x12\"\n\x03now\x18\x01 \x01(\x0b\x32\x15.offload.v1.SyncEntry\x12(\n\x07outcome\x18\x02 \x01(\x0e\x32\x17.offload.v1.SyncOutcome\x12\x0e\n\x06reason\x18\x03 \x01(\t\"B\n\x0bSyncApplied\x12\n\n\x02id\x18\x01 \x01(\x04\x12\'\n\x07results\x18\x02 \x03(\x0b\x32\x16.offload.v1.SyncResult\"\x17\n\tSyncFlush\x12\n\n\x02id\x18\x01 \x01(\x04\"\x19\n\x0bSyncFlushed\x12\n\n\x02id\x18\x01 \x01(\x04\"L\n\x08SyncPart\x12\x0e\n\x06sha256\x18\x01 \x01(\x0c\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x0c\n\x04path\x18\x03 \x01(\x0c\x12\x0e\n\x06offset\x18\x04 \x01(\x03\"/\n\x08SyncWant\x12#\n\x05parts\x18\x01 \x03(\x0b\x32\x14.offload.v1.SyncPart\"N\n\x0bSyncContent\x12\x0e\n\x06sha256\x18\x01 \x03(\x0c\x12\x13\n\x0bsizes_bytes\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x0c\n\x04zstd\x18\x04 \x01(\x08*\x91\x01\n\x08SyncKind\x12\x19\n\x15SYNC_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10SYNC_KIND_ABSENT\x10\x01\x12\x12\n\x0eSYNC_KIND_FILE\x10\x02\x12\x17\n\x13SYNC_KIND_DIRECTORY\x10\x03\x12\x12\n\x0eSYNC_KIND_LINK\x10\x04\x12\x13\n\x0fSYNC_KIND_OTHER\x10\x05*\xa4\x01\n\x0bSyncOutcome\x12\x1c\n\x18SYNC_OUTCOME_UNSPECIFIED\x10\x00\x12\x15\n\x11SYNC_OUTCOME_DONE\x10\x01\x12\x18\n\x14SYNC_OUTCOME_CHANGED\x10\x02\x12\x16\n\x12SYNC_OUTCOME_STALE\x10\x03\x12\x15\n\x11SYNC_OUTCOME_FULL\x10\x04\x12\x17\n\x13SYNC_OUTCOME_FAILED\x10\x05\x32S\n\x12SessionSyncService\x12=\n\x04Sync\x12\x17.offload.v1.SyncRequest\x1a\x18.offload.v1.SyncResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%offload/v1/session_sync_service.proto\x12\noffload.v1\"\xfa\x01\n\x0bSyncRequest\x12$\n\x04open\x18\x01 \x01(\x0b\x32\x14.offload.v1.SyncOpenH\x00\x12&\n\x05\x61pply\x18\x02 \x01(\x0b\x32\x15.offload.v1.SyncApplyH\x00\x12&\n\x05\x66lush\x18\x03 \x01(\x0b\x32\x15.offload.v1.SyncFlushH\x00\x12$\n\x04want\x18\x04 \x01(\x0b\x32\x14.offload.v1.SyncWantH\x00\x12*\n\x07\x63ontent\x18\x05 \x01(\x0b\x32\x17.offload.v1.SyncContentH\x00\x12\x18\n\x0e\x64irectory_mode\x18\x06 \x01(\rH\x00\x42\t\n\x07message\"\xac\x02\n\x0cSyncResponse\x12(\n\x06opened\x18\x01 \x01(\x0b\x32\x16.offload.v1.SyncOpenedH\x00\x12*\n\x07\x63hanges\x18\x02 \x01(\x0b\x32\x17.offload.v1.SyncChangesH\x00\x12*\n\x07\x61pplied\x18\x03 \x01(\x0b\x32\x17.offload.v1.SyncAppliedH\x00\x12*\n\x07\x66lushed\x18\x04 \x01(\x0b\x32\x17.offload.v1.SyncFlushedH\x00\x12$\n\x04want\x18\x05 \x01(\x0b\x32\x14.offload.v1.SyncWantH\x00\x12*\n\x07\x63ontent\x18\x06 \x01(\x0b\x32\x17.offload.v1.SyncContentH\x00\x12\x11\n\x07warning\x18\x07 \x01(\tH\x00\x42\t\n\x07message\"\xb5\x01\n\x08SyncOpen\x12\x0f\n\x07root_id\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\r\x12\x10\n\x08group_id\x18\x03 \x01(\r\x12\x0f\n\x07ignored\x18\x04 \x03(\x0c\x12\x0c\n\x04only\x18\x05 \x01(\x0c\x12\x11\n\tmax_files\x18\x06 \x01(\x03\x12\x11\n\tmax_bytes\x18\x07 \x01(\x03\x12\x10\n\x08state_id\x18\x08 \x01(\t\x12\x10\n\x08sequence\x18\t \x01(\x04\x12\x0c\n\x04zstd\x18\n \x01(\x08\"=\n\nSyncOpened\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x10\n\x08state_id\x18\x02 \x01(\t\x12\x0f\n\x07tree_id\x18\x03 \x01(\t\"\x97\x01\n\tSyncEntry\x12\x0c\n\x04path\x18\x01 \x01(\x0c\x12\"\n\x04kind\x18\x02 \x01(\x0e\x32\x14.offload.v1.SyncKind\x12\x0c\n\x04mode\x18\x03 \x01(\r\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\x12\x16\n\x0emodified_at_ns\x18\x05 \x01(\x12\x12\x0e\n\x06sha256\x18\x06 \x01(\x0c\x12\x0e\n\x06target\x18\x07 \x01(\x0c\"U\n\x0bSyncChanges\x12&\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x15.offload.v1.SyncEntry\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x0c\n\x04more\x18\x03 \x01(\x08\"n\n\rSyncOperation\x12%\n\x06wanted\x18\x01 \x01(\x0b\x32\x15.offload.v1.SyncEntry\x12\'\n\x08\x65xpected\x18\x02 \x01(\x0b\x32\x15.offload.v1.SyncEntry\x12\r\n\x05\x61side\x18\x03 \x01(\x0c\"F\n\tSyncApply\x12\n\n\x02id\x18\x01 \x01(\x04\x12-\n\noperations\x18\x02 \x03(\x0b\x32\x19.offload.v1.SyncOperation\"j\n\nSyncResult\x12\"\n\x03now\x18\x01 \x01(\x0b\x32\x15.offload.v1.SyncEntry\x12(\n\x07outcome\x18\x02 \x01(\x0e\x32\x17.offload.v1.SyncOutcome\x12\x0e\n\x06reason\x18\x03 \x01(\t\"B\n\x0bSyncApplied\x12\n\n\x02id\x18\x01 \x01(\x04\x12\'\n\x07results\x18\x02 \x03(\x0b\x32\x16.offload.v1.SyncResult\"\x17\n\tSyncFlush\x12\n\n\x02id\x18\x01 \x01(\x04\"\x19\n\x0bSyncFlushed\x12\n\n\x02id\x18\x01 \x01(\x04\"L\n\x08SyncPart\x12\x0e\n\x06sha256\x18\x01 \x01(\x0c\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x0c\n\x04path\x18\x03 \x01(\x0c\x12\x0e\n\x06offset\x18\x04 \x01(\x03\"/\n\x08SyncWant\x12#\n\x05parts\x18\x01 \x03(\x0b\x32\x14.offload.v1.SyncPart\"N\n\x0bSyncContent\x12\x0e\n\x06sha256\x18\x01 \x03(\x0c\x12\x13\n\x0bsizes_bytes\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x0c\n\x04zstd\x18\x04 \x01(\x08*\x91\x01\n\x08SyncKind\x12\x19\n\x15SYNC_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10SYNC_KIND_ABSENT\x10\x01\x12\x12\n\x0eSYNC_KIND_FILE\x10\x02\x12\x17\n\x13SYNC_KIND_DIRECTORY\x10\x03\x12\x12\n\x0eSYNC_KIND_LINK\x10\x04\x12\x13\n\x0fSYNC_KIND_OTHER\x10\x05*\xa4\x01\n\x0bSyncOutcome\x12\x1c\n\x18SYNC_OUTCOME_UNSPECIFIED\x10\x00\x12\x15\n\x11SYNC_OUTCOME_DONE\x10\x01\x12\x18\n\x14SYNC_OUTCOME_CHANGED\x10\x02\x12\x16\n\x12SYNC_OUTCOME_STALE\x10\x03\x12\x15\n\x11SYNC_OUTCOME_FULL\x10\x04\x12\x17\n\x13SYNC_OUTCOME_FAILED\x10\x05\x32S\n\x12SessionSyncService\x12=\n\x04Sync\x12\x17.offload.v1.SyncRequest\x1a\x18.offload.v1.SyncResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'offload_proto.v1.session_sync_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SYNCKIND']._serialized_start=1691
-  _globals['_SYNCKIND']._serialized_end=1836
-  _globals['_SYNCOUTCOME']._serialized_start=1839
-  _globals['_SYNCOUTCOME']._serialized_end=2003
+  _globals['_SYNCKIND']._serialized_start=1717
+  _globals['_SYNCKIND']._serialized_end=1862
+  _globals['_SYNCOUTCOME']._serialized_start=1865
+  _globals['_SYNCOUTCOME']._serialized_end=2029
   _globals['_SYNCREQUEST']._serialized_start=54
-  _globals['_SYNCREQUEST']._serialized_end=278
-  _globals['_SYNCRESPONSE']._serialized_start=281
-  _globals['_SYNCRESPONSE']._serialized_end=581
-  _globals['_SYNCOPEN']._serialized_start=584
-  _globals['_SYNCOPEN']._serialized_end=765
-  _globals['_SYNCOPENED']._serialized_start=767
-  _globals['_SYNCOPENED']._serialized_end=828
-  _globals['_SYNCENTRY']._serialized_start=831
-  _globals['_SYNCENTRY']._serialized_end=982
-  _globals['_SYNCCHANGES']._serialized_start=984
-  _globals['_SYNCCHANGES']._serialized_end=1069
-  _globals['_SYNCOPERATION']._serialized_start=1071
-  _globals['_SYNCOPERATION']._serialized_end=1181
-  _globals['_SYNCAPPLY']._serialized_start=1183
-  _globals['_SYNCAPPLY']._serialized_end=1253
-  _globals['_SYNCRESULT']._serialized_start=1255
-  _globals['_SYNCRESULT']._serialized_end=1361
-  _globals['_SYNCAPPLIED']._serialized_start=1363
-  _globals['_SYNCAPPLIED']._serialized_end=1429
-  _globals['_SYNCFLUSH']._serialized_start=1431
-  _globals['_SYNCFLUSH']._serialized_end=1454
-  _globals['_SYNCFLUSHED']._serialized_start=1456
-  _globals['_SYNCFLUSHED']._serialized_end=1481
-  _globals['_SYNCPART']._serialized_start=1483
-  _globals['_SYNCPART']._serialized_end=1559
-  _globals['_SYNCWANT']._serialized_start=1561
-  _globals['_SYNCWANT']._serialized_end=1608
-  _globals['_SYNCCONTENT']._serialized_start=1610
-  _globals['_SYNCCONTENT']._serialized_end=1688
-  _globals['_SESSIONSYNCSERVICE']._serialized_start=2005
-  _globals['_SESSIONSYNCSERVICE']._serialized_end=2088
+  _globals['_SYNCREQUEST']._serialized_end=304
+  _globals['_SYNCRESPONSE']._serialized_start=307
+  _globals['_SYNCRESPONSE']._serialized_end=607
+  _globals['_SYNCOPEN']._serialized_start=610
+  _globals['_SYNCOPEN']._serialized_end=791
+  _globals['_SYNCOPENED']._serialized_start=793
+  _globals['_SYNCOPENED']._serialized_end=854
+  _globals['_SYNCENTRY']._serialized_start=857
+  _globals['_SYNCENTRY']._serialized_end=1008
+  _globals['_SYNCCHANGES']._serialized_start=1010
+  _globals['_SYNCCHANGES']._serialized_end=1095
+  _globals['_SYNCOPERATION']._serialized_start=1097
+  _globals['_SYNCOPERATION']._serialized_end=1207
+  _globals['_SYNCAPPLY']._serialized_start=1209
+  _globals['_SYNCAPPLY']._serialized_end=1279
+  _globals['_SYNCRESULT']._serialized_start=1281
+  _globals['_SYNCRESULT']._serialized_end=1387
+  _globals['_SYNCAPPLIED']._serialized_start=1389
+  _globals['_SYNCAPPLIED']._serialized_end=1455
+  _globals['_SYNCFLUSH']._serialized_start=1457
+  _globals['_SYNCFLUSH']._serialized_end=1480
+  _globals['_SYNCFLUSHED']._serialized_start=1482
+  _globals['_SYNCFLUSHED']._serialized_end=1507
+  _globals['_SYNCPART']._serialized_start=1509
+  _globals['_SYNCPART']._serialized_end=1585
+  _globals['_SYNCWANT']._serialized_start=1587
+  _globals['_SYNCWANT']._serialized_end=1634
+  _globals['_SYNCCONTENT']._serialized_start=1636
+  _globals['_SYNCCONTENT']._serialized_end=1714
+  _globals['_SESSIONSYNCSERVICE']._serialized_start=2031
+  _globals['_SESSIONSYNCSERVICE']._serialized_end=2114
 # @@protoc_insertion_point(module_scope)

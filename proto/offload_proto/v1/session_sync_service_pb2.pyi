@@ -102,6 +102,9 @@ class SyncRequest(_message.Message):
     FLUSH_FIELD_NUMBER: _builtins.int
     WANT_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
+    DIRECTORY_MODE_FIELD_NUMBER: _builtins.int
+    directory_mode: _builtins.int
+    """Permissions that the directory itself is to have, 0 to 0777."""
     @_builtins.property
     def open(self) -> Global___SyncOpen:
         """First message."""
@@ -130,12 +133,13 @@ class SyncRequest(_message.Message):
         flush: Global___SyncFlush | None = ...,
         want: Global___SyncWant | None = ...,
         content: Global___SyncContent | None = ...,
+        directory_mode: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["apply", b"apply", "content", b"content", "flush", b"flush", "message", b"message", "open", b"open", "want", b"want"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["apply", b"apply", "content", b"content", "directory_mode", b"directory_mode", "flush", b"flush", "message", b"message", "open", b"open", "want", b"want"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["apply", b"apply", "content", b"content", "flush", b"flush", "message", b"message", "open", b"open", "want", b"want"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["apply", b"apply", "content", b"content", "directory_mode", b"directory_mode", "flush", b"flush", "message", b"message", "open", b"open", "want", b"want"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["open", "apply", "flush", "want", "content"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["open", "apply", "flush", "want", "content", "directory_mode"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 

@@ -8,31 +8,20 @@ import os
 import sys
 import tempfile
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 
 import grpc
 import pytest
-from cryptography import x509
 
 from offload_builder.node.sessions.limits import duration
 from offload_builder.node.sessions.nodesessions import RESTARTED
-from offload_builder.node.sessions.sessiontasks import SessionTasks
 from offload_core.errors import NodeLostError
 from offload_core.sessionmetadata import SESSION_KEY
 from offload_core.status import error_from_rpc
-from offload_core.tls import NODE_SUFFIX, certificate_identity, open_channel
+from offload_core.tls import NODE_SUFFIX, open_channel
 from offload_core.versions import call_metadata
 from offload_proto.v1 import identity_service_pb2 as identity_pb
-from offload_proto.v1.nodes_service_pb2 import (
-    AttachResponse,
-    Heartbeat,
-    SessionTask,
-    ShareTask,
-    StartTask,
-    StopTask,
-    WakeTask,
-)
+from offload_proto.v1.nodes_service_pb2 import Heartbeat
 from offload_proto.v1.session_node_service_pb2 import (
     DiagnoseRequest,
     FollowRequest,
@@ -41,9 +30,11 @@ from offload_proto.v1.session_node_service_pb2 import (
     PortRequest,
 )
 from offload_proto.v1.session_node_service_pb2_grpc import SessionNodeServiceStub
-from offload_proto.v1.sessions_service_pb2 import SessionSpec, SessionState
+from offload_proto.v1.sessions_service_pb2 import SessionState
+from offload_proto.v1.sessions_service_pb2_grpc import SessionsServiceStub
 from tests.fixtures.guardedengine import Cli, busybox_archive
 from tests.fixtures.node import NodePool
+from tests.integration.sessions.sessionpeer import Member
 
 ID = "5e55" * 4
 IMAGE = "box"
@@ -52,38 +43,21 @@ GIB = 1 << 30
 WAIT_SECONDS = 120.0
 
 
-class Replies:
-    """Takes the answers to tasks."""
-
-    def __init__(self) -> None:
-        self.queue = asyncio.Queue()
-
-    async def send(self, message):
-        self.queue.put_nowait(message.session_task_reply)
-        return True
-
-
 class World:
     """One node that takes sessions, and members who use them."""
 
-    def __init__(self, pool, agent) -> None:
-        self.pool, self.agent = pool, agent
-        self.replies = Replies()
-        self.tasks = SessionTasks(agent.sessions, self.replies)
-        certificate = x509.load_pem_x509_certificate(pool.keys.certificate_pem)
-        self.owner = certificate_identity(certificate, datetime.now(UTC)).name
-
-    async def task(self, **task):
-        message = SessionTask(task_id="t", session_id=ID, **task)
-        self.tasks.take_message(AttachResponse(session_task=message))
-        reply = await asyncio.wait_for(self.replies.queue.get(), WAIT_SECONDS)
-        assert reply.error == "", reply.error
-        return reply
+    def __init__(self, pool, agent, owner) -> None:
+        self.pool, self.agent, self.owner = pool, agent, owner
+        self.session_id = ""
 
     async def start(self, **spec):
-        wish = SessionSpec(memory_bytes=GIB, disk_bytes=2 * GIB, **spec)
-        start = StartTask(project_id="default", owner=self.owner, role="member", spec=wish)
-        return (await self.task(start=start)).started
+        """Have the gateway start a session; return the session at the node."""
+        started = await self.owner.started(memory_bytes=GIB, disk_bytes=2 * GIB, **spec)
+        self.session_id = started.session_id
+        return self.agent.sessions.of(self.session_id)
+
+    def metadata(self):
+        return call_metadata((SESSION_KEY, self.session_id))
 
     @asynccontextmanager
     async def stub(self, keys=None):
@@ -107,7 +81,7 @@ class World:
                 task.add_done_callback(tasks.discard)
 
             async def serve(reader, writer):
-                call = stub.Engine(metadata=metadata())
+                call = stub.Engine(metadata=self.metadata())
 
                 async def forth():
                     while data := await reader.read(1 << 18):
@@ -137,16 +111,13 @@ class World:
                     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def metadata():
-    return call_metadata((SESSION_KEY, ID))
-
-
 @pytest.fixture
 async def world():
     async with NodePool() as pool:
         agent = await pool.start_node(isolation="netns", session_slots=1, drain_timeout=1.0)
         assert agent.sessions.problem == ""
-        yield World(pool, agent)
+        owner = Member(SessionsServiceStub(await pool.gateway.channel(pool.keys)))
+        yield World(pool, agent, owner)
 
 
 async def until(condition):
@@ -165,13 +136,12 @@ def children(pid):
 
 
 async def test_a_session_is_used_paused_woken_and_stopped_and_leaves_nothing(world):
-    started = await world.start()
-    assert started.engine_version
-    session = world.agent.sessions.of(ID)
+    session = await world.start()
     engine = session.engine
+    assert (await world.owner.get(world.session_id)).engine_version == engine.version
     folder = world.agent.config.data / "sessions" / engine.engine_id
     async with world.docker() as docker, world.stub() as stub:
-        following = stub.Follow(FollowRequest(), metadata=metadata())
+        following = stub.Follow(FollowRequest(), metadata=world.metadata())
         assert (await following.read()).state == SessionState.SESSION_STATE_RUNNING
         assert await docker("import", "-", IMAGE, stdin=busybox_archive()) == (0, ANY_DIGEST)
         code, out = await docker("run", "--rm", IMAGE, "echo", "hello")
@@ -183,12 +153,12 @@ async def test_a_session_is_used_paused_woken_and_stopped_and_leaves_nothing(wor
         assert code == 0, out
         await until(lambda: session.containers == 1)
         assert not session.activity().HasField("pauses_at")
-        call = stub.Port(metadata=metadata())
+        call = stub.Port(metadata=world.metadata())
         await call.write(PortRequest(open=PortOpen(port=8081)))
         await call.write(PortRequest(piece=Piece(data=b"GET /nothing HTTP/1.0\r\n\r\n")))
         assert (await call.read()).data.startswith(b"HTTP/1.")
         call.cancel()
-        texts = (await stub.Diagnose(DiagnoseRequest(), metadata=metadata())).texts
+        texts = (await stub.Diagnose(DiagnoseRequest(), metadata=world.metadata())).texts
         assert '"ContainersRunning": 1' in texts["engine-info.json"]
         assert await docker("rm", "-f", "web") == (0, "web\n")
         await until(lambda: session.containers == 0)
@@ -202,14 +172,16 @@ async def test_a_session_is_used_paused_woken_and_stopped_and_leaves_nothing(wor
         session.life.limits = session.limits
         assert await docker("images", "-q", "--no-trunc", IMAGE) == (0, ANY_DIGEST)
         assert session.used_seconds() - used < 60
-        await world.task(wake=WakeTask())
+        opened = await world.owner.open(world.session_id)
+        assert opened.session.state == SessionState.SESSION_STATE_RUNNING
         assert (await docker("run", "--rm", IMAGE, "echo", "again"))[1] == "again\n"
 
         pid = engine.pid
-        await world.task(stop=StopTask(reason="enough"))
+        stopped = await world.owner.stop(world.session_id)
         while (news := await following.read()) is not grpc.aio.EOF:
             last = news
-        assert (last.state, last.reason) == (ENDED, "enough")
+        assert (last.state, last.reason) == (ENDED, stopped.reason)
+        assert last.reason.startswith("stopped by ")
         assert not children(pid)
         assert not folder.exists()
         assert not list((world.agent.config.data / "session-records").iterdir())
@@ -226,22 +198,21 @@ ANY_DIGEST = AnyDigest()
 
 
 async def test_only_the_owner_and_members_that_it_is_shared_with_may_use_a_session(world):
-    await world.start()
+    session = await world.start()
     gateway = world.pool.gateway
     bob = await gateway.login(await gateway.create_token("bob", identity_pb.ROLE_MEMBER))
     async with world.stub(bob) as stub, world.docker(bob) as docker:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await stub.Engine(metadata=metadata()).read()
+            await stub.Engine(metadata=world.metadata()).read()
         assert reason(caught.value) == "NOT_FOUND"
         assert (await docker("ps"))[0] != 0
-        await world.task(share=ShareTask(members=["bob"]))
+        await world.owner.share(world.session_id, add=["bob"])
         assert (await docker("ps", "-q")) == (0, "")
-        following = stub.Follow(FollowRequest(), metadata=metadata())
+        following = stub.Follow(FollowRequest(), metadata=world.metadata())
         await following.read()
         events = asyncio.create_task(docker("events"))
-        session = world.agent.sessions.of(ID)
         await until(lambda: session.calls.counting == 1)
-        await world.task(share=ShareTask())
+        await world.owner.share(world.session_id, remove=["bob"])
         code, _ = await events
         assert code != 0 or session.calls.counting == 0
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -251,11 +222,10 @@ async def test_only_the_owner_and_members_that_it_is_shared_with_may_use_a_sessi
 
 
 async def test_an_engine_that_is_killed_ends_its_session_with_the_reason(world):
-    await world.start(ttl=duration(600))
-    session = world.agent.sessions.of(ID)
+    session = await world.start(ttl=duration(600))
     folder = world.agent.config.data / "sessions" / session.engine.engine_id
     async with world.stub() as stub:
-        following = stub.Follow(FollowRequest(), metadata=metadata())
+        following = stub.Follow(FollowRequest(), metadata=world.metadata())
         await following.read()
         os.kill(session.engine.pid, 9)
         while (news := await following.read()) is not grpc.aio.EOF:
@@ -270,8 +240,7 @@ async def test_an_engine_that_is_killed_ends_its_session_with_the_reason(world):
 
 
 async def test_a_node_that_stops_ends_its_sessions(world):
-    await world.start()
-    session = world.agent.sessions.of(ID)
+    session = await world.start()
     pid, folder = session.engine.pid, world.agent.config.data / "sessions"
     await world.pool.stop_node()
     assert session.state == ENDED

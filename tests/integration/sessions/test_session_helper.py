@@ -135,7 +135,7 @@ def test_a_helper_ends_with_its_session(server: SessionServer, tmp_path: Path, e
         elif end == "record":
             remove_record(helper.directory)
         else:
-            assert helper.ask("stop") == {"stopping": True}
+            assert helper.ask("stop") == {"stopping": True, "warnings": []}
         assert ended(helper) == 0
         assert not engine_socket(helper.directory).exists()
         with pytest.raises(HelperAwayError):

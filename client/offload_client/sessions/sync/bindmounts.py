@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from offload_client.sessions.sync.directory import SyncedDirectory
 from offload_client.sessions.sync.sources import check_source
 from offload_core.aio import for_each
-from offload_core.errors import OffloadError
+from offload_core.errors import NotFoundError, OffloadError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -46,6 +46,10 @@ class BindMounts:
         self._directories: dict[Source, SyncedDirectory] = {}
         self._starting: dict[Source, asyncio.Task[None]] = {}
 
+    def describe(self) -> list[dict[str, Any]]:
+        """Return how each directory stands, see `SyncedDirectory.describe`."""
+        return [directory.describe() for directory in self._directories.values()]
+
     @property
     def sent_bytes(self) -> int:
         """Bytes of content that went to the session."""
@@ -72,8 +76,19 @@ class BindMounts:
             OffloadError: it cannot be synchronised; the sentence says why.
         """
         wanted = check_source(source, home=self._settings.home)
+        known = self._directories.get(wanted)
+        try:
+            return await self._prepare(wanted, read_only=read_only)
+        except NotFoundError:
+            if known is None or not known.ended:
+                raise
+            # Another directory is in the place of the one that was followed.
+            return await self._prepare(wanted, read_only=read_only)
+
+    async def _prepare(self, wanted: Source, *, read_only: bool) -> str:
         directory = self._directories.get(wanted)
         if directory is None or directory.ended:
+            former = directory
             above = None if wanted.only else self._above(wanted)
             if above is not None:
                 directory, relative = above
@@ -84,10 +99,14 @@ class BindMounts:
             directory = SyncedDirectory(
                 wanted, self._open_call, self._ids, self._settings, self._warn
             )
+            if former is not None:
+                directory.follows(former)
             self._directories[wanted] = directory
             starting = asyncio.ensure_future(directory.start(two_way=not read_only))
             self._starting[wanted] = starting
             starting.add_done_callback(lambda _: self._starting.pop(wanted, None))
+            if former is not None:
+                await former.aclose()
         elif not read_only:
             directory.take_back()
         starting_now = self._starting.get(wanted)
@@ -98,7 +117,8 @@ class BindMounts:
                 await directory.settle(there=False)
         except OffloadError:
             if self._directories.get(wanted) is directory and directory.ended:
-                del self._directories[wanted]
+                if not directory.path:
+                    del self._directories[wanted]
                 await directory.aclose()
             raise
         return directory.path

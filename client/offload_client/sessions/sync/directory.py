@@ -7,7 +7,8 @@ import contextlib
 import hashlib
 import os
 import socket
-from typing import TYPE_CHECKING
+import stat
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -93,6 +94,9 @@ class SyncedDirectory:
         self._tasks = TaskSet(self._failed)
         self._break: Callable[[BaseException], None] = lambda _: None
         self._traffic = [0, 0]
+        self._same_once = self._same_now = False
+        self._mode = -1
+        """Of the directory itself, as the session has it."""
 
     @property
     def two_way(self) -> bool:
@@ -103,6 +107,27 @@ class SyncedDirectory:
     def ended(self) -> bool:
         """Whether it is not synchronised any more."""
         return self._ended is not None
+
+    def describe(self) -> dict[str, Any]:
+        """Return how it stands, for people: its path, state, files on both sides, and traffic."""
+        if self._ended is not None:
+            state = "ended"
+        elif self._link is None:
+            state = "reconnecting" if self._same_once else "starting"
+        elif self._same_now:
+            state = "same"
+        else:
+            state = "copying" if self._same_once else "starting"
+        return {
+            "path": str(self.source.path),
+            "two_way": self.two_way,
+            "state": state,
+            "entries_here": len(self._merging.here),
+            "entries_there": len(self._merging.there),
+            "sent_bytes": self.sent_bytes,
+            "received_bytes": self.received_bytes,
+            "problem": self._ended.message if self._ended is not None else "",
+        }
 
     def has(self, relative: str) -> bool:
         """Return whether a directory below is a part of the copy, and is not ignored."""
@@ -120,6 +145,14 @@ class SyncedDirectory:
         """Bytes of content that came from the session, as they travelled."""
         link = self._link
         return self._traffic[1] + (link.exchange.received_bytes if link is not None else 0)
+
+    def follows(self, former: SyncedDirectory) -> None:
+        """Know what another one knew whose directory was replaced by this one.
+
+        What was deleted here with it is deleted in the session too, and does not come back.
+        """
+        self._merging.base = former._merging.base
+        self._tree_id = former._tree_id
 
     async def start(self, *, two_way: bool) -> None:
         """Begin, and wait until both sides are the same.
@@ -174,6 +207,8 @@ class SyncedDirectory:
             await live.flush()
         except OffloadError as error:
             self._break(error)
+            if isinstance(error, _LAST_WORDS):
+                self._end(error)
             raise
         if there:
             try:
@@ -360,6 +395,7 @@ class SyncedDirectory:
         self._merging.compare_all()
         self.path = opened.path
         self._link = link
+        self._mode = -1
         self._connected.set()
         while True:
             await self._rounds(live, link)
@@ -380,10 +416,13 @@ class SyncedDirectory:
                 merging.note_here(news)
                 for path in await live.take_kept():
                     self._warn_here(f"a version that was just written here is kept as {path}")
+                await self._give_mode(link)
                 if IGNORE_FILE in news and self._read_patterns() != self._patterns:
                     raise _NewRulesError
                 plan = merging.plan()
-                if not plan.here and not plan.there:
+                self._same_now = not plan.here and not plan.there
+                if self._same_now:
+                    self._same_once = True
                     for future in waiting:
                         if not future.done():
                             future.set_result(None)
@@ -396,6 +435,13 @@ class SyncedDirectory:
                 raise _first_error(failed) from failed
             finally:
                 self._waiting = waiting + self._waiting
+
+    async def _give_mode(self, link: SyncLink) -> None:
+        # The directory of a file that is mounted by itself is nobody's business there.
+        mode = 0 if self.source.only else stat.S_IMODE(self.source.root.stat().st_mode) & 0o777
+        if mode and mode != self._mode:
+            await link.set_directory_mode(mode)
+            self._mode = mode
 
     async def _apply_there(self, link: SyncLink, operations: Sequence[Operation]) -> None:
         if operations:

@@ -147,6 +147,15 @@ class SyncLink:
             raise UsageError("the node answered for other operations")
         return results
 
+    async def set_directory_mode(self, mode: int) -> None:
+        """Give the directory itself permissions; they are there when this returns.
+
+        Raises:
+            OffloadError: the connection was lost.
+        """
+        await self._write(SyncRequest(directory_mode=mode))
+        await self.flush()
+
     async def flush(self) -> None:
         """Wait until everything that has happened there was told.
 

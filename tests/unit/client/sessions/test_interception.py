@@ -47,6 +47,9 @@ class Mounts:
     async def after_exit(self) -> None:
         self._happened.append("after exit")
 
+    def describe(self) -> list[dict[str, Any]]:
+        return []
+
     async def aclose(self) -> None:
         pass
 

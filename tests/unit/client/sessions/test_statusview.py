@@ -52,6 +52,13 @@ def test_lines_of_dockers_own_status_come_first() -> None:
          "0.1200 EUR (1.50 EUR per hour)"),
         ({"ports": [{"address": "127.0.0.1", "port": 8081, "container_port": "80/tcp"}]},
          "Ports", "127.0.0.1:8081->80/tcp"),
+        ({"directories": [
+            {"path": "/a", "state": "same"},
+            {"path": "/b", "state": "starting", "entries_here": 9, "entries_there": 4,
+             "sent_bytes": 2_000_000},
+            {"path": "/c", "state": "ended"},
+        ]}, "Directories", ("/a, /b (copying: 4 of 9 files, 2MB there), "
+         "/c (not synchronised any more)")),
         ({"warning": "it ends in 5 minutes"}, "WARNING", "it ends in 5 minutes"),
     ],
 )  # fmt: skip

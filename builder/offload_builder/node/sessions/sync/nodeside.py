@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import secrets
 from pathlib import Path
@@ -116,6 +117,9 @@ class NodeSide:
             exchange.wanted(request.want)
         elif kind == "content":
             await exchange.content(request.content)
+        elif kind == "directory_mode":
+            with contextlib.suppress(OSError):
+                (self._place / FILES).chmod(request.directory_mode & 0o777)
 
     async def _open(self, message: SyncOpen) -> None:
         await self.disconnected()
