@@ -18,6 +18,7 @@ Sources: user_namespaces(7), mount_namespaces(7), pid_namespaces(7), cgroup_name
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -197,12 +198,20 @@ def _finish(plan: Plan, network: NetworkPlan, root: Root, told: int, waiting: in
     _, status = os.waitpid(inside, 0)
     if status:
         raise OSError("/proc of the engine cannot be mounted")
-    # As who made its users: a node has given up the right over the processors of others.
-    kernel.act_as(plan["id_base"])
-    for _, folder in plan["groups"]:
-        with open(f"{folder}/cgroup.procs", "w", encoding="ascii") as file:
-            file.write(str(first))
+    with contextlib.ExitStack() as opened:
+        groups = [
+            opened.enter_context(open(f"{folder}/cgroup.procs", "w", encoding="ascii"))
+            for _, folder in plan["groups"]
+        ]
+        # Whoever has made the engine's users may choose its processors; this machine's root may
+        # only with CAP_SYS_NICE, which a node gives up.
+        kernel.act_as(plan["id_base"])
+        kernel.die_with_parent()
+        for group in groups:
+            group.write(str(first))
+            group.flush()
     kernel.act_as(0)
+    kernel.die_with_parent()
     kernel.change_root(plan["root"])
     # The node has the number on its disk by now.
     if not sys.stdin.readline():
