@@ -55,8 +55,13 @@ def delete_link(device: str) -> None:
     Raises:
         ConfigError: it is there and cannot be deleted.
     """
-    if device in device_names():
-        run_ip([f"link delete {device}"])
+    try:
+        if device in device_names():
+            run_ip([f"link delete {device}"])
+    except ConfigError:
+        # It goes by itself as well, with the last process of its namespace.
+        if device in device_names():
+            raise
 
 
 def device_names() -> set[str]:

@@ -189,7 +189,8 @@ async def test_a_large_body_passes_while_it_comes_and_waits_for_the_engine():
 
 async def test_where_there_is_little_room_a_piece_is_with_the_engine_before_the_next_one_is_taken():
     taking, taken = asyncio.Event(), 0
-    size = 4 << 20
+    # More than the buffers of the socket hold.
+    size = 8 << 20
 
     async def answer(reader, writer):
         nonlocal taken
@@ -202,7 +203,7 @@ async def test_where_there_is_little_room_a_piece_is_with_the_engine_before_the_
     async with engine(answer) as path:
         stream = await GuardedStream.open(path, lambda _: None)
         await stream.write(b"POST /x HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % size, 1 << 16)
-        first = asyncio.create_task(stream.write(bytes(1 << 20), 1 << 16))
+        first = asyncio.create_task(stream.write(bytes(5 << 20), 1 << 16))
         done, _ = await asyncio.wait((first,), timeout=0.3)
         assert not done
         taking.set()
