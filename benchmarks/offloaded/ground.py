@@ -181,8 +181,8 @@ class Ground:
                 found.append(path)
         return found
 
-    def engine_pids(self) -> list[int]:
-        """Return all processes of the node's engines: those in user namespaces below the node's.
+    def engines(self) -> list[list[int]]:
+        """Return the processes of each of the node's engines: those with user namespaces of theirs.
 
         Raises:
             BenchmarkError: there are none.
@@ -190,7 +190,7 @@ class Ground:
         own = _users("self")
         below = {_users(pid) for pid in descendants(self.pool.node_pid(NODE))} - {own, ""}
         pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-        found = [pid for pid in pids if _users(pid) in below]
+        found = [[pid for pid in pids if _users(pid) == users] for users in below]
         if not found:
             raise BenchmarkError("the node has no engine")
         return found

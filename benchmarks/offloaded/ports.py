@@ -6,6 +6,7 @@ import socket
 import statistics
 import time
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,7 +89,7 @@ def _published(
 
 
 def _daemon(ground: Ground) -> int:
-    for pid in ground.engine_pids():
+    for pid in chain.from_iterable(ground.engines()):
         if Path(f"/proc/{pid}/comm").read_text().strip() == "dockerd":
             return pid
     raise BenchmarkError("there is no dockerd in the engine")
