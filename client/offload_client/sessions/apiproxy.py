@@ -112,13 +112,19 @@ class _Served:
         self._opened = asyncio.Event()
         self._answering = False
         """An answer of ours has begun, and nothing else may come before its end."""
+        self._replied = False
+        """The engine has said something, so that nobody else can answer in its place."""
 
     async def serve(self) -> None:
         up = asyncio.ensure_future(self._upwards())
         down = asyncio.ensure_future(self._downwards())
         try:
             await asyncio.wait((up, down), return_when=asyncio.FIRST_COMPLETED)
-            if not up.done() and down.exception() is None:
+            if not down.done():
+                # The node takes no more: why, comes the other way.
+                if self._engine is not None and up.exception() is not None and not self._replied:
+                    await asyncio.wait((down,), timeout=LINGER_SECONDS)
+            elif not up.done() and down.exception() is None:
                 # The engine has ended it; the client has what it sent and ends it too.
                 await asyncio.wait((up,), timeout=LINGER_SECONDS)
         finally:
@@ -203,7 +209,17 @@ class _Served:
     async def _downwards(self) -> None:
         await self._opened.wait()
         engine = await self._connected()
-        await copy(engine.receive, self._local.send)
+
+        async def reply(data: bytes) -> None:
+            self._replied = True
+            await self._local.send(data)
+
+        try:
+            await copy(engine.receive, reply)
+        except OffloadError as error:
+            if self._replied or self._answering:
+                raise
+            await self._local.send(_told(error))
         await self._local.half_close()
 
 
