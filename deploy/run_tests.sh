@@ -1,26 +1,24 @@
 #!/usr/bin/env bash
-# Runs all tests: those without network and root beside those on real daemons, which mostly wait.
+# Runs all tests, in two halves beside each other: those on real daemons mostly wait.
 # What fails beside thousands of others on a busy machine is named, and has to pass alone.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 pytest=.venv/bin/pytest
 notes=$(mktemp -d)
 trap 'rm -rf "$notes"' EXIT
-trap 'kill "$unit" 2>/dev/null; exit 130' INT TERM
+trap 'kill "$commands" 2>/dev/null; exit 130' INT TERM
 
 part() { # part NAME PATH...
-  local name=$1
-  shift
-  "$pytest" -o "cache_dir=.pytest_cache/$name" "$@"
+  "$pytest" -o "cache_dir=.pytest_cache/$1" "${@:2}"
 }
 
-part unit tests/unit >"$notes/unit" 2>&1 &
-unit=$!
-part daemons tests/integration tests/e2e
-daemons_failed=$?
-wait "$unit"
-unit_failed=$?
-cat "$notes/unit"
+part commands tests/unit tests/e2e >"$notes/commands" 2>&1 &
+commands=$!
+part daemons tests/integration
+daemons_code=$?
+wait "$commands"
+commands_code=$?
+cat "$notes/commands"
 
 failed=0
 settle() { # settle CODE NAME PATH...
@@ -34,6 +32,6 @@ settle() { # settle CODE NAME PATH...
     *) failed=1 ;;
   esac
 }
-settle "$unit_failed" unit tests/unit
-settle "$daemons_failed" daemons tests/integration tests/e2e
+settle "$daemons_code" daemons tests/integration
+settle "$commands_code" commands tests/unit tests/e2e
 exit "$failed"
