@@ -135,7 +135,8 @@ async def test_a_layer_that_is_not_what_was_promised_is_built_again(
     stats = client.seen[-1].result.stats
     # The second attempt takes what is whole: the steps before the lost one.
     assert stats.steps_total - stats.steps_cached == 2, stats
-    warnings = re.findall(r"\[warning +\] (\S+)", capsys.readouterr().out)
+    # That the machine is busy is no news of the store.
+    warnings = re.findall(r"\[warning +\] (?!gateway\.delayed)(\S+)", capsys.readouterr().out)
     assert len(warnings) <= 2, warnings
     assert "cache.import.failed" in warnings
     await wait_free(agent)
