@@ -67,7 +67,7 @@ def test_ctrl_c_during_start_up_stops_everything(tmp_path):
         starting = up("--data", data, "--nodes", "2", "--minio")
         time.sleep(pause)
         starting.send_signal(signal.SIGINT)
-        _, errors = starting.communicate(timeout=50)
+        _, errors = starting.communicate(timeout=30)
         # Before our handler is there, Python ends by the signal itself.
         assert starting.returncode in (0, 1, 130, -signal.SIGINT), errors
         assert processes_with(str(data)) == []

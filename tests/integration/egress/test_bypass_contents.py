@@ -175,9 +175,8 @@ async def test_a_project_that_floods_with_first_bytes_keeps_no_other_from_its_na
         looking.cancel()
         made = [int((await one.communicate())[0]) for one in floods]
     assert sum(made) > 100
-    # Two programs flood as fast as this machine lets them, so it is busy with them as well.
-    assert sorted(took)[5] < 2.0
-    assert sorted(lags)[len(lags) // 2] < 0.5
+    assert sorted(took)[5] < 0.5
+    assert sorted(lags)[len(lags) // 2] < 0.05
 
 
 async def test_a_name_that_is_no_longer_allowed_is_cut_though_its_address_is(world, watched):
