@@ -1,21 +1,15 @@
-"""Connections of sessions that are plain sockets: to an engine's API, and to ports."""
+"""Connections of sessions that are plain sockets: to ports."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import socket
-from typing import TYPE_CHECKING
 
 from offload_builder.node.sessions.room import MAX_PIECE
-from offload_core.errors import NodeLostError
-
-if TYPE_CHECKING:
-    from offload_builder.node.sessions.contract import Engine, EngineStream, SessionPlace
 
 _FIRST_BYTES = 64 << 10
 """Most replies fit, and a buffer of this size costs nothing to make."""
-CONNECT_SECONDS = 10.0
 
 
 class SocketStream:
@@ -56,39 +50,3 @@ class SocketStream:
     async def close(self) -> None:
         """Close the socket."""
         self._connection.close()
-
-
-class DirectDoor:
-    """Connects to an engine with nothing in between.
-
-    For engines that the members of a session may do anything with.
-    """
-
-    def __init__(self, engine: Engine, place: SessionPlace) -> None:
-        self._engine = engine
-        self.place = place
-
-    async def open(self) -> EngineStream:
-        """Connect; raises NodeLostError when the engine takes no connections."""
-        return await connect_engine(self._engine)
-
-
-async def connect_engine(engine: Engine) -> SocketStream:
-    """Connect to the API of an engine.
-
-    Raises:
-        NodeLostError: it takes no connections.
-    """
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        connection.setblocking(False)
-        async with asyncio.timeout(CONNECT_SECONDS):
-            await asyncio.get_running_loop().sock_connect(connection, str(engine.socket))
-    except OSError as error:
-        # A timeout, too.
-        connection.close()
-        raise NodeLostError("the docker engine of this session takes no connections") from error
-    except BaseException:
-        connection.close()
-        raise
-    return SocketStream(connection)

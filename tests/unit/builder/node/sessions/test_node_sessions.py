@@ -12,7 +12,6 @@ from offload_builder.node.sessions.contract import SessionPlace
 from offload_builder.node.sessions.limits import Machine, SessionBounds
 from offload_builder.node.sessions.nodesessions import RESTARTED, STOPPING, NodeSessions
 from offload_builder.node.sessions.sessiontasks import SessionTasks
-from offload_builder.node.sessions.socketstream import DirectDoor
 from offload_builder.node.sessions.upkeep import IDLE, TIME_OVER
 from offload_core.errors import NodeLostError, NotFoundError, QuotaExceededError
 from offload_proto.v1.nodes_service_pb2 import (
@@ -26,7 +25,7 @@ from offload_proto.v1.nodes_service_pb2 import (
     WakeTask,
 )
 from offload_proto.v1.sessions_service_pb2 import SessionSpec, SessionState
-from tests.fixtures.standinengine import NoCopies, NoModels, NoNetworks, StandInHost
+from tests.fixtures.standinengine import DirectDoor, NoCopies, NoModels, NoNetworks, StandInHost
 
 PLACE = SessionPlace("a" * 16, "shop", "ann", "member", "shop")
 RUNNING, PAUSED, ENDED = (

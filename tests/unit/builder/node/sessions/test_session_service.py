@@ -18,7 +18,6 @@ from offload_builder.node.sessions.nodesessions import NodeSessions
 from offload_builder.node.sessions.room import MAX_PIECE, MIN_PIECE
 from offload_builder.node.sessions.service import SessionNode, add_session_node
 from offload_builder.node.sessions.sessionmetrics import SessionMetrics
-from offload_builder.node.sessions.socketstream import DirectDoor
 from offload_core.errors import NodeLostError
 from offload_core.interceptors import ErrorInterceptor
 from offload_core.sessionmetadata import SESSION_KEY, UNATTENDED_KEY
@@ -36,7 +35,7 @@ from offload_proto.v1.session_node_service_pb2_grpc import (
     SessionNodeServiceStub,
 )
 from offload_proto.v1.sessions_service_pb2 import SessionSpec, SessionState
-from tests.fixtures.standinengine import NoCopies, NoModels, NoNetworks, StandInHost
+from tests.fixtures.standinengine import DirectDoor, NoCopies, NoModels, NoNetworks, StandInHost
 
 ID = "a" * 16
 PLACE = SessionPlace(ID, "shop", "ann", "member", "shop")
