@@ -126,7 +126,9 @@ async def test_context_that_changed_while_the_client_was_away_fails_the_build(po
     result = await client.until("result")
     assert result.failure.kind == node_pb.Failure.KIND_CONTEXT_CHANGED, result
     assert "changed while its client was away" in result.failure.message
-    await client.done()
+    # The node ends the call of whom it refused.
+    async for _ in client.messages():
+        pass
 
 
 async def test_build_that_needs_its_client_is_cancelled_when_nobody_comes_back(pool):
