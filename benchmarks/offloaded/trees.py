@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import subprocess
+import tempfile
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.model import BenchmarkError, Case
@@ -11,8 +13,6 @@ from benchmarks.offloaded.ground import IMAGE, Ground
 from benchmarks.trees import write_equal_files
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from benchmarks.session import Session
 
 FILES, FILE_BYTES = 20_000, 2048
@@ -33,10 +33,14 @@ WATCH = (
 
 def trees(session: Session, folder: Path) -> None:
     """Measure the cases."""
-    with Ground(folder, ready=0) as ground:
+    # Not in `folder`: that may be below /dev, of which sessions get nothing.
+    with (
+        tempfile.TemporaryDirectory(prefix="tree") as place,
+        Ground(folder, ready=0) as ground,
+    ):
         ground.start()
         ground.load()
-        tree = folder / "tree"
+        tree = Path(place) / "tree"
         write_equal_files(tree, files=FILES, file_bytes=FILE_BYTES, variant="sync")
         (tree / "edited").write_text("0\n")
         mount = ("-v", f"{tree}:/srv", IMAGE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -9,9 +10,6 @@ import grpc
 from offload_core.errors import GatewayUnreachableError
 from offload_core.status import error_from_rpc
 from offload_core.versions import call_metadata
-from offload_proto.v1.builds_service_pb2_grpc import BuildsServiceStub
-from offload_proto.v1.cache_service_pb2_grpc import CacheServiceStub
-from offload_proto.v1.identity_service_pb2_grpc import AdminServiceStub, IdentityServiceStub
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -19,23 +17,56 @@ if TYPE_CHECKING:
     from offload_client.connections import Connections
     from offload_client.invocation import Invocation
     from offload_client.settings import Settings
+    from offload_proto.v1.builds_service_pb2_grpc import BuildsServiceAsyncStub
+    from offload_proto.v1.cache_service_pb2_grpc import CacheServiceAsyncStub
     from offload_proto.v1.connector_service_pb2_grpc import ConnectorServiceAsyncStub
     from offload_proto.v1.egress_service_pb2_grpc import EgressServiceAsyncStub
+    from offload_proto.v1.identity_service_pb2_grpc import (
+        AdminServiceAsyncStub,
+        IdentityServiceAsyncStub,
+    )
     from offload_proto.v1.sessions_service_pb2_grpc import SessionsServiceAsyncStub
 
 CALL_SECONDS = 15.0
 
 
 class GatewayCalls:
-    """The services of one gateway for one command."""
+    """The services of one gateway for one command.
+
+    Messages of services that a command does not use are not even imported.
+    """
 
     def __init__(self, address: str, channel: grpc.aio.Channel) -> None:
         self.address = address
-        self.builds = BuildsServiceStub(channel)
-        self.identity = IdentityServiceStub(channel)
-        self.admin = AdminServiceStub(channel)
-        self.cache = CacheServiceStub(channel)
         self._channel = channel
+
+    @cached_property
+    def builds(self) -> BuildsServiceAsyncStub:
+        """The calls about builds."""
+        from offload_proto.v1.builds_service_pb2_grpc import BuildsServiceStub
+
+        return BuildsServiceStub(self._channel)
+
+    @cached_property
+    def identity(self) -> IdentityServiceAsyncStub:
+        """The calls about who the caller is."""
+        from offload_proto.v1.identity_service_pb2_grpc import IdentityServiceStub
+
+        return IdentityServiceStub(self._channel)
+
+    @cached_property
+    def admin(self) -> AdminServiceAsyncStub:
+        """The calls of administrators."""
+        from offload_proto.v1.identity_service_pb2_grpc import AdminServiceStub
+
+        return AdminServiceStub(self._channel)
+
+    @cached_property
+    def cache(self) -> CacheServiceAsyncStub:
+        """The calls about the cache."""
+        from offload_proto.v1.cache_service_pb2_grpc import CacheServiceStub
+
+        return CacheServiceStub(self._channel)
 
     def egress(self) -> EgressServiceAsyncStub:
         """Return the calls about what builds may reach, which few commands need."""

@@ -21,7 +21,6 @@ from offload_client.build.runner import (
     INLINE_MESSAGE,
     NO_OUTPUT,
     error_of,
-    finish_display,
     groups_of,
 )
 from offload_client.build.spec import effective_outputs
@@ -30,7 +29,7 @@ from offload_client.ci.jobreport import JobReport
 from offload_client.ci.sourcenames import source_names
 from offload_client.eventlog import show_events
 from offload_client.interrupts import Interrupts
-from offload_client.progress.display import make_display
+from offload_client.progress.display import finish_display, make_display
 from offload_client.progress.summary import Totals
 from offload_client.settings import resolve_settings
 from offload_core.contextnames import layout_source_name

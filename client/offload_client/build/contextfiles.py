@@ -11,6 +11,7 @@ from offload_client.build.contextforms import STANDARD_INPUT, ContextFiles, Cont
 from offload_client.build.remotecontext import is_remote, refuse_windows_path
 from offload_client.build.standardinput import StandardInput, StopReading
 from offload_client.bytepipe import in_thread
+from offload_client.context.statindex import index_path
 from offload_core.aio import finish
 from offload_core.errors import ContextError
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from offload_client.build.options import BuildOptions
     from offload_client.invocation import Invocation
 
-__all__ = ["ContextFiles", "find_context", "index_path", "open_context"]
+__all__ = ["ContextFiles", "find_context", "open_context"]
 
 _STOP_SECONDS = 2.0
 
@@ -101,18 +102,6 @@ def _find_form(finder: ContextFinder, root: Path, path: str) -> ContextFiles:
         return finder.remote()
     problem = "is not a directory" if path and root.exists() else "not found"
     raise ContextError(f'unable to prepare context: path "{path}" {problem}')
-
-
-def index_path(invocation: Invocation) -> Path | None:
-    """Return where the digests of former scans are kept; None to keep none.
-
-    A pipeline with OFFLOAD_TOKEN starts from a fresh checkout on a machine that is thrown away, so
-    nothing is written there, unless XDG_CACHE_HOME names a place that lives on.
-    """
-    environment = invocation.environment
-    if environment.get("OFFLOAD_TOKEN") and not environment.get("XDG_CACHE_HOME"):
-        return None
-    return invocation.cache_dir() / "statindex.db"
 
 
 def _is_directory(root: Path, given: str) -> bool:

@@ -39,7 +39,6 @@ SYSTEMS = {"macos": "darwin"}
 VARIANTS = {"amd64/v1": "amd64", "arm64/v8": "arm64", "arm": "arm/v7"}
 """The variant that an architecture has when none is named, and how BuildKit writes it."""
 _PLATFORM_PART = re.compile(r"[a-z0-9_.-]+")
-PROGRESS_MODES = ("auto", "none", "plain", "quiet", "rawjson", "tty")
 _DIGEST = re.compile(r"[a-z0-9]+(?:[.+_-][a-z0-9]+)*:[0-9a-fA-F]{32,}")
 EPOCH = "SOURCE_DATE_EPOCH"
 """Seconds since 1970 that a reproducible build puts everywhere instead of the present time.
@@ -302,19 +301,6 @@ def parse_platforms(values: Sequence[str]) -> list[str]:
 def own_platform() -> str:
     """Return the platform of images that run on this machine."""
     return parse_platforms(["local"])[0]
-
-
-def parse_progress(text: str) -> str:
-    """Return the mode of --progress; "none" is another name of "quiet".
-
-    Raises:
-        InvalidValueError: there is no such mode.
-    """
-    if text not in PROGRESS_MODES:
-        raise InvalidValueError(
-            f'invalid progress mode "{text}": write one of {", ".join(PROGRESS_MODES)}'
-        )
-    return "quiet" if text == "none" else text
 
 
 def check_tags(values: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ from offload_client.bytepipe import in_thread
 from offload_client.ci.jobreport import JobReport
 from offload_client.ci.sourcenames import source_names
 from offload_client.eventlog import show_events
-from offload_client.progress.display import make_display
+from offload_client.progress.display import finish_display, make_display
 from offload_client.settings import resolve_settings
 from offload_core.errors import (
     BuildCanceledError,
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from offload_client.identity import StoredIdentity
     from offload_client.invocation import Invocation
     from offload_client.legs.legsbuild import LegsBuild
-    from offload_client.progress.display import Display
-    from offload_client.progress.summary import Totals
     from offload_client.settings import Settings
     from offload_proto.v1.node_service_pb2 import Result
 
@@ -253,13 +251,6 @@ def _last_words(
         invocation.err(f"WARNING: {NO_OUTPUT}")
     if options.quiet:
         invocation.out(image_id)
-
-
-async def finish_display(
-    display: Display, failure: Failure | None, totals: Totals | None = None
-) -> None:
-    """Wait for the reader of the progress, who may be slow, without holding up other builds."""
-    await in_thread(lambda: display.finish(failure, totals), name="display-finish")
 
 
 def error_of(failure: Failure) -> OffloadError:

@@ -44,9 +44,8 @@ def attach(invocation: Invocation, build_id: str, progress: str, gateway: str | 
 
     async def run(connections: Connections) -> None:
         from offload_client.build.following import Following
-        from offload_client.build.options import parse_progress
-        from offload_client.build.runner import error_of, finish_display
-        from offload_client.progress.display import make_display
+        from offload_client.build.runner import error_of
+        from offload_client.progress.display import finish_display, make_display, parse_progress
         from offload_client.progress.summary import Totals
         from offload_core.errors import BuildCanceledError
 

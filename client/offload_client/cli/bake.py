@@ -9,7 +9,6 @@ import click
 
 from offload_client.bake.request import BakeRequest
 from offload_client.bake.targetoptions import FlagParser, check_allow, target_options
-from offload_client.build.options import parse_progress
 from offload_client.build.remotecontext import is_remote
 from offload_client.cli.build import build_command, flag_syntax, parse_build
 from offload_client.cli.furtherflags import BUILDER
@@ -140,6 +139,8 @@ def parse_bake(invocation: Invocation) -> BakeRequest | None:
     Raises:
         UsageError: it cannot be understood; the sentence names the flag.
     """
+    from offload_client.progress.display import parse_progress
+
     words = list(invocation.arguments)[1:]
     context = bake_command.make_context(
         "offload-build bake", flag_syntax(bake_command).normalise(words)

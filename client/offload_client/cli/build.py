@@ -19,7 +19,6 @@ from offload_client.build.options import (
     parse_labels,
     parse_output,
     parse_platforms,
-    parse_progress,
 )
 from offload_client.build.proxyargs import with_proxies
 from offload_client.build.secretoptions import (
@@ -271,6 +270,8 @@ def flag_syntax(command: click.Command) -> FlagSyntax:
 
 
 def _options(values: dict[str, Any], invocation: Invocation) -> BuildOptions:
+    from offload_client.progress.display import parse_progress
+
     paths = values["paths"]
     if len(paths) != 1:
         raise InvalidValueError(

@@ -60,10 +60,9 @@ def pull(
 
     async def run(connections: Connections) -> None:
         from offload_client.build.finishedimage import find_image
-        from offload_client.build.options import check_tags, parse_platforms, parse_progress
-        from offload_client.build.runner import finish_display
+        from offload_client.build.options import check_tags, parse_platforms
         from offload_client.load.loader import load_image
-        from offload_client.progress.display import make_display
+        from offload_client.progress.display import finish_display, make_display, parse_progress
 
         names, wanted, mode = check_tags(tags), parse_platforms(platforms), parse_progress(progress)
         calls = await GatewayCalls.open(invocation, settings, connections)

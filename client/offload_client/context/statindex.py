@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from offload_client.context.indexrows import FileTable
+    from offload_client.invocation import Invocation
 
 GRANULARITY_NS = 2_000_000_000
 """Coarsest time stamps in use are FAT's 2 s; it also covers a file server's clock that differs."""
@@ -39,6 +40,18 @@ CHUNK_LISTS_BYTES = 64 << 20
 """All of them; for some 500 GB of files. The longest unused are forgotten first."""
 _TOUCH_DAYS = 7
 _DAY_SECONDS = 86_400
+
+
+def index_path(invocation: Invocation) -> Path | None:
+    """Return where the digests of former scans are kept; None to keep none.
+
+    A pipeline with OFFLOAD_TOKEN starts from a fresh checkout on a machine that is thrown away, so
+    nothing is written there, unless XDG_CACHE_HOME names a place that lives on.
+    """
+    environment = invocation.environment
+    if environment.get("OFFLOAD_TOKEN") and not environment.get("XDG_CACHE_HOME"):
+        return None
+    return invocation.cache_dir() / "statindex.db"
 
 
 class StatIndex:

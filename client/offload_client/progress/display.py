@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import IO, TYPE_CHECKING, Any, Protocol, Self
 
+from offload_client.bytepipe import in_thread
 from offload_client.ci.system import find_system
 from offload_client.progress.output import Sink
-from offload_core.errors import UsageError
+from offload_core.errors import InvalidValueError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from offload_proto.v1.events_pb2 import ProgressBatch
     from offload_proto.v1.node_service_pb2 import Failure
 
-MODES = ("auto", "tty", "plain", "rawjson", "quiet", "none")
+MODES = ("auto", "none", "plain", "quiet", "rawjson", "tty")
 """Values of --progress; "none" is another name of "quiet"."""
 
 
@@ -58,6 +59,24 @@ class Display(Protocol):
         traceback: TracebackType | None,
     ) -> None:
         """Finish if that was not done; the terminal is left as it was found."""
+
+
+def parse_progress(text: str) -> str:
+    """Return the mode of --progress; "none" is another name of "quiet".
+
+    Raises:
+        InvalidValueError: there is no such mode.
+    """
+    if text not in MODES:
+        raise InvalidValueError(f'invalid progress mode "{text}": write one of {", ".join(MODES)}')
+    return "quiet" if text == "none" else text
+
+
+async def finish_display(
+    display: Display, failure: Failure | None, totals: Totals | None = None
+) -> None:
+    """Wait for the reader of the progress, who may be slow, without holding up other builds."""
+    await in_thread(lambda: display.finish(failure, totals), name="display-finish")
 
 
 def make_display(

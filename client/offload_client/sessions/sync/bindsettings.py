@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from offload_client.build.contextfiles import index_path
+from offload_client.context.statindex import index_path
 from offload_client.settings import user_value
 from offload_core.errors import ConfigError
 from offload_core.treesync.replica import Limits

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import logging
 import os
 import socket
 import stat
 from typing import TYPE_CHECKING, Any
-
-import structlog
 
 from offload_client.context.ignorefile import parse_ignore_file
 from offload_client.sessions.sync.knowndigests import IndexedDigests
@@ -40,7 +39,8 @@ if TYPE_CHECKING:
     from offload_core.treesync.entries import Listing
     from offload_proto.v1.session_sync_service_pb2 import SyncOpened
 
-log = structlog.get_logger(__name__)
+log = logging.getLogger("offload.session")
+"""Of the helper."""
 
 IGNORE_FILE = ".offloadignore"
 _LAST_WORDS = (
@@ -259,7 +259,7 @@ class SyncedDirectory:
         self._connected.set()
 
     def _failed(self, _: str, error: BaseException) -> None:
-        log.error("sync.directory.failed", error=repr(error))
+        log.error("synchronising a directory failed: %r", error)
         self._end(NodeLostError(f"{self.source.path} is not synchronised any more: {error}"))
 
     async def _follow(self) -> None:
@@ -319,7 +319,7 @@ class SyncedDirectory:
             except OffloadError as error:
                 if not self.path:
                     raise
-                log.info("sync.connection.lost", cause=error.message)
+                log.info("synchronising goes on in a moment: %s", error.message)
             if asyncio.get_running_loop().time() - began > _LONGEST_WAIT_SECONDS:
                 wait = _FIRST_WAIT_SECONDS
             await asyncio.sleep(wait)

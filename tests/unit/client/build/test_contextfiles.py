@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from offload_client.build.contextfiles import ContextFiles, find_context, index_path
+from offload_client.build.contextfiles import ContextFiles, find_context
 from offload_client.build.options import BuildOptions
+from offload_client.context.statindex import index_path
 from offload_client.invocation import Invocation
 from offload_core.errors import ContextError, InvalidValueError
 

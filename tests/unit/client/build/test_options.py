@@ -14,9 +14,9 @@ from offload_client.build.options import (
     parse_labels,
     parse_output,
     parse_platforms,
-    parse_progress,
 )
 from offload_client.build.spec import effective_outputs
+from offload_client.progress.display import parse_progress
 from offload_core.errors import InvalidValueError, OffloadError, UsageError
 
 

@@ -348,7 +348,7 @@ async def test_start_that_is_interrupted_at_its_very_end_leaves_no_session(
     async def interrupted(*_: object) -> None:
         raise asyncio.CancelledError
 
-    monkeypatch.setattr("offload_client.build.runner.finish_display", interrupted)
+    monkeypatch.setattr("offload_client.progress.display.finish_display", interrupted)
     calls = _Calls()
     settings = Settings("g:1", "p")
     nothing = cast("Connections", None)
