@@ -72,6 +72,19 @@ def run_offload(arguments: list[str]) -> int:
         code = fast_status(arguments[1:])
         if code is not None:
             return code
+    if arguments[:1] == ["start"] and not {"-h", "--help"} & set(arguments):
+        from offload_client.invocation import Invocation
+        from offload_client.sessions.helperprocess import early_helper
+        from offload_client.sessions.records import sessions_directory
+
+        invocation = Invocation.of_process(arguments)
+        folder = sessions_directory(invocation)
+        with early_helper(folder, invocation.environment, invocation.cwd):
+            return _run_offload(arguments)
+    return _run_offload(arguments)
+
+
+def _run_offload(arguments: list[str]) -> int:
     from offload_client.cli.offload import main
 
     return main(arguments)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import click
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from offload_client.invocation import Invocation
     from offload_client.sessions.attaching import Attachments
     from offload_client.sessions.gatewaycalls import SessionCalls
-    from offload_client.sessions.launch import HelperProcess
     from offload_client.sessions.records import SessionRecord
     from offload_client.settings import Settings
     from offload_proto.v1.sessions_service_pb2 import Session, SessionSpec
@@ -109,26 +107,18 @@ def start(
     Exit codes: 0 ready, 4 not allowed, 5 no node has what is asked for, 6 no room, or not ready in
     time, 7 the gateway or the node is away, 130 canceled.
     """
-    from offload_client.sessions.attaching import Attachments
+    from offload_client.progress.display import parse_progress
+    from offload_client.sessions.spec import make_spec
 
-    local = Attachments(invocation)
-    with ExitStack() as stack:
-        helper = None
-        if local.record(name) is None:
-            # Before all else: it needs as long to begin as all of this does.
-            helper = stack.enter_context(local.prepared(name))
-        from offload_client.progress.display import parse_progress
-        from offload_client.sessions.spec import make_spec
+    spec = make_spec(name, wishes)
+    mode = parse_progress("quiet" if quiet and progress == "auto" else progress)
+    settings = resolve_settings(invocation, gateway=gateway, project=project)
 
-        spec = make_spec(name, wishes)
-        mode = parse_progress("quiet" if quiet and progress == "auto" else progress)
-        settings = resolve_settings(invocation, gateway=gateway, project=project)
+    async def run(connections: Connections) -> None:
+        starting = Starting(invocation, connections, settings, spec, mode)
+        await starting.run(timeout, use=not no_use, quiet=quiet)
 
-        async def run(connections: Connections) -> None:
-            starting = Starting(invocation, connections, settings, spec, mode, helper)
-            await starting.run(timeout, use=not no_use, quiet=quiet)
-
-        return run_async(invocation, run)
+    return run_async(invocation, run)
 
 
 class Starting:
@@ -141,21 +131,9 @@ class Starting:
         settings: Settings,
         spec: SessionSpec,
         mode: str,
-        helper: HelperProcess | None = None,
     ) -> None:
-        """Prepare.
-
-        Args:
-            invocation: the command.
-            connections: of it.
-            settings: of it.
-            spec: what is wanted.
-            mode: of the progress.
-            helper: that waits for the session already; None to start one when it is needed.
-        """
         from offload_client.sessions.attaching import Attachments
 
-        self._helper = helper
         self._invocation = invocation
         self._connections = connections
         self._settings = settings
@@ -221,8 +199,7 @@ class Starting:
     async def _new(self, timeout: float | None) -> tuple[SessionRecord, Session, bool]:
         """Return the record of a session that is started, or that runs already elsewhere."""
         name = self._spec.name
-        with ExitStack() as stack:
-            helper = self._helper or stack.enter_context(self._local.prepared(name))
+        with self._local.prepared(name) as helper:
             calls = await self._calls(self._settings)
             me, sessions = await asyncio.gather(
                 calls.who(), calls.listed(project=self._settings.project)

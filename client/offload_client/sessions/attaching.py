@@ -11,12 +11,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from offload_client.sessions.dockercontext import DockerContexts
-from offload_client.sessions.launch import (
-    HelperProcess,
-    asked,
-    end_helper,
-    helper_answers,
-)
+from offload_client.sessions.helperprocess import HelperProcess
+from offload_client.sessions.launch import asked, end_helper, helper_answers
 from offload_client.sessions.records import (
     DEFAULT_NAME,
     SessionRecord,

@@ -17,7 +17,7 @@ import sys
 import time
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from offload_client.connections import Connections
 from offload_client.invocation import Invocation
@@ -386,12 +386,17 @@ def _allow_files() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+def run(directory: Path) -> NoReturn:
+    """Be the helper of the session in a directory; ends the process."""
+    _allow_files()
+    sys.exit(asyncio.run(serve(directory, make_mounts=make_mounts)))
+
+
 def main() -> None:
-    """Run the helper of the session in a directory."""
+    """Run the helper of the session in the directory that the command line names."""
     if len(sys.argv) != 2 or not (Path(sys.argv[1]) / RECORD_FILE).is_file():
         sys.exit("usage: python -m offload_client.sessions.helper DIRECTORY")
-    _allow_files()
-    sys.exit(asyncio.run(serve(Path(sys.argv[1]), make_mounts=make_mounts)))
+    run(Path(sys.argv[1]))
 
 
 if __name__ == "__main__":

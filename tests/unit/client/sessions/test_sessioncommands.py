@@ -26,7 +26,7 @@ from offload_client.sessions.attaching import Attachments
 from offload_client.sessions.diagnosis import write_bundle
 from offload_client.sessions.faststatus import fast_status
 from offload_client.sessions.gatewaycalls import choose
-from offload_client.sessions.launch import helper_environment
+from offload_client.sessions.helperprocess import helper_environment
 from offload_client.sessions.records import (
     SessionRecord,
     engine_socket,
