@@ -14,6 +14,53 @@ MANY_BYTES = 16 << 10
 """Who sends as much at once, twice, is copying something: a moment more or less does not matter."""
 ENOUGH_BYTES = 256 << 10
 MOMENT_SECONDS = 0.001
+FEW_BYTES = 4 << 10
+"""Of one read: no part of a copy."""
+BUFFERED_BYTES = 96 << 10
+"""Of one read: buffers of sockets hold hardly more."""
+SLOW_RATE = 64 << 20
+"""Bytes in a second; with one read in each rest, a socket's buffer carries more."""
+REST_SECONDS = 0.002
+LOOK_SECONDS = 0.01
+PAUSE_SECONDS = 0.02
+
+
+class Pace:
+    """When a reader reads: at once, but for slow copies, whose bytes gather for a moment.
+
+    Programs write in small blocks, and to carry each of them by itself costs more than the block
+    does. Whoever sends little, waits for answers, or sends faster than blocks can be carried, is
+    not held up.
+    """
+
+    def __init__(self) -> None:
+        self._slow = False
+        self._size = self._last = 0
+        self._since = self._at = 0.0
+
+    async def rest(self) -> None:
+        """Wait, perhaps, before the next read."""
+        if self._slow and self._last < BUFFERED_BYTES:
+            await asyncio.sleep(REST_SECONDS)
+
+    def read(self, size: int) -> None:
+        """Hear how much a read has found."""
+        now = asyncio.get_running_loop().time()
+        if size < FEW_BYTES or now - self._at >= PAUSE_SECONDS:
+            self.answered()
+        if not self._size:
+            self._since = now
+        self._size += size
+        self._last, self._at = size, now
+        seconds = now - self._since
+        if seconds >= LOOK_SECONDS:
+            self._slow = self._size < SLOW_RATE * seconds
+            self._size = 0
+
+    def answered(self) -> None:
+        """Hear that the other side has said something: this is no copy."""
+        self._slow = False
+        self._size = 0
 
 
 class Gathering:

@@ -7,8 +7,10 @@ import contextlib
 import select
 import socket
 
-RECEIVE_BYTES = 1 << 20
-"""As much as a piece may have; a read returns what is there already."""
+from offload_core.gathering import Pace
+
+RECEIVE_BYTES = 256 << 10
+"""A unix socket holds hardly more."""
 _BUFFER_BYTES = 1 << 20
 _HANG_UP_SECONDS = 1.0
 
@@ -23,6 +25,7 @@ class LocalSocket:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
         self._connection = connection
         self._loop = asyncio.get_running_loop()
+        self._pace = Pace()
 
     async def receive(self) -> bytes:
         """Return what has arrived; none at the end.
@@ -30,7 +33,10 @@ class LocalSocket:
         Raises:
             OSError: the connection broke.
         """
-        return await self._loop.sock_recv(self._connection, RECEIVE_BYTES)
+        await self._pace.rest()
+        data = await self._loop.sock_recv(self._connection, RECEIVE_BYTES)
+        self._pace.read(len(data))
+        return data
 
     async def send(self, data: bytes) -> None:
         """Send bytes.
@@ -38,6 +44,7 @@ class LocalSocket:
         Raises:
             OSError: the connection broke.
         """
+        self._pace.answered()
         await self._loop.sock_sendall(self._connection, data)
 
     async def half_close(self) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from offload_builder.node.sessions.room import MAX_PIECE
 from offload_core.aio import stop
 from offload_core.errors import UsageError
-from offload_core.gathering import Gathering
+from offload_core.gathering import Gathering, Pace
 from offload_core.pieces import StreamPiece
 
 if TYPE_CHECKING:
@@ -48,11 +48,11 @@ async def carry(
         OffloadError: the node has ended the call.
     """
     loop = asyncio.get_running_loop()
-    said = Gathering()
-    taking = loop.create_task(_take(call, pieces, stream, count))
+    said, pace = Gathering(), Pace()
+    taking = loop.create_task(_take(call, pieces, stream, count, pace))
     # What cannot be written to any more is not read to the end either.
     taking.add_done_callback(lambda done: stream.cut() if _failed(done) else None)
-    reading = loop.create_task(_read(call, stream, said))
+    reading = loop.create_task(_read(call, stream, said, pace))
     call.on_end(stream.cut)
     try:
         while data := await said.take():
@@ -78,11 +78,13 @@ def _failed(task: asyncio.Task[None]) -> bool:
     return task.done() and (task.cancelled() or task.exception() is not None)
 
 
-async def _read(call: SessionCall, stream: EngineStream, said: Gathering) -> None:
+async def _read(call: SessionCall, stream: EngineStream, said: Gathering, pace: Pace) -> None:
     try:
         while data := await stream.read(call.piece):
+            pace.read(len(data))
             call.hold(len(data))
             await said.put(data, most=call.piece)
+            await pace.rest()
     except OSError:
         # It broke, or this side has cut it; for the client that is an end as any other.
         pass
@@ -95,9 +97,11 @@ async def _take(
     pieces: AsyncIterator[StreamPiece],
     stream: EngineStream,
     count: Callable[[int, int], None],
+    pace: Pace,
 ) -> None:
     async for piece in pieces:
         if piece.data:
+            pace.answered()
             check_size(piece)
             call.count()
             count(len(piece.data), 0)
