@@ -16,11 +16,10 @@ ENOUGH_BYTES = 256 << 10
 MOMENT_SECONDS = 0.001
 FEW_BYTES = 4 << 10
 """Of one read: no part of a copy."""
-BUFFERED_BYTES = 96 << 10
-"""Of one read: buffers of sockets hold hardly more."""
 SLOW_RATE = 64 << 20
 """Bytes in a second; with one read in each rest, a socket's buffer carries more."""
 REST_SECONDS = 0.002
+SLOW_MOMENT_SECONDS = 0.005
 LOOK_SECONDS = 0.01
 PAUSE_SECONDS = 0.02
 
@@ -35,12 +34,12 @@ class Pace:
 
     def __init__(self) -> None:
         self._slow = False
-        self._size = self._last = 0
+        self._size = 0
         self._since = self._at = 0.0
 
     async def rest(self) -> None:
         """Wait, perhaps, before the next read."""
-        if self._slow and self._last < BUFFERED_BYTES:
+        if self._slow:
             await asyncio.sleep(REST_SECONDS)
 
     def read(self, size: int) -> None:
@@ -51,11 +50,16 @@ class Pace:
         if not self._size:
             self._since = now
         self._size += size
-        self._last, self._at = size, now
+        self._at = now
         seconds = now - self._since
         if seconds >= LOOK_SECONDS:
             self._slow = self._size < SLOW_RATE * seconds
             self._size = 0
+
+    @property
+    def moment(self) -> float:
+        """For how many seconds a piece may wait for more."""
+        return SLOW_MOMENT_SECONDS if self._slow else MOMENT_SECONDS
 
     def answered(self) -> None:
         """Hear that the other side has said something: this is no copy."""
@@ -86,13 +90,17 @@ class Gathering:
         self._ended = True
         self._changed.set()
 
-    async def take(self) -> bytes:
-        """Return what waits, at most `FULL_BYTES` unless more was put at once; none at the end."""
+    async def take(self, moment: float = MOMENT_SECONDS) -> bytes:
+        """Return what waits, at most `FULL_BYTES` unless more was put at once; none at the end.
+
+        Args:
+            moment: seconds that a part of a copy may wait for more.
+        """
         while not self._parts and not self._ended:
             await self._change()
         many = self._size >= MANY_BYTES
         if self._copying and many and self._size < ENOUGH_BYTES and not self._ended:
-            await asyncio.sleep(MOMENT_SECONDS)
+            await asyncio.sleep(moment)
         self._copying = many
         count = size = 0
         for part in self._parts:

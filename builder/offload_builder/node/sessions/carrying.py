@@ -55,7 +55,7 @@ async def carry(
     reading = loop.create_task(_read(call, stream, said, pace))
     call.on_end(stream.cut)
     try:
-        while data := await said.take():
+        while data := await said.take(pace.moment):
             count(0, len(data))
             yield StreamPiece(data=data)
             call.hold(-len(data))
