@@ -169,9 +169,27 @@ class _Body:
                 if self._left == 0:
                     self._part = "data end"
                     self.finished = not self.chunked
+                    if self.chunked:
+                        at = self._feed_next_size(block, at)
             else:
                 at = self._feed_line(block, at)
         return at
+
+    def _feed_next_size(self, block: bytes, at: int) -> int:
+        """Take the line between two chunks in one go, where the block has all of it.
+
+        Copies have thousands of chunks in a second.
+        """
+        end = block.find(b"\r\n", at + 2, at + 2 + _MAX_LINE)
+        if end < 0 or not block.startswith(b"\r\n", at):
+            return at
+        match = _CHUNK.fullmatch(block, at + 2, end)
+        size = int(match[1], 16) if match else 0
+        if not size:
+            return at
+        self._left = size
+        self._part = "data"
+        return end + 2
 
     def _feed_line(self, block: bytes, at: int) -> int:
         end = block.find(b"\n", at)

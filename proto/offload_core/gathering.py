@@ -7,6 +7,7 @@ come, and all of them go together.
 from __future__ import annotations
 
 import asyncio
+from time import monotonic
 
 FULL_BYTES = 1 << 20
 """Of one piece, and of what waits."""
@@ -30,21 +31,24 @@ class Pace:
     Programs write in small blocks, and to carry each of them by itself costs more than the block
     does. Whoever sends little, waits for answers, or sends faster than blocks can be carried, is
     not held up.
+
+    Attributes:
+        rests: whether it waits.
     """
 
     def __init__(self) -> None:
-        self._slow = False
+        self.rests = False
         self._size = 0
         self._since = self._at = 0.0
 
     async def rest(self) -> None:
         """Wait, perhaps, before the next read."""
-        if self._slow:
+        if self.rests:
             await asyncio.sleep(REST_SECONDS)
 
     def read(self, size: int) -> None:
         """Hear how much a read has found."""
-        now = asyncio.get_running_loop().time()
+        now = monotonic()
         if size < FEW_BYTES or now - self._at >= PAUSE_SECONDS:
             self.answered()
         if not self._size:
@@ -53,17 +57,17 @@ class Pace:
         self._at = now
         seconds = now - self._since
         if seconds >= LOOK_SECONDS:
-            self._slow = self._size < SLOW_RATE * seconds
+            self.rests = self._size < SLOW_RATE * seconds
             self._size = 0
 
     @property
     def moment(self) -> float:
         """For how many seconds a piece may wait for more."""
-        return SLOW_MOMENT_SECONDS if self._slow else MOMENT_SECONDS
+        return SLOW_MOMENT_SECONDS if self.rests else MOMENT_SECONDS
 
     def answered(self) -> None:
         """Hear that the other side has said something: this is no copy."""
-        self._slow = False
+        self.rests = False
         self._size = 0
 
 
@@ -90,7 +94,7 @@ class Gathering:
         self._ended = True
         self._changed.set()
 
-    async def take(self, moment: float = MOMENT_SECONDS) -> bytes:
+    async def take(self, moment: float = MOMENT_SECONDS) -> tuple[bytes, ...]:
         """Return what waits, at most `FULL_BYTES` unless more was put at once; none at the end.
 
         Args:
@@ -109,10 +113,9 @@ class Gathering:
                 break
             count += 1
         taken, self._parts = self._parts[:count], self._parts[count:]
-        data = taken[0] if count == 1 else b"".join(taken)
-        self._size -= len(data)
+        self._size -= sum(map(len, taken))
         self._changed.set()
-        return data
+        return tuple(taken)
 
     async def _change(self) -> None:
         self._changed.clear()

@@ -23,17 +23,24 @@ class StreamPiece(NamedTuple):
     Attributes:
         data: bytes of the stream.
         ended: nothing more comes in this direction.
+        more: bytes that follow `data`, of a piece to be written; joined once only.
     """
 
     data: bytes = b""
     ended: bool = False
+    more: tuple[bytes, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """How many bytes it carries."""
+        return sum(map(len, self.more), len(self.data))
 
 
 def write_piece(piece: StreamPiece) -> bytes:
     """Return the message `Piece`."""
     if piece.ended:
         return Piece(data=piece.data, ended=True).SerializeToString()
-    return b"".join((_head(_DATA, len(piece.data)), piece.data))
+    return b"".join((_head(_DATA, piece.size), piece.data, *piece.more))
 
 
 def read_piece(message: bytes) -> StreamPiece:
@@ -52,9 +59,9 @@ def write_port_request(request: PortOpen | StreamPiece) -> bytes:
     if request.ended:
         piece = Piece(data=request.data, ended=True)
         return PortRequest(piece=piece).SerializeToString()
-    inner = _head(_DATA, len(request.data))
-    outer = _head(_PIECE, len(inner) + len(request.data))
-    return b"".join((outer, inner, request.data))
+    inner = _head(_DATA, request.size)
+    outer = _head(_PIECE, len(inner) + request.size)
+    return b"".join((outer, inner, request.data, *request.more))
 
 
 def read_port_request(message: bytes) -> PortOpen | StreamPiece | None:

@@ -40,6 +40,8 @@ _PATH_VARIABLES = frozenset(
         "XDG_CONFIG_HOME", "XDG_RUNTIME_DIR", "XDG_STATE_HOME",
     )
 )  # fmt: skip
+# Buffers that come and go are not given back to the system each time; mallopt(3).
+_MEMORY = {"MALLOC_TOP_PAD_": str(16 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 20)}
 _early: list[subprocess.Popen[bytes]] = []
 """At most one, which no command has taken yet."""
 
@@ -174,7 +176,7 @@ def _start(sessions: Path, environment: Mapping[str, str], cwd: Path) -> subproc
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         cwd="/",
-        env=helper_environment(environment, cwd),
+        env=helper_environment(environment, cwd) | _MEMORY,
         start_new_session=True,
         close_fds=True,
     )

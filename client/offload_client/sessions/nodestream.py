@@ -113,15 +113,16 @@ class NodeStream:
 
     async def _send_all(self) -> None:
         try:
-            while data := await self._outgoing.take():
-                await self._send_piece(data)
+            while parts := await self._outgoing.take():
+                await self._send_piece(*parts)
         finally:
             # Nobody waits for room any more.
             self._outgoing.end()
 
-    async def _send_piece(self, data: bytes) -> None:
-        await self._write(StreamPiece(data))
-        self._traffic.sent += len(data)
+    async def _send_piece(self, data: bytes, *more: bytes) -> None:
+        piece = StreamPiece(data, more=more)
+        await self._write(piece)
+        self._traffic.sent += piece.size
 
     async def half_close(self) -> None:
         """Say that no more comes; the other direction goes on.

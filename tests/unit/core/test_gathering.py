@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 
-from offload_core.gathering import FULL_BYTES, Gathering
+import pytest
+
+from offload_core.gathering import FULL_BYTES, MOMENT_SECONDS, PAUSE_SECONDS, Gathering, Pace
 
 
 async def test_what_waits_is_taken_together() -> None:
     gathering = Gathering()
     for data in (b"a", b"b", b"c"):
         await gathering.put(data)
-    assert await gathering.take() == b"abc"
+    assert await gathering.take() == (b"a", b"b", b"c")
     gathering.end()
-    assert await gathering.take() == b""
+    assert await gathering.take() == ()
 
 
 async def test_all_arrives_in_its_order_and_never_much_at_once() -> None:
@@ -28,9 +30,9 @@ async def test_all_arrives_in_its_order_and_never_much_at_once() -> None:
     putting = asyncio.create_task(put())
     taken = []
     async with asyncio.timeout(30):
-        while data := await gathering.take():
-            assert len(data) <= FULL_BYTES
-            taken.append(data)
+        while some := await gathering.take():
+            assert sum(map(len, some)) <= FULL_BYTES
+            taken.extend(some)
         await putting
     assert b"".join(taken) == b"".join(parts)
 
@@ -44,3 +46,26 @@ async def test_who_puts_waits_for_room_until_the_end() -> None:
     gathering.end()
     async with asyncio.timeout(10):
         await putting
+
+
+def test_only_slow_copies_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("offload_core.gathering.monotonic", lambda: now)
+    pace = Pace()
+
+    def reads(size: int, every: float, *, count: int = 30) -> bool:
+        nonlocal now
+        for _ in range(count):
+            now += every
+            pace.read(size)
+        return pace.rests
+
+    assert not reads(100, 0.001)
+    assert not reads(16 << 20, 0.001)
+    assert reads(32 << 10, 0.001)
+    assert pace.moment > MOMENT_SECONDS
+    pace.answered()
+    assert not reads(32 << 10, 0.001, count=1)
+    # What comes after a pause is something else.
+    assert reads(32 << 10, 0.001)
+    assert not reads(32 << 10, 2 * PAUSE_SECONDS, count=1)

@@ -48,3 +48,10 @@ def test_what_is_no_message_is_an_error(message: bytes) -> None:
 
 def test_the_last_of_two_fields_holds() -> None:
     assert read_piece(b"\x0a\x01a\x0a\x01b") == StreamPiece(b"b")
+
+
+def test_parts_of_a_piece_are_one_piece_on_the_way() -> None:
+    parts = StreamPiece(b"ab", more=(b"", b"c" * 200, b"d"))
+    assert parts.size == 203
+    assert read_piece(write_piece(parts)) == StreamPiece(b"ab" + b"c" * 200 + b"d")
+    assert read_port_request(write_port_request(parts)) == read_piece(write_piece(parts))

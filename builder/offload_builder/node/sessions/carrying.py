@@ -55,10 +55,11 @@ async def carry(
     reading = loop.create_task(_read(call, stream, said, pace))
     call.on_end(stream.cut)
     try:
-        while data := await said.take(pace.moment):
-            count(0, len(data))
-            yield StreamPiece(data=data)
-            call.hold(-len(data))
+        while parts := await said.take(pace.moment):
+            piece = StreamPiece(parts[0], more=parts[1:])
+            count(0, piece.size)
+            yield piece
+            call.hold(-piece.size)
         call.check()
         await reading
         if not _failed(taking):
