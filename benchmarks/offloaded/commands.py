@@ -108,7 +108,7 @@ def _bulk(session: Session, ground: Ground, ways: dict[str, str]) -> None:
     ):
         if session.wants(*(case.name for case in cases)):
             contestants = {name: measure(host) for name, host in ways.items()}
-            found = session.interleave(cases[0].name, contestants, runs=6)
+            found = session.interleave(cases[0].name, contestants, runs=10)
             session.report(cases[0].name, found[OURS], found["direct"])
             session.report(cases[1].name, found[OURS], found["ssh"])
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import IO, TYPE_CHECKING, Any, Protocol, Self
 
-from offload_client.bytepipe import in_thread
 from offload_client.ci.system import find_system
 from offload_client.progress.output import Sink
 from offload_core.errors import InvalidValueError, UsageError
@@ -76,6 +75,8 @@ async def finish_display(
     display: Display, failure: Failure | None, totals: Totals | None = None
 ) -> None:
     """Wait for the reader of the progress, who may be slow, without holding up other builds."""
+    from offload_client.bytepipe import in_thread
+
     await in_thread(lambda: display.finish(failure, totals), name="display-finish")
 
 

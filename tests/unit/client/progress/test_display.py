@@ -51,7 +51,7 @@ def test_the_display_that_is_chosen(
 
 
 def test_wrong_modes_are_refused() -> None:
-    with pytest.raises(UsageError, match='--progress is "fancy"; write one of auto, tty'):
+    with pytest.raises(UsageError, match='--progress is "fancy"; write one of auto, none'):
         make_display("fancy", io.BytesIO(), {})
     with pytest.raises(UsageError, match='BUILDKIT_PROGRESS is "fancy"'):
         make_display("auto", io.BytesIO(), {"BUILDKIT_PROGRESS": "fancy"})
