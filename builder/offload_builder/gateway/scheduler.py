@@ -43,6 +43,8 @@ class QueuedBuild:
     """Nodes that are not asked again for now."""
     last_choice: str = ""
     """Node that is asked when no other one has room: an earlier run was lost with it."""
+    session_node: str = ""
+    """Node with a session of whoever builds, where the image is then at hand; empty for none."""
     only_node: str = ""
     """Node that its client is connected to; empty for any."""
     behind_firewall: bool = False
@@ -177,7 +179,7 @@ def candidates(
     """Return the nodes that may be asked to run a build, best first.
 
     Every node with a free slot that suits, and of these the ones that have the least to emulate, is
-    in the list; nodes above the bound come last.
+    in the list; one with a session of the member comes first, nodes above the bound come last.
     """
     suiting = [node for node in nodes if not node.draining and node.suits(build)]
     least = min((node.strangeness(build) for node in suiting), default=0)
@@ -192,6 +194,8 @@ def candidates(
             continue
         bound = math.ceil(load_factor * (load + 1) * node.slots / slots)
         (within if node.load < bound else above).append(node_id)
+    # An image at hand is worth more than a warm disk: all nodes share the cache.
+    within.sort(key=lambda node_id: node_id != build.session_node)
     return sorted(within + above, key=lambda node_id: node_id == build.last_choice)
 
 

@@ -190,6 +190,20 @@ def test_node_with_which_a_build_was_lost_is_asked_last() -> None:
     assert candidates(again, [node(first)]) == [first]
 
 
+def test_images_are_built_where_their_member_has_a_session() -> None:
+    nodes = [node("one"), node("two"), node("three")]
+    order = candidates(QueuedBuild("b", "shop", 1), nodes)
+    near = QueuedBuild("b", "shop", 1, session_node=order[2])
+    assert candidates(near, nodes) == [order[2], *order[:2]]
+    # Not where too much runs already, and not again where the build was lost.
+    busy = [node(name, slots=4, load=3 if name == order[2] else 0) for name in order]
+    assert candidates(near, busy)[-1] == order[2]
+    lost = QueuedBuild("b", "shop", 1, session_node=order[2], last_choice=order[2])
+    assert candidates(lost, nodes)[-1] == order[2]
+    gone = QueuedBuild("b", "shop", 1, session_node="gone")
+    assert candidates(gone, nodes) == order
+
+
 def test_a_build_with_a_network_policy_goes_where_there_is_a_firewall() -> None:
     build = QueuedBuild("b", "shop", 1, behind_firewall=True)
     nodes = [node("plain"), node("walled", firewall=True)]

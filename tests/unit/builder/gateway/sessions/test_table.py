@@ -14,6 +14,7 @@ from offload_builder.gateway.sessions.active import ActiveSessions
 from offload_builder.gateway.sessions.requests import check_bounds, checked_record
 from offload_builder.gateway.sessions.table import (
     ENDED,
+    PAUSED,
     QUEUED,
     RUNNING,
     SessionQuery,
@@ -131,6 +132,19 @@ async def test_time_of_a_session_never_goes_back_and_passes_while_it_runs(table)
     assert 7000 <= session.used_milliseconds() < 60_000
     sessions.change(session, state=QUEUED)
     assert session.used_milliseconds() == 5000
+
+
+async def test_node_of_a_member_is_that_of_the_newest_session_that_is_ready(table):
+    sessions = ActiveSessions(table)
+    sessions.add(record(1, node_id="one"))
+    newest = sessions.add(record(2, node_id="two", state=PAUSED))
+    sessions.add(record(3, state=QUEUED))
+    sessions.add(record(4, owner="bob", node_id="three"))
+    sessions.add(record(5, project_id="q", node_id="four"))
+    assert sessions.node_of("p", "ann") == "two"
+    sessions.change(newest, state=ENDED)
+    assert sessions.node_of("p", "ann") == "one"
+    assert sessions.node_of("p", "eve") == ""
 
 
 async def test_counts_by_state_are_told_to_prometheus(table):
