@@ -66,8 +66,8 @@ def images(
     """List what was built in the project and can be run in a session, newest first.
 
     An image is at hand when the session's owner has built it on the session's node: 'docker run
-    NAME' takes it from there, and nothing travels to this machine. Others come with 'offload pull'.
-    Images within the session are listed by 'docker images'.
+    NAME' takes it from there, and nothing travels to this machine. What its owner has built at
+    other nodes comes with 'offload pull BUILD'. 'docker images' lists those within the session.
 
     \b
     Examples:
