@@ -22,6 +22,19 @@ settings.register_profile(
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(items):  # type: ignore[no-untyped-def]
+    """Give tests that are marked so the order in which they stand in their module."""
+    result = yield
+    places = [place for place, item in enumerate(items) if item.get_closest_marker("in_order")]
+    for name in {items[place].path for place in places}:
+        own = [place for place in places if items[place].path == name]
+        ordered = sorted((items[place] for place in own), key=lambda item: item.location[1])
+        for place, item in zip(own, ordered, strict=True):
+            items[place] = item
+    return result
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):  # type: ignore[no-untyped-def]
     """Turn a skip into a failure: a test that does not run proves nothing."""

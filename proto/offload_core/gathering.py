@@ -18,11 +18,13 @@ MOMENT_SECONDS = 0.001
 FEW_BYTES = 4 << 10
 """Of one read: no part of a copy."""
 SLOW_RATE = 64 << 20
-"""Bytes in a second; with one read in each rest, a socket's buffer carries more."""
+"""Bytes in a second; with one read in each rest, a socket's buffer mostly carries more."""
 REST_SECONDS = 0.002
 SLOW_MOMENT_SECONDS = 0.005
 LOOK_SECONDS = 0.01
 PAUSE_SECONDS = 0.02
+PROBE_SECONDS = 0.2
+"""After so much time with rests a copy goes on without, to see whether they made it slow."""
 
 
 class Pace:
@@ -39,7 +41,7 @@ class Pace:
     def __init__(self) -> None:
         self.rests = False
         self._size = 0
-        self._since = self._at = 0.0
+        self._since = self._at = self._resting_since = 0.0
 
     async def rest(self) -> None:
         """Wait, perhaps, before the next read."""
@@ -49,7 +51,8 @@ class Pace:
     def read(self, size: int) -> None:
         """Hear how much a read has found."""
         now = monotonic()
-        if size < FEW_BYTES or now - self._at >= PAUSE_SECONDS:
+        probe = self.rests and now - self._resting_since >= PROBE_SECONDS
+        if probe or size < FEW_BYTES or now - self._at >= PAUSE_SECONDS:
             self.answered()
         if not self._size:
             self._since = now
@@ -57,7 +60,10 @@ class Pace:
         self._at = now
         seconds = now - self._since
         if seconds >= LOOK_SECONDS:
-            self.rests = self._size < SLOW_RATE * seconds
+            slow = self._size < SLOW_RATE * seconds
+            if slow and not self.rests:
+                self._resting_since = now
+            self.rests = slow
             self._size = 0
 
     @property
@@ -94,16 +100,19 @@ class Gathering:
         self._ended = True
         self._changed.set()
 
-    async def take(self, moment: float = MOMENT_SECONDS) -> tuple[bytes, ...]:
+    async def take(
+        self, moment: float = MOMENT_SECONDS, *, enough: int = ENOUGH_BYTES
+    ) -> tuple[bytes, ...]:
         """Return what waits, at most `FULL_BYTES` unless more was put at once; none at the end.
 
         Args:
             moment: seconds that a part of a copy may wait for more.
+            enough: bytes that do not wait, for example because no more are put before.
         """
         while not self._parts and not self._ended:
             await self._change()
         many = self._size >= MANY_BYTES
-        if self._copying and many and self._size < ENOUGH_BYTES and not self._ended:
+        if self._copying and many and self._size < min(enough, ENOUGH_BYTES) and not self._ended:
             await asyncio.sleep(moment)
         self._copying = many
         count = size = 0

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-# The first row of a group runs all of the group, on both sides.
-pytestmark = pytest.mark.timeout(600)
+# The first row of a group runs all of the group, on both sides; what is pruned in one depends on
+# those before it.
+pytestmark = [pytest.mark.timeout(600), pytest.mark.in_order]
 LEAST = 110
 # The other engine has all of the machine too.
 NODE = {

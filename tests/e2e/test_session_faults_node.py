@@ -143,4 +143,5 @@ def test_node_that_is_stopped_waits_for_its_sessions_and_then_ends_them(
     assert pool.wait("one") == 0
     assert pool.traces("one") == []
     until(lambda: ann.listed(session_id)["state"] == "ended", "the end of the session")
+    pool.start_node("one")
     gone(ann, "the node stops")

@@ -14,7 +14,7 @@ from tests.fixtures.sessionpool import IMAGE, PATIENCE, SessionMember, SessionPo
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.timeout(400), pytest.mark.in_order]
 SHORT_SECONDS = 64
 """A minute before the end of a session its people are told."""
 IDLE_SECONDS = 5

@@ -121,23 +121,25 @@ def test_docker_of_years_ago_works(pool: SessionPool, ann: SessionMember) -> Non
     following.communicate(timeout=PATIENCE)
 
 
-def test_session_ends_with_the_token_that_it_was_started_with(
-    pool: SessionPool, ann: SessionMember
-) -> None:
-    admin = pool.member("root", "admin")
-    session_id = str(ann.view()["session_id"])
-    following = ann.begin("logs", "-f", "--tail", "1", "steady")
+def test_session_ends_with_the_token_that_it_was_started_with(pool: SessionPool) -> None:
+    admin, eve = pool.member("root", "admin"), pool.member("eve")
+    before = set(pool.traces("one"))
+    session_id = eve.start()
+    eve.docker_well("run", "-d", "--name", "steady", IMAGE, *TICKS)
+    made = set(pool.traces("one")) - before
+    assert made
+    following = eve.begin("logs", "-f", "--tail", "1", "steady")
     assert following.stdout is not None
     assert following.stdout.readline() == "tick\n"
-    pool.builder("token", "revoke", ann.token.split("_")[1])
+    pool.builder("token", "revoke", eve.token.split("_")[1])
     following.communicate(timeout=PATIENCE)
     until(lambda: admin.listed(session_id)["state"] == "ended", "the end of the session")
     assert "was revoked" in admin.listed(session_id)["reason"]
-    until(lambda: pool.traces("one") == [], "the end of everything at the node")
-    asked = ann.docker("ps")
+    until(lambda: not made & set(pool.traces("one")), "the end of everything of it at the node")
+    asked = eve.docker("ps")
     assert asked.returncode == 1
     assert "was revoked" in asked.stderr, asked.stderr
-    assert "was revoked" in ann.view()["reason"], ann.view()
+    assert "was revoked" in eve.view()["reason"], eve.view()
     assert ann.offload("start").returncode == 4
     refused = ann.offload("stop")
     assert refused.returncode == 125

@@ -41,7 +41,7 @@ from offload_core.units import format_duration
 from offload_proto.v1 import builds_service_pb2 as builds_pb
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 
     from offload_builder.gateway.active_builds import ActiveBuild, ActiveBuilds
     from offload_builder.gateway.config import GatewayConfig
@@ -92,8 +92,8 @@ class Admission:
         self._turns = 0
         self._stopping = False
         self._offers = Offers(config, builds, self.wake, self._accepted)
-        self.session_node: Callable[[str, str], str] = lambda *_: ""
-        """Returns the node with a session of a member in a project; set once sessions are known."""
+        self.session_places: Callable[[], Mapping[tuple[str, str], str]] = dict
+        """Returns nodes with sessions by project and member; set once sessions are known."""
         self.platforms = PoolPlatforms(nodes, config.restart_grace)
         self._devices = PoolDevices(nodes, self.platforms)
 
@@ -369,7 +369,8 @@ class Admission:
             if build.queued and build.watchers > 0 and build.written
         }
         waiting = {key: build for key, build in waiting.items() if not self._refuse(build)}
-        order = fair_order([self._snapshot(build) for build in waiting.values()], self._served)
+        places = self.session_places()
+        order = fair_order([_snapshot(build, places) for build in waiting.values()], self._served)
         asked = {build_id for build_id, build in waiting.items() if build.asked_node}
         open_builds = [item for item in order if item.build_id not in asked]
         for build_id, node_id in plan(open_builds, self._views()).items():
@@ -466,21 +467,6 @@ class Admission:
             outcome=BuildCanceledError(f"build {build.build_id} was cancelled: {text}"),
         )
 
-    def _snapshot(self, build: ActiveBuild) -> QueuedBuild:
-        return QueuedBuild(
-            build_id=build.build_id,
-            project_id=build.record.project_id,
-            arrival=build.arrival,
-            platforms=build.platforms,
-            preferred=normalise_platform(build.record.preferred_platform),
-            declined_by=frozenset(build.declined),
-            last_choice=build.last_choice,
-            session_node=self.session_node(build.record.project_id, build.record.member),
-            only_node=build.only_node,
-            behind_firewall=bool(build.record.network_policy),
-            devices=build.record.devices,
-        )
-
     def _restart_is_over(self, build: ActiveBuild) -> None:
         text = "the gateway restarted while the build waited, and its client did not come back"
         self._builds.end(build, builds_pb.BUILD_STATE_LOST, error=text)
@@ -490,6 +476,22 @@ class Admission:
         self.give_back(
             build, why=f"its client did not arrive at node {build.node_id} within {hold}"
         )
+
+
+def _snapshot(build: ActiveBuild, places: Mapping[tuple[str, str], str]) -> QueuedBuild:
+    return QueuedBuild(
+        build_id=build.build_id,
+        project_id=build.record.project_id,
+        arrival=build.arrival,
+        platforms=build.platforms,
+        preferred=normalise_platform(build.record.preferred_platform),
+        declined_by=frozenset(build.declined),
+        last_choice=build.last_choice,
+        session_node=places.get((build.record.project_id, build.record.member), ""),
+        only_node=build.only_node,
+        behind_firewall=bool(build.record.network_policy),
+        devices=build.record.devices,
+    )
 
 
 def _reason(build: ActiveBuild, reason: str) -> str:

@@ -206,7 +206,7 @@ class Gateway:
         await tracking.restore()
         sessions = Sessions(config, store, nodes, admission.platforms, members)
         stack.callback(sessions.active.close)
-        admission.session_node = sessions.active.node_of
+        admission.session_places = sessions.active.places
         await sessions.tracking.restore()
         credentials = RenewingCredentials(authority)
         retention = LogRetention(

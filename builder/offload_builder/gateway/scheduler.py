@@ -2,11 +2,12 @@
 
 Order of the queue: round robin over projects, the one that was served longest ago first; within a
 project first come, first served. Place of a build: nodes that have the least to emulate of what is
-wanted, and have its devices; as long as one of them is attached, others get nothing. Among these,
-rendezvous hashing gives each project its own ranking, so that its caches stay warm on the same few,
-with bounded loads so that a busy project spills over before its first node is full (Thaler and
-Ravishankar, "Using name-based mappings to increase hit rates", 1998; Mirrokni, Thorup and
-Zadimoghaddam, "Consistent hashing with bounded loads", 2018).
+wanted, and have its devices; as long as one of them is attached, others get nothing. Among these
+comes the node of a session of the same member first; of the others, rendezvous hashing gives each
+project its own ranking, so that its caches stay warm on the same few, with bounded loads so that a
+busy project spills over before its first node is full (Thaler and Ravishankar, "Using name-based
+mappings to increase hit rates", 1998; Mirrokni, Thorup and Zadimoghaddam, "Consistent hashing with
+bounded loads", 2018).
 """
 
 from __future__ import annotations

@@ -73,12 +73,16 @@ def run_offload(arguments: list[str]) -> int:
         if code is not None:
             return code
     if arguments[:1] == ["start"] and not {"-h", "--help"} & set(arguments):
+        # Its helper needs as long to begin as the rest of the command does.
         from offload_client.invocation import Invocation
         from offload_client.sessions.helperprocess import early_helper
-        from offload_client.sessions.records import sessions_directory
+        from offload_client.sessions.records import RECORD_FILE, sessions_directory
 
         invocation = Invocation.of_process(arguments)
         folder = sessions_directory(invocation)
+        if any((folder / name / RECORD_FILE).exists() for name in ("default", *arguments[1:])):
+            # Perhaps it runs already.
+            return _run_offload(arguments)
         with early_helper(folder, invocation.environment, invocation.cwd):
             return _run_offload(arguments)
     return _run_offload(arguments)

@@ -2,7 +2,8 @@
 
 It serves the socket for docker clients and the one for our commands, holds the tunnel, listens at
 published ports and keeps directories the same. One runs for each session; it ends with it.
-Started as `python -m offload_client.sessions.helper DIRECTORY`, with the environment of the member.
+Commands start it by `sessions.launch`; by hand it is started with
+`python -m offload_client.sessions.helper DIRECTORY`. It has the environment of the member.
 """
 
 from __future__ import annotations

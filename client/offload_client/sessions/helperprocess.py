@@ -41,7 +41,11 @@ _PATH_VARIABLES = frozenset(
     )
 )  # fmt: skip
 # Buffers that come and go are not given back to the system each time; mallopt(3).
-_MEMORY = {"MALLOC_TOP_PAD_": str(16 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 20)}
+_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(4 << 20),
+    "MALLOC_TOP_PAD_": str(16 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
+}
 _early: list[subprocess.Popen[bytes]] = []
 """At most one, which no command has taken yet."""
 

@@ -171,13 +171,14 @@ class ActiveSessions:
         """Return the sessions that are at a node, or being made there."""
         return [session for session in self._sessions.values() if session.record.node_id == node_id]
 
-    def node_of(self, project_id: str, owner: str) -> str:
-        """Return the node of the session that a member has started last in a project, or ""."""
-        for session in reversed(self._sessions.values()):
-            record = session.record
-            if (record.project_id, record.owner) == (project_id, owner) and session.ready:
-                return record.node_id
-        return ""
+    def places(self) -> dict[tuple[str, str], str]:
+        """Return the node of the session that a member started last, by project and member."""
+        # Later ones are behind the others.
+        return {
+            (session.record.project_id, session.record.owner): session.record.node_id
+            for session in self._sessions.values()
+            if session.ready
+        }
 
     def states(self) -> Counter[str]:
         """Return how many there are by state."""

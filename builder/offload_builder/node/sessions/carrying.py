@@ -55,7 +55,7 @@ async def carry(
     reading = loop.create_task(_read(call, stream, said, pace))
     call.on_end(stream.cut)
     try:
-        while parts := await said.take(pace.moment):
+        while parts := await said.take(pace.moment, enough=call.piece):
             piece = StreamPiece(parts[0], more=parts[1:])
             count(0, piece.size)
             yield piece

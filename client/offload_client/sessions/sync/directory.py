@@ -319,7 +319,7 @@ class SyncedDirectory:
             except OffloadError as error:
                 if not self.path:
                     raise
-                log.info("synchronising goes on in a moment: %s", error.message)
+                log.debug("synchronising goes on in a moment: %s", error.message)
             if asyncio.get_running_loop().time() - began > _LONGEST_WAIT_SECONDS:
                 wait = _FIRST_WAIT_SECONDS
             await asyncio.sleep(wait)

@@ -141,10 +141,10 @@ async def test_node_of_a_member_is_that_of_the_newest_session_that_is_ready(tabl
     sessions.add(record(3, state=QUEUED))
     sessions.add(record(4, owner="bob", node_id="three"))
     sessions.add(record(5, project_id="q", node_id="four"))
-    assert sessions.node_of("p", "ann") == "two"
+    others = {("p", "bob"): "three", ("q", "ann"): "four"}
+    assert sessions.places() == {("p", "ann"): "two", **others}
     sessions.change(newest, state=ENDED)
-    assert sessions.node_of("p", "ann") == "one"
-    assert sessions.node_of("p", "eve") == ""
+    assert sessions.places() == {("p", "ann"): "one", **others}
 
 
 async def test_counts_by_state_are_told_to_prometheus(table):
