@@ -25,11 +25,12 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection_modifyitems(items):  # type: ignore[no-untyped-def]
     """Give tests that are marked so the order in which they stand in their module."""
+    standing = {item.nodeid: number for number, item in enumerate(items)}
     result = yield
     places = [place for place, item in enumerate(items) if item.get_closest_marker("in_order")]
     for name in {items[place].path for place in places}:
         own = [place for place in places if items[place].path == name]
-        ordered = sorted((items[place] for place in own), key=lambda item: item.location[1])
+        ordered = sorted((items[place] for place in own), key=lambda item: standing[item.nodeid])
         for place, item in zip(own, ordered, strict=True):
             items[place] = item
     return result
