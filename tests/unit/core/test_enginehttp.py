@@ -116,6 +116,50 @@ async def test_a_chunked_body_is_read_without_its_framing(size: int) -> None:
     assert head.path == "/_ping"
 
 
+HEAD = b"POST /a HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+WRONG = (
+    b"1\r\na\r\n+1\r\nb\r\n0\r\n\r\n",
+    b"1\r\na\r\n1\nb\r\n0\r\n\r\n",
+    b"1\r\na\r\n1;x\ry\r\nb\r\n0\r\n\r\n",
+    b"1\r\na\r\n\r\nb\r\n0\r\n\r\n",
+    b"1\r\na\n1\r\nb\r\n0\r\n\r\n",
+    b"1\r\na\r\n1;" + b"x" * 5000 + b"\r\nb\r\n0\r\n\r\n",
+    b"1\r\na\r\n1\r\nb\r\n",
+)
+
+
+@pytest.mark.parametrize("size", [1, 7, 1 << 20])
+@pytest.mark.parametrize("body", WRONG, ids=range(len(WRONG)))
+async def test_wrong_line_between_chunks_is_refused_however_it_comes(
+    body: bytes, size: int
+) -> None:
+    reader = RequestReader(source(*(body[at : at + size] for at in range(0, len(body), size))))
+    reader._ahead = HEAD
+    await reader.head()
+    with pytest.raises(UsageError):
+        await whole(reader)
+
+
+@given(
+    chunks=st.lists(st.binary(min_size=1, max_size=40), max_size=6),
+    extension=st.sampled_from([b"", b";a=b", b" ", b";" + b"x" * 4000]),
+    size=st.integers(1, 200),
+)
+async def test_chunks_are_the_same_however_they_come(
+    chunks: list[bytes], extension: bytes, size: int
+) -> None:
+    lines = [b"%x%b\r\n%b\r\n" % (len(chunk), extension, chunk) for chunk in chunks]
+    body = b"".join(lines) + b"0\r\n\r\n"
+    stream = HEAD + body + b"GET /_ping HTTP/1.1\r\n\r\n"
+    reader = RequestReader(source(*(stream[at : at + size] for at in range(0, len(stream), size))))
+    at_once = RequestReader(source(stream))
+    for one in (reader, at_once):
+        await one.head()
+    assert await whole(reader) == await whole(at_once) == body
+    following = await at_once.head()
+    assert following is not None and following.path == "/_ping"
+
+
 async def test_what_nobody_read_of_a_body_is_dropped() -> None:
     reader = RequestReader(source(CREATE, b'{"A"', b": 1}GET /a HTTP/1.1\r\n\r\n"))
     await reader.head()
