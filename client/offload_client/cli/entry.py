@@ -80,9 +80,10 @@ def run_offload(arguments: list[str]) -> int:
 
         invocation = Invocation.of_process(arguments)
         folder = sessions_directory(invocation)
-        if any((folder / name / RECORD_FILE).exists() for name in ("default", *arguments[1:])):
-            # Perhaps it runs already.
-            return _run_offload(arguments)
+        for name in ("default", *arguments[1:]):
+            # Perhaps it runs already. What cannot be a name is no error here.
+            if os.path.exists(f"{folder}/{name}/{RECORD_FILE}"):  # noqa: PTH110
+                return _run_offload(arguments)
         with early_helper(folder, invocation.environment, invocation.cwd):
             return _run_offload(arguments)
     return _run_offload(arguments)
