@@ -92,16 +92,6 @@ async def stop(*tasks: asyncio.Future[Any], expected: tuple[type[BaseException],
             raise error
 
 
-def check_cancelled() -> None:
-    """Raise a cancellation that this task was asked for and that somebody has swallowed.
-
-    Libraries do, in a moment of theirs; whoever is about to wait without an end looks once more.
-    """
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError
-
-
 async def finish(awaitable: Awaitable[T], timeout: float) -> T | None:
     """Await clean-up that must run even while we are being cancelled; None when it took too long.
 

@@ -19,7 +19,6 @@ from offload_builder.cli.configuration import (
 )
 from offload_builder.cli.running import run_until_signal
 from offload_builder.cli.tables import format_option, print_records
-from offload_core.aio import check_cancelled
 
 if TYPE_CHECKING:
     from offload_builder.gateway.enrolments import Enrolment
@@ -86,7 +85,6 @@ def node(
 
     async def serve() -> None:
         async with NodeServer(config) as server:
-            check_cancelled()
             await server.run()
 
     asyncio.run(run_until_signal(serve()))

@@ -18,7 +18,6 @@ from offload_builder.cli import poolconfig
 from offload_builder.cli.poolconfig import ISOLATION, LISTEN, LOG_LEVEL
 from offload_builder.cli.running import run_until_signal
 from offload_builder.gateway.config import ENVIRONMENT_PREFIX as GATEWAY_PREFIX
-from offload_core.aio import check_cancelled
 from offload_core.errors import ConfigError, GatewayUnreachableError
 from offload_core.trust import join_address, split_address
 
@@ -245,7 +244,6 @@ class Pool:
                 raise
             self._announce(gateway, [node.name for node in nodes], token)
             try:
-                check_cancelled()
                 await asyncio.Event().wait()
             finally:
                 click.echo("Stopping: running builds may end, then everything is shut down ...")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 
 import pytest
 
-from offload_core.aio import check_cancelled, for_each, stop
+from offload_core.aio import for_each, stop
 from offload_core.errors import NotFoundError
 
 
@@ -71,18 +70,3 @@ async def test_who_stops_a_task_can_be_cancelled_meanwhile():
         await stopping
     assert not task.done()
     await asyncio.wait((task,))
-
-
-async def test_a_swallowed_cancellation_is_seen_before_a_wait_without_end():
-    async def serve() -> None:
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.sleep(60)
-        check_cancelled()
-        await asyncio.Event().wait()
-
-    serving = asyncio.ensure_future(serve())
-    await asyncio.sleep(0)
-    serving.cancel()
-    await asyncio.wait((serving,), timeout=30)
-    assert serving.cancelled()
-    check_cancelled()
