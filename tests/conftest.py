@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -14,6 +15,8 @@ os.environ.setdefault("OFFLOAD_KEYRING", "off")
 os.environ.setdefault("OFFLOAD_NODE_ISOLATION", "none")
 # Engines that nobody uses cost time where few tests are of sessions.
 os.environ.setdefault("OFFLOAD_NODE_SESSIONS_READY", "0")
+# What a shell runs in the background ignores Ctrl-C, as does whatever that starts; tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("dev", max_examples=50, deadline=None)
 settings.register_profile(
