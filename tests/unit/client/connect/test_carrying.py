@@ -28,10 +28,10 @@ class Node(TunnelServiceServicer):
         self.got = b""
 
     async def Carry(self, request_iterator, context):
-        if self.how == "unknown":
-            raise NotFoundError("nobody waits for it")
         async for request in request_iterator:
             kind = request.WhichOneof("message")
+            if self.how == "unknown":
+                raise NotFoundError("nobody waits for it")
             if kind == "open":
                 yield CarryResponse(data=b"PING")
             elif kind == "data":
