@@ -123,6 +123,22 @@ async def test_stopping_ends_running_builds_and_their_steps(tmp_path):
         assert mounts_below(tmp_path) == []
 
 
+async def test_a_step_whose_bundle_buildkit_has_deleted_is_ended_too(tmp_path):
+    async with running_daemon(tmp_path) as daemon:
+        providers = SessionProviders(source=sleeping_source("4714.5"))
+        async with BkSession(daemon.client, "k", providers) as session:
+            solving = await sleeping_build(daemon, session, "4714.5")
+            os.kill(daemon.pid, signal.SIGKILL)
+            with pytest.raises(NodeLostError, match="killed by SIGKILL"):
+                await asyncio.wait_for(solving, 10)
+        for bundle in leftover_bundles(tmp_path):
+            (bundle / "config.json").unlink()
+        assert leftover_bundles(tmp_path) == []
+        assert len(step_pids("4714.5")) == 1
+        await daemon.stop()
+        assert step_pids("4714.5") == []
+
+
 async def test_it_dies_with_an_agent_that_is_killed(tmp_path):
     program = f"""
 import asyncio, sys

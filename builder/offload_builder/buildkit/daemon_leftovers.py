@@ -1,7 +1,8 @@
 """What a daemon that was killed leaves behind: containers, mounts, itself. All of it is ended.
 
 Source: BuildKit's runc executor keeps each running container's bundle in a directory below
-`<root>/runc-<snapshotter>/executor`, named as the container; runc keeps its state below /run/runc.
+`<root>/runc-<snapshotter>/executor`, named as the container; runc keeps its state below /run/runc,
+where `state.json` has the bundle as a label (libcontainer's `BaseState`).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import json
 import os
 import shutil
 import signal
@@ -21,13 +23,16 @@ from offload_builder.mountinfo import read_mounts
 _log = structlog.get_logger(__name__)
 _MNT_DETACH = 2
 _RUNC_SECONDS = 15.0
+_RUNC_STATES = Path("/run/runc")
 
 
 async def end_leftovers(root: Path, runc: Path) -> None:
     """End containers of a daemon that no longer runs, and undo its mounts below `root`."""
     bundles = leftover_bundles(root)
-    for bundle in bundles:
-        await _delete_container(runc, bundle.name)
+    containers = {bundle.name for bundle in bundles}
+    containers |= await asyncio.to_thread(_containers_of, root)
+    for container in sorted(containers):
+        await _delete_container(runc, container)
     for mount in reversed(mounts_below(root)):
         _unmount(mount)
     for bundle in bundles:
@@ -39,6 +44,23 @@ async def end_leftovers(root: Path, runc: Path) -> None:
 def leftover_bundles(root: Path) -> list[Path]:
     """Return the bundles of containers below `root`; they are named as the containers."""
     return sorted(path.parent for path in root.glob("runc-*/executor/*/config.json"))
+
+
+def _containers_of(root: Path) -> set[str]:
+    """Return the containers that runc knows and whose bundles are, or were, below `root`.
+
+    BuildKit deletes the bundle of a step that it has failed to end. So it does when its own stop
+    comes between: a signal to its group ends the runc that was to end the step.
+    """
+    beginnings = tuple(f"bundle={folder}/" for folder in {root, root.resolve()})
+    found = set()
+    for path in _RUNC_STATES.glob("*/state.json"):
+        # Those of others come and go meanwhile.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            labels = json.loads(path.read_bytes())["config"]["labels"]
+            if any(label.startswith(beginnings) for label in labels):
+                found.add(path.parent.name)
+    return found
 
 
 async def _delete_container(runc: Path, container: str) -> None:
