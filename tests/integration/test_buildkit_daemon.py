@@ -86,16 +86,22 @@ async def test_it_starts_on_demand_and_stops_without_a_trace(tmp_path):
     assert (tmp_path / "buildkitd.log").stat().st_size > 0
 
 
+async def kill_at_work(daemon, seconds):
+    """Kill the daemon while a step of its sleeps for so long."""
+    async with BkSession(
+        daemon.client, "k", SessionProviders(source=sleeping_source(seconds))
+    ) as session:
+        solving = await sleeping_build(daemon, session, seconds)
+        os.kill(daemon.pid, signal.SIGKILL)
+        with pytest.raises(NodeLostError, match="killed by SIGKILL"):
+            await asyncio.wait_for(solving, 10)
+        async with asyncio.timeout(5):
+            await session.lost.wait()
+
+
 async def test_a_kill_during_a_build_is_reported_and_repaired(tmp_path):
     async with running_daemon(tmp_path) as daemon:
-        providers = SessionProviders(source=sleeping_source("4712.5"))
-        async with BkSession(daemon.client, "k", providers) as session:
-            solving = await sleeping_build(daemon, session, "4712.5")
-            os.kill(daemon.pid, signal.SIGKILL)
-            with pytest.raises(NodeLostError, match="killed by SIGKILL"):
-                await asyncio.wait_for(solving, 10)
-            async with asyncio.timeout(5):
-                await session.lost.wait()
+        await kill_at_work(daemon, "4712.5")
         ended = await daemon.exited
         assert (ended.signal, ended.expected, ended.out_of_memory) == (9, False, False)
         assert not daemon.running
@@ -125,12 +131,7 @@ async def test_stopping_ends_running_builds_and_their_steps(tmp_path):
 
 async def test_a_step_whose_bundle_buildkit_has_deleted_is_ended_too(tmp_path):
     async with running_daemon(tmp_path) as daemon:
-        providers = SessionProviders(source=sleeping_source("4714.5"))
-        async with BkSession(daemon.client, "k", providers) as session:
-            solving = await sleeping_build(daemon, session, "4714.5")
-            os.kill(daemon.pid, signal.SIGKILL)
-            with pytest.raises(NodeLostError, match="killed by SIGKILL"):
-                await asyncio.wait_for(solving, 10)
+        await kill_at_work(daemon, "4714.5")
         for bundle in leftover_bundles(tmp_path):
             (bundle / "config.json").unlink()
         assert leftover_bundles(tmp_path) == []

@@ -1,4 +1,4 @@
-"""What a daemon that was killed leaves behind: containers, mounts, itself. All of it is ended.
+"""What a daemon leaves when killed or stopped at work: containers, mounts, itself; all is ended.
 
 Source: BuildKit's runc executor keeps each running container's bundle in a directory below
 `<root>/runc-<snapshotter>/executor`, named as the container; runc keeps its state below /run/runc,
@@ -52,7 +52,7 @@ def _containers_of(root: Path) -> set[str]:
     BuildKit deletes the bundle of a step that it has failed to end. So it does when its own stop
     comes between: a signal to its group ends the runc that was to end the step.
     """
-    beginnings = tuple(f"bundle={folder}/" for folder in {root, root.resolve()})
+    beginnings = tuple(f"bundle={folder}/runc-" for folder in {root, root.resolve()})
     found = set()
     for path in _RUNC_STATES.glob("*/state.json"):
         # Those of others come and go meanwhile.

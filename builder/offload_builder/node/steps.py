@@ -61,15 +61,32 @@ class StepTally:
                 united[digest] = step
         return united
 
+    def _steps(self) -> list[_Step]:
+        """Return each step once.
+
+        Of a step that it does once for two builds, BuildKit may tell each of them under both
+        builds' digests (solver/jobs.go, setEdge).
+        """
+        steps: dict[str, _Step] = {}
+        for step in self._united().values():
+            known = steps.setdefault(step.name, step)
+            steps[step.name] = _Step(
+                step.name,
+                cached=known.cached and step.cached,
+                milliseconds=max(known.milliseconds, step.milliseconds),
+                failed=known.failed or step.failed,
+            )
+        return list(steps.values())
+
     @property
     def total(self) -> int:
         """Steps that have ended."""
-        return len(self._united())
+        return len(self._steps())
 
     @property
     def cached(self) -> int:
         """Steps whose result came from a cache."""
-        return sum(step.cached for step in self._united().values())
+        return sum(step.cached for step in self._steps())
 
     def times(self, definition: str) -> list[StepTime]:
         """Return the steps that worked with how long they took, for the gateway.
@@ -80,7 +97,7 @@ class StepTally:
         Args:
             definition: names the Dockerfile, target and platforms, the same on every node.
         """
-        steps = [step for step in self._united().values() if not step.failed][:MAX_REPORTED]
+        steps = [step for step in self._steps() if not step.failed][:MAX_REPORTED]
         return [
             StepTime(key=_key(definition, step), milliseconds=step.milliseconds, cached=step.cached)
             for step in steps

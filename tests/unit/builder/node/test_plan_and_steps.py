@@ -198,6 +198,16 @@ def test_step_that_ran_in_any_attempt_is_not_cached():
     assert (tally.total, tally.cached) == (2, 0)
 
 
+def test_step_that_is_told_under_two_digests_counts_once():
+    tally = StepTally()
+    shared = [vertex("[2/2] b", "done"), vertex("[2/2] b", "cached")]
+    shared[1].digest = "that of a build beside it"
+    tally.add(batch(vertex("[1/2] a", "cached"), *shared))
+    assert (tally.total, tally.cached) == (2, 1)
+    first, second = tally.times("definition")
+    assert (first.milliseconds, second.milliseconds, second.cached) == (1000, 1000, False)
+
+
 def shown(progress: RepeatFilter, item: ProgressBatch) -> list[tuple[str, bool, str]]:
     progress.apply(item)
     return [(v.name, v.HasField("completed_at"), v.error) for v in item.vertices]
