@@ -126,6 +126,7 @@ class Tunnel:
         self._refilling: asyncio.TimerHandle | None = None
         self._up = asyncio.Event()
         self._waking: asyncio.Future[None] | None = None
+        self._back_off = FIRST_BACK_OFF
         self._tasks = TaskSet(on_error=self._failed)
 
     async def __aenter__(self) -> Self:
@@ -273,12 +274,10 @@ class Tunnel:
             self.news.state = SessionState.ValueType(self._place.state)
 
     async def _keep_up(self) -> None:
-        back_off = FIRST_BACK_OFF
         while not self.ended.done():
             started = time.monotonic()
             try:
                 await self._hold()
-                back_off = FIRST_BACK_OFF
                 continue
             except SessionGoneError as error:
                 self._end(error.message)
@@ -300,10 +299,9 @@ class Tunnel:
                 self.problem = "its connection was closed"
             self._down()
             if time.monotonic() - started > LAST_BACK_OFF:
-                back_off = FIRST_BACK_OFF
-            else:
-                back_off = min(LAST_BACK_OFF, back_off * 2)
-            await asyncio.sleep(back_off * random.uniform(0.5, 1.0))  # noqa: S311 - no secret
+                self._back_off = FIRST_BACK_OFF
+            await asyncio.sleep(self._back_off * random.uniform(0.5, 1.0))  # noqa: S311 - no secret
+            self._back_off = min(LAST_BACK_OFF, self._back_off * 2)
 
     async def _hold(self) -> None:
         """Connect, and follow the session until the connection ends or has to be renewed."""
@@ -353,6 +351,7 @@ class Tunnel:
             self._line = line
             self.reconnecting_since = None
             self.problem = ""
+            self._back_off = FIRST_BACK_OFF
             self._up.set()
             self._log.info("the tunnel is up")
         self._refill()

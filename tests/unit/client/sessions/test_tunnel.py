@@ -8,14 +8,23 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
+from grpc import aio
 
 from offload_client.sessions import tunnel as module
 from offload_client.sessions.access import NodeChannel, SessionPlace
 from offload_client.sessions.tunnel import Tunnel
 from offload_core.errors import GatewayUnreachableError, NodeLostError, SessionGoneError
+from offload_proto.v1 import session_node_service_pb2 as pb
+from offload_proto.v1 import sessions_service_pb2 as sessions_pb
+from offload_proto.v1.session_node_service_pb2_grpc import (
+    SessionNodeServiceServicer,
+    add_SessionNodeServiceServicer_to_server,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterator, Sequence
+
+    import grpc
 
 LOG = logging.getLogger("test")
 PATIENCE = 20.0
@@ -46,6 +55,62 @@ async def test_whatever_fails_is_tried_again() -> None:
     async with asyncio.timeout(PATIENCE), Tunnel(access, "a", LOG) as tunnel:
         assert await tunnel.ended == "it ended"
     assert access.calls == 3
+
+
+class FlappingNode(SessionNodeServiceServicer):
+    """Tells of a session and is away at once, again and again; then the session has ended."""
+
+    def __init__(self, times: int) -> None:
+        self.left = times
+
+    async def Follow(
+        self, request: pb.FollowRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.SessionNews]:
+        if self.left == 0:
+            yield pb.SessionNews(state=sessions_pb.SESSION_STATE_ENDED, reason="it ended")
+            return
+        self.left -= 1
+        yield pb.SessionNews(state=sessions_pb.SESSION_STATE_RUNNING)
+
+
+class AccessToOne(Access):
+    """Reaches one node."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__()
+        self.address = address
+        self.unused: list[aio.Channel] = []
+
+    async def find(self, *, wake: bool) -> SessionPlace:
+        return SessionPlace((self.address,), "node", sessions_pb.SESSION_STATE_RUNNING)
+
+    async def connect(self, place: SessionPlace) -> NodeChannel:
+        return NodeChannel(aio.insecure_channel(self.address), time.time() + 3600)
+
+    def give_up(self, channel: NodeChannel) -> None:
+        self.unused.append(channel.channel)
+
+    async def aclose(self) -> None:
+        for channel in self.unused:
+            await channel.close()
+
+
+async def test_breaks_do_not_add_up_once_it_was_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    # With rests that grew from one break to the next, the last would be of minutes.
+    monkeypatch.setattr(module, "LAST_BACK_OFF", 1000.0)
+    node = FlappingNode(times=12)
+    server = aio.server()
+    add_SessionNodeServiceServicer_to_server(node, server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    access = AccessToOne(address)
+    try:
+        async with asyncio.timeout(PATIENCE), Tunnel(access, "a", LOG, spares=0) as tunnel:
+            assert await tunnel.ended == "it ended"
+    finally:
+        await access.aclose()
+        await server.stop(None)
+    assert node.left == 0
 
 
 async def test_a_clock_that_is_set_back_makes_nobody_wait(monkeypatch: pytest.MonkeyPatch) -> None:
