@@ -85,6 +85,7 @@ class SyncedDirectory:
         self._link: SyncLink | None = None
         self._listed = asyncio.Event()
         self._connected = asyncio.Event()
+        self._wait = _FIRST_WAIT_SECONDS
         self._sequence = 0
         self._state_id = ""
         self._tree_id = ""
@@ -309,7 +310,6 @@ class SyncedDirectory:
     async def _connect_again(
         self, live: LiveReplica, broken: asyncio.Future[BaseException]
     ) -> None:
-        wait = _FIRST_WAIT_SECONDS
         while True:
             began = asyncio.get_running_loop().time()
             try:
@@ -321,9 +321,9 @@ class SyncedDirectory:
                     raise
                 log.debug("synchronising goes on in a moment: %s", error.message)
             if asyncio.get_running_loop().time() - began > _LONGEST_WAIT_SECONDS:
-                wait = _FIRST_WAIT_SECONDS
-            await asyncio.sleep(wait)
-            wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
+                self._wait = _FIRST_WAIT_SECONDS
+            await asyncio.sleep(self._wait)
+            self._wait = min(2 * self._wait, _LONGEST_WAIT_SECONDS)
 
     async def _connect(self, live: LiveReplica, broken: asyncio.Future[BaseException]) -> None:
         loop = asyncio.get_running_loop()
@@ -396,6 +396,7 @@ class SyncedDirectory:
         self.path = opened.path
         self._link = link
         self._mode = -1
+        self._wait = _FIRST_WAIT_SECONDS
         self._connected.set()
         while True:
             await self._rounds(live, link)
