@@ -10,8 +10,6 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
-BINDS = "/offload/binds"
-"""Where directories of members' machines are, in the root file system of an engine."""
 MODELS_VOLUME = "offload-models"
 """Name of the volume with a project's model files."""
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 PROGRAMS = "/offload/bin"
 DATA = "/var/lib/docker"
 BINDS = "/offload/binds"
+"""Where directories of members' machines are, in the root file system of an engine."""
 INIT = "/offload/init/docker-init"
 """What is the first process of containers with `--init`. Not where this machine has it: a container
 mounts it without some of the flags that all of this machine's directories have in an engine."""
@@ -26,8 +27,7 @@ _DISK = "/.disk"
 _SIZE = "64m"
 _FOLDERS = (
     "/dev/pts", "/dev/shm", "/dev/mqueue", "/etc", "/mnt", "/opt", "/proc", "/root", "/run",
-    "/srv", "/sys", "/tmp", "/usr", "/var/lib/docker", "/offload/bin", "/offload/binds",
-    "/offload/init", _DISK,
+    "/srv", "/sys", "/tmp", "/usr", DATA, PROGRAMS, BINDS, "/offload/init", _DISK,
 )  # fmt: skip
 _ON_DISK = (("docker", DATA, 0o710), ("binds", BINDS, 0o755))
 _NODES = (

@@ -7,7 +7,8 @@ import posixpath
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from offload_builder.node.sessions.contract import BINDS, MODELS_VOLUME
+from offload_builder.node.sessions.contract import MODELS_VOLUME
+from offload_builder.node.sessions.engine.rootfs import BINDS
 from offload_builder.node.sessions.guard.devices import rewrite_requests
 from offload_core.errors import UsageError
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Self
 
 import structlog
 
-from offload_builder.node.sessions.contract import BINDS
+from offload_builder.node.sessions.engine.rootfs import BINDS
 from offload_builder.node.sessions.sync.supply import Supply
 from offload_builder.node.sessions.sync.workerlink import SyncWorker
 from offload_core.aio import TaskSet, stop
