@@ -233,7 +233,8 @@ def note_due(invocation: Invocation, *, not_before: float = 0.0) -> None:
             path.unlink(missing_ok=True)
             return
         moment = max(min(halves), not_before)
-        path.touch(mode=0o600)
+        # Not touched: for a moment another command would think that it is due.
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
         os.utime(path, (moment, moment))
 
 
