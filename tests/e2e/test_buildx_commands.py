@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -56,6 +57,17 @@ def docker(member: Member, *arguments: str | Path) -> subprocess.CompletedProces
 
 def folder(member: Member, name: str = "offload") -> Path:
     return member.home / ".config" / "offload" / "buildx" / name
+
+
+def create(member: Member) -> None:
+    """Make a builder; its certificate is old from the beginning, and renewed in the background."""
+    good(member.offload("buildx", "create"))
+    deadline = time.monotonic() + WAIT_SECONDS
+    while folder(member, "due").stat().st_mtime < time.time():
+        assert time.monotonic() < deadline, "nothing was renewed in the background"
+        time.sleep(0.05)
+    with folder(member, "refresh.lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def listed(member: Member) -> list[dict[str, object]]:
@@ -131,7 +143,7 @@ def test_variables_come_in_the_form_of_the_shell(member: Member) -> None:
 
 
 def test_certificates_are_renewed_by_refresh_and_behind_other_commands(member: Member) -> None:
-    good(member.offload("buildx", "create"))
+    create(member)
     file = folder(member) / "client.pem"
     first = file.read_bytes()
     assert "offload: renewed" in good(member.offload("buildx", "refresh"))
@@ -150,7 +162,7 @@ def test_certificates_are_renewed_by_refresh_and_behind_other_commands(member: M
 
 
 def test_a_renewal_that_fails_is_told(pool: Pool, member: Member) -> None:
-    good(member.offload("buildx", "create"))
+    create(member)
     before = (folder(member) / "client.pem").read_bytes()
     os.kill(pool.pid, signal.SIGSTOP)
     try:
@@ -163,7 +175,7 @@ def test_a_renewal_that_fails_is_told(pool: Pool, member: Member) -> None:
 
 
 def test_certificates_follow_the_login(pool: Pool, member: Member) -> None:
-    good(member.offload("buildx", "create"))
+    create(member)
     good(member.offload("logout"))
     assert not (folder(member) / "client.pem").exists()
     done = member.offload("buildx", "refresh", "--quiet")
