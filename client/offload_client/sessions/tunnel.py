@@ -49,6 +49,9 @@ LEAST_PATIENCE = 1.0
 NEWS_SECONDS = 60.0
 """The node sends news every 20 s."""
 FIRST_BACK_OFF, LAST_BACK_OFF = 0.2, 5.0
+BRIEF_BACK_OFF = 0.5
+"""At most, when it was up in between: breaks one after the other make nobody wait for seconds, and
+a node that breaks off whatever it has accepted is not flooded."""
 FRESH_SECONDS = 300.0
 """Before the end of a certificate, a connection is made with the next one."""
 DIAGNOSE_SECONDS = 30.0
@@ -351,7 +354,7 @@ class Tunnel:
             self._line = line
             self.reconnecting_since = None
             self.problem = ""
-            self._back_off = FIRST_BACK_OFF
+            self._back_off = min(self._back_off, BRIEF_BACK_OFF)
             self._up.set()
             self._log.info("the tunnel is up")
         self._refill()

@@ -49,6 +49,8 @@ _LAST_WORDS = (
 """What does not become better by another attempt."""
 _FIRST_WAIT_SECONDS = 0.2
 _LONGEST_WAIT_SECONDS = 5.0
+_BRIEF_WAIT_SECONDS = 0.5
+"""At most, when both sides were connected in between."""
 _RECONNECT_SECONDS = 30.0
 """Whoever waits for both sides to be the same waits so long for a lost connection."""
 
@@ -396,7 +398,7 @@ class SyncedDirectory:
         self.path = opened.path
         self._link = link
         self._mode = -1
-        self._wait = _FIRST_WAIT_SECONDS
+        self._wait = min(self._wait, _BRIEF_WAIT_SECONDS)
         self._connected.set()
         while True:
             await self._rounds(live, link)
