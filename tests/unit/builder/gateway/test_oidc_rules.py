@@ -117,10 +117,10 @@ def test_patterns_match_as_the_expression_that_they_stand_for(pattern, text):
 
 
 def test_text_that_a_stranger_has_chosen_takes_no_time():
-    began = time.monotonic()
+    began = time.thread_time()
     assert not matches("**a**a**a**a**a**b", "a" * 16_000)
     assert not matches("*a*a*a*a*a*b", "a" * 16_000)
-    assert time.monotonic() - began < 2.0
+    assert time.thread_time() - began < 2.0
 
 
 def test_run_on_a_protected_branch_of_github():

@@ -76,6 +76,6 @@ def test_nothing_makes_an_empty_import() -> None:
 
 def test_a_thousand_records_of_many_builds_take_well_below_a_second() -> None:
     parts = [(f"s{state}", build(state, steps=20, shared=10)) for state in range(90)]
-    started = time.perf_counter()
+    started = time.thread_time()
     assert made(parts).rendered.record_count > 800
-    assert time.perf_counter() - started < 0.5
+    assert time.thread_time() - started < 0.5
