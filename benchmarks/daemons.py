@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from benchmarks.model import BenchmarkError
-from tests.fixtures.minio import free_port, log_tail
+from tests.fixtures.minio import log_tail
+from tests.fixtures.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

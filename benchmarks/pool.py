@@ -21,7 +21,7 @@ from benchmarks.daemons import Daemon, tool_environment
 from benchmarks.model import BenchmarkError
 from benchmarks.settle import wait_quiet
 from benchmarks.terminal import run_on_terminal
-from tests.fixtures.minio import free_port
+from tests.fixtures.ports import free_port
 
 if TYPE_CHECKING:
     from benchmarks.terminal import Reader

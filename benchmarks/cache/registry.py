@@ -22,7 +22,7 @@ from benchmarks.daemons import Daemon, registry, tool_environment
 from benchmarks.model import Case
 from benchmarks.settle import wait_quiet
 from benchmarks.trees import Keystream
-from tests.fixtures.minio import free_port
+from tests.fixtures.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

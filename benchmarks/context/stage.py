@@ -18,7 +18,8 @@ from benchmarks.buildkitport import open_port
 from benchmarks.model import BenchmarkError
 from benchmarks.peers import Buildx, buildctl
 from benchmarks.pool import Pool
-from tests.fixtures.minio import MinioServer, free_port
+from tests.fixtures.minio import MinioServer
+from tests.fixtures.ports import free_port
 from tests.fixtures.wan import Wan
 
 if TYPE_CHECKING:

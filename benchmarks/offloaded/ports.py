@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.model import BenchmarkError, Case
 from benchmarks.offloaded.ground import IMAGE, Ground
-from tests.fixtures.minio import free_port
+from tests.fixtures.ports import free_port
 from tests.fixtures.wan import entered
 
 if TYPE_CHECKING:

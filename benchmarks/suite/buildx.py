@@ -19,7 +19,8 @@ from benchmarks.projects import add_busybox, small_project
 from benchmarks.rss import PeakMemory
 from benchmarks.settle import descendants
 from benchmarks.trees import write_equal_files, write_noise
-from tests.fixtures.minio import MinioServer, free_port
+from tests.fixtures.minio import MinioServer
+from tests.fixtures.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable

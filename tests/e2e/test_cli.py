@@ -16,8 +16,8 @@ import pytest
 
 from tests.e2e.test_services import Service, builder
 from tests.fixtures.contexts import make_context
-from tests.fixtures.minio import free_port
 from tests.fixtures.pool import BIN, Member, wait_for_text
+from tests.fixtures.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

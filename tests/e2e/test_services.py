@@ -10,8 +10,8 @@ import time
 from typing import TYPE_CHECKING, Self
 
 from tests.fixtures.contexts import make_context
-from tests.fixtures.minio import free_port
 from tests.fixtures.pool import BIN, COMMAND_SECONDS, Member
+from tests.fixtures.ports import free_port
 
 if TYPE_CHECKING:
     from pathlib import Path

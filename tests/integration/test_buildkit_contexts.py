@@ -21,6 +21,7 @@ from offload_client.invocation import Invocation
 from tests.fixtures.buildkit import running_daemon
 from tests.fixtures.clientsources import Buildx, build_files
 from tests.fixtures.ociimages import busybox_layer, layer
+from tests.fixtures.ports import free_port
 from tests.fixtures.remotefiles import OciLayout, git_repository, web_server
 from tests.fixtures.tarballs import archive, file, folder, hard_link, link
 from tests.fixtures.trees import write_files
@@ -176,9 +177,7 @@ async def test_git_repository_over_http(same, served, work):
 
 
 async def test_git_daemon(same, tmp_path, served):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     daemon = subprocess.Popen(
         ["git", "daemon", f"--base-path={tmp_path / 'srv'}", "--export-all",
          "--listen=127.0.0.1", f"--port={port}"],

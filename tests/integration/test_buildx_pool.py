@@ -15,8 +15,9 @@ from offload_proto.v1 import builds_service_pb2 as builds_pb
 from offload_proto.v1.builds_service_pb2_grpc import BuildsServiceStub
 from tests.fixtures.buildx import Buildx, finished, until_output
 from tests.fixtures.engine import DockerEngine
-from tests.fixtures.minio import MinioServer, free_port
+from tests.fixtures.minio import MinioServer
 from tests.fixtures.node import NodePool, wait_free
+from tests.fixtures.ports import free_port
 from tests.integration.test_node_store_faults import Bucket
 
 if TYPE_CHECKING:

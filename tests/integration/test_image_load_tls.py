@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import socket
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from offload_core.errors import ImageLoadError
 from tests.fixtures.authority import Authority
 from tests.fixtures.engine import DockerEngine
 from tests.fixtures.ociimages import MemorySource, busybox_layer
+from tests.fixtures.ports import free_port
 
 
 def make_context(home: Path, name: str, host: str, certificates: Path) -> None:
@@ -30,12 +30,6 @@ def make_context(home: Path, name: str, host: str, certificates: Path) -> None:
     for source, target in (("ca", "ca"), ("client", "cert"), ("client-key", "key")):
         (tls / f"{target}.pem").write_bytes((certificates / f"{source}.pem").read_bytes())
     (home / ".docker" / "config.json").write_text(json.dumps({"currentContext": name}))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 async def test_context_with_certificates_loads_an_image(

@@ -23,7 +23,7 @@ from offload_client.sessions.records import (
 from offload_proto.v1 import sessions_service_pb2 as pb
 from tests.fixtures.cutrelay import CutRelay
 from tests.fixtures.engine import DockerEngine
-from tests.fixtures.minio import free_port
+from tests.fixtures.ports import free_port
 from tests.fixtures.sessionnode import (
     PATIENCE,
     WEB,

@@ -21,7 +21,7 @@ import pytest
 from offload_client.sessions.records import engine_socket, helper_socket
 from offload_client.sessions.tunnel import REFILL_SECONDS
 from tests.fixtures.engine import DockerEngine
-from tests.fixtures.minio import free_port
+from tests.fixtures.ports import free_port
 from tests.fixtures.sessionnode import (
     PATIENCE,
     WEB,

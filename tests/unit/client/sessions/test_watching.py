@@ -19,7 +19,7 @@ from offload_client.sessions.watching import Watching
 from offload_core.aio import TaskSet, stop
 from offload_core.enginecalls import UnixConnection
 from offload_core.enginehttp import RequestReader, response
-from tests.fixtures.minio import free_port
+from tests.fixtures.ports import free_port
 
 OWN, FOREIGN = "a" * 64, "b" * 64
 LOG = logging.getLogger("test")
