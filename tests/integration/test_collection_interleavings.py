@@ -71,7 +71,7 @@ async def play(
     return tally
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 async def test_no_import_fails_beside_collections(minio: MinioServer, tmp_path: Path) -> None:
     started = time.monotonic()
     tally = await play(minio, tmp_path, INTERLEAVINGS)
@@ -113,7 +113,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("broken", BROKEN)
 async def test_imports_fail_where_a_rule_is_broken(
     minio: MinioServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
