@@ -355,8 +355,10 @@ class SyncedDirectory:
             self._link = None
             self._traffic[0] += link.exchange.sent_bytes
             self._traffic[1] += link.exchange.received_bytes
-            await link.aclose()
-            await stop(reading, merging, expected=(Exception,))
+            try:
+                await link.aclose()
+            finally:
+                await stop(reading, merging, expected=(Exception,))
 
     def _told_opened(self, opened: SyncOpened) -> None:
         if opened.state_id != self._state_id:
