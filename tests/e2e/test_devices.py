@@ -77,8 +77,13 @@ def test_device_that_no_node_has_is_refused_with_those_that_there_are(
 ) -> None:
     context = make_context(tmp_path / "c")
     before = [build["build_id"] for build in member.builds()]
+    started = time.monotonic()
+    assert member.build("--project", "nowhere", context).returncode == 5
+    refused = time.monotonic()
     done = member.build("--allow", "device=acme.example/npu", context)
     assert done.returncode == 5, done.stderr
+    # The start of the program aside, and what else this machine does.
+    assert time.monotonic() - refused < 2 + (refused - started)
     text = f"no node of this pool has the device acme.example/npu; its nodes have {KIND}=0 and"
     assert text in done.stderr
     # At once: it neither waited in the queue nor was there a build at all.

@@ -113,7 +113,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("broken", BROKEN)
 async def test_imports_fail_where_a_rule_is_broken(
     minio: MinioServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str

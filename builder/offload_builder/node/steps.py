@@ -69,7 +69,7 @@ class StepTally:
         """
         steps: dict[str, _Step] = {}
         for step in self._united().values():
-            known = steps.setdefault(step.name, step)
+            known = steps.get(step.name, step)
             steps[step.name] = _Step(
                 step.name,
                 cached=known.cached and step.cached,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 import grpc
 
 from offload_client.sessions.access import GONE, NodeChannel, SessionPlace
+from offload_client.sessions.backoff import BackOff
 from offload_client.sessions.nodestream import NodeStream, PortStream, Traffic, node_error
 from offload_core.aio import TaskSet, finish
 from offload_core.errors import (
@@ -48,10 +49,6 @@ PATIENCE_SECONDS = 10.0
 LEAST_PATIENCE = 1.0
 NEWS_SECONDS = 60.0
 """The node sends news every 20 s."""
-FIRST_BACK_OFF, LAST_BACK_OFF = 0.2, 5.0
-BRIEF_BACK_OFF = 0.5
-"""At most, when it was up in between: breaks one after the other make nobody wait for seconds, and
-a node that breaks off whatever it has accepted is not flooded."""
 FRESH_SECONDS = 300.0
 """Before the end of a certificate, a connection is made with the next one."""
 DIAGNOSE_SECONDS = 30.0
@@ -129,7 +126,7 @@ class Tunnel:
         self._refilling: asyncio.TimerHandle | None = None
         self._up = asyncio.Event()
         self._waking: asyncio.Future[None] | None = None
-        self._back_off = FIRST_BACK_OFF
+        self._back_off = BackOff()
         self._tasks = TaskSet(on_error=self._failed)
 
     async def __aenter__(self) -> Self:
@@ -301,10 +298,8 @@ class Tunnel:
                 # Of a call whose channel was closed.
                 self.problem = "its connection was closed"
             self._down()
-            if time.monotonic() - started > LAST_BACK_OFF:
-                self._back_off = FIRST_BACK_OFF
-            await asyncio.sleep(self._back_off * random.uniform(0.5, 1.0))  # noqa: S311 - no secret
-            self._back_off = min(LAST_BACK_OFF, self._back_off * 2)
+            rest = self._back_off.after(time.monotonic() - started)
+            await asyncio.sleep(rest * random.uniform(0.5, 1.0))  # noqa: S311 - no secret
 
     async def _hold(self) -> None:
         """Connect, and follow the session until the connection ends or has to be renewed."""
@@ -354,7 +349,7 @@ class Tunnel:
             self._line = line
             self.reconnecting_since = None
             self.problem = ""
-            self._back_off = min(self._back_off, BRIEF_BACK_OFF)
+            self._back_off.reached()
             self._up.set()
             self._log.info("the tunnel is up")
         self._refill()

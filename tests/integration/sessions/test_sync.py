@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from offload_client.sessions.sync import directory
+from offload_client.sessions import backoff
 from offload_core.errors import ContextError, QuotaExceededError
 from offload_core.treesync.replica import Limits
 from tests.fixtures.syncpair import SyncPair
@@ -209,7 +209,7 @@ async def test_breaks_do_not_add_up_once_it_was_connected(
     pair: SyncPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # With rests that grew from one break to the next, the last would be of minutes.
-    monkeypatch.setattr(directory, "_LONGEST_WAIT_SECONDS", 1000.0)
+    monkeypatch.setattr(backoff, "LONGEST_SECONDS", 1000.0)
     await pair.start()
     for _ in range(12):
         pair.cut()

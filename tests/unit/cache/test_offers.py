@@ -261,11 +261,10 @@ async def test_offers_are_quick_beside_a_hundred_thousand_blobs(
         assert (offer.records > 850, offer.withheld) == (True, 0)
         times = []
         for _ in range(300):
-            # Of the processor: what else this machine does, is no matter.
-            started = time.thread_time()
+            started = time.perf_counter()
             await cache.offers.offer(("main",), "k")
-            times.append(time.thread_time() - started)
+            times.append(time.perf_counter() - started)
         times.sort()
         print(f"offer: median {times[150] * 1000:.1f} ms, p99 {times[296] * 1000:.1f} ms")
         assert times[150] < 0.02
-        assert times[296] < 0.1
+        assert times[296] < 0.1  # other tests run on this machine

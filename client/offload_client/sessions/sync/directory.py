@@ -12,6 +12,7 @@ import stat
 from typing import TYPE_CHECKING, Any
 
 from offload_client.context.ignorefile import parse_ignore_file
+from offload_client.sessions.backoff import FIRST_SECONDS, BackOff
 from offload_client.sessions.sync.knowndigests import IndexedDigests
 from offload_client.sessions.sync.merging import Merging
 from offload_client.sessions.sync.synclink import BATCH_OPERATIONS, SyncCall, SyncLink
@@ -47,10 +48,6 @@ _LAST_WORDS = (
     AccessDeniedError, ContextError, NotFoundError, QuotaExceededError, UsageError, VersionError,
 )  # fmt: skip
 """What does not become better by another attempt."""
-_FIRST_WAIT_SECONDS = 0.2
-_LONGEST_WAIT_SECONDS = 5.0
-_BRIEF_WAIT_SECONDS = 0.5
-"""At most, when both sides were connected in between."""
 _RECONNECT_SECONDS = 30.0
 """Whoever waits for both sides to be the same waits so long for a lost connection."""
 
@@ -87,7 +84,7 @@ class SyncedDirectory:
         self._link: SyncLink | None = None
         self._listed = asyncio.Event()
         self._connected = asyncio.Event()
-        self._wait = _FIRST_WAIT_SECONDS
+        self._back_off = BackOff()
         self._sequence = 0
         self._state_id = ""
         self._tree_id = ""
@@ -188,7 +185,7 @@ class SyncedDirectory:
             if await self._flushed(there=there):
                 break
             # Once more, for the connection was lost meanwhile, which is heard of a little later.
-            await asyncio.sleep(_FIRST_WAIT_SECONDS / 2)
+            await asyncio.sleep(FIRST_SECONDS / 2)
         same = self._same()
         self._wake.set()
         await same
@@ -322,10 +319,8 @@ class SyncedDirectory:
                 if not self.path:
                     raise
                 log.debug("synchronising goes on in a moment: %s", error.message)
-            if asyncio.get_running_loop().time() - began > _LONGEST_WAIT_SECONDS:
-                self._wait = _FIRST_WAIT_SECONDS
-            await asyncio.sleep(self._wait)
-            self._wait = min(2 * self._wait, _LONGEST_WAIT_SECONDS)
+            took = asyncio.get_running_loop().time() - began
+            await asyncio.sleep(self._back_off.after(took))
 
     async def _connect(self, live: LiveReplica, broken: asyncio.Future[BaseException]) -> None:
         loop = asyncio.get_running_loop()
@@ -400,7 +395,7 @@ class SyncedDirectory:
         self.path = opened.path
         self._link = link
         self._mode = -1
-        self._wait = min(self._wait, _BRIEF_WAIT_SECONDS)
+        self._back_off.reached()
         self._connected.set()
         while True:
             await self._rounds(live, link)

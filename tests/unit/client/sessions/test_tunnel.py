@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 from grpc import aio
 
+from offload_client.sessions import backoff
 from offload_client.sessions import tunnel as module
 from offload_client.sessions.access import NodeChannel, SessionPlace
 from offload_client.sessions.tunnel import Tunnel
@@ -97,7 +98,7 @@ class AccessToOne(Access):
 
 async def test_breaks_do_not_add_up_once_it_was_up(monkeypatch: pytest.MonkeyPatch) -> None:
     # With rests that grew from one break to the next, the last would be of minutes.
-    monkeypatch.setattr(module, "LAST_BACK_OFF", 1000.0)
+    monkeypatch.setattr(backoff, "LONGEST_SECONDS", 1000.0)
     node = FlappingNode(times=12)
     server = aio.server()
     add_SessionNodeServiceServicer_to_server(node, server)
